@@ -1,0 +1,15 @@
+// Memory-bound passes over NHWC activations, fp32 and bf16.
+#pragma once
+
+#include <ATen/ATen.h>
+
+namespace resnet_kernels {
+
+// y = relu(scale * x + shift + residual), scale and shift fp32 per channel, each term but x optional.
+at::Tensor cpu_bn_pass(const at::Tensor& x, const std::optional<at::Tensor>& scale,
+                       const std::optional<at::Tensor>& shift, const std::optional<at::Tensor>& residual, bool relu);
+
+// y = max over kernel x kernel windows of relu(x), padding -inf; NaN wins, as in torch.
+at::Tensor cpu_max_pool_relu(const at::Tensor& x, int64_t kernel, int64_t stride, int64_t padding);
+
+}  // namespace resnet_kernels
