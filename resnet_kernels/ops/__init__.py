@@ -1,0 +1,5 @@
+"""Differentiable fused ops over the primitives of `backends.contract`."""
+
+from .residual_block import residual_block
+
+__all__ = ["residual_block"]

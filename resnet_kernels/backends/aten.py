@@ -1,0 +1,74 @@
+"""Convolutions by whatever engine torch has for the device (cuDNN, oneDNN, its own): right everywhere.
+
+A product's scale is folded into its weight, then conv + bias, add and ReLU run as torch's own calls, in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .contract import Call, Epilogue, Geometry, Operand, Packed, Pool, Product, check_conv, wide
+
+NAME = "aten"
+SUPPORTS = frozenset({"conv", "residual", "two_products", "bn_pass", "pool"})
+
+
+def why_not(call: Call) -> str | None:
+    missing = call.needs - SUPPORTS
+    if missing:
+        return f"not implemented here: {', '.join(sorted(missing))}"
+    if not call.dtype.is_floating_point:
+        return f"expected a floating dtype, got {call.dtype}"
+    return None
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return dtype
+
+
+def images_per_pass(image_bytes: int) -> int | None:
+    return None
+
+
+def fold(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """weight times scale per output channel, computed in `wide` and rounded once."""
+    return (weight.to(wide(dtype)) * scale[:, None, None, None]).to(dtype)
+
+
+def pack(weight: Tensor, scale: Tensor, geometry: Geometry, input_size: Sequence[int]) -> Packed:
+    folded = fold(weight, scale, weight.dtype).contiguous(memory_format=torch.channels_last)
+    return Packed(folded, None)
+
+
+def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
+    check_conv(products, epilogue)
+    y: Tensor | None = None
+    for p in products:
+        weight, scale = p.packed
+        if scale is not None:
+            weight = fold(weight, scale, weight.dtype)
+        shift = epilogue.shift.to(weight.dtype) if y is None and epilogue.shift is not None else None
+        t = F.conv2d(p.operand.tensor, weight, shift, *p.geometry)
+        y = t if y is None else y.add_(t)
+    assert y is not None
+    if epilogue.residual is not None:
+        y.add_(epilogue.residual.tensor)
+    return y.relu_() if epilogue.relu else y, None
+
+
+def bn_pass(x: Operand, epilogue: Epilogue, pool: Pool | None = None) -> tuple[Tensor, Any]:
+    dtype = x.tensor.dtype
+    t = x.tensor.to(wide(dtype))
+    if x.affine is not None:
+        t = torch.addcmul(x.affine[1][:, None, None], x.affine[0][:, None, None], t)
+    if epilogue.shift is not None:
+        t = t + epilogue.shift[:, None, None]
+    if epilogue.residual is not None:
+        t = t + epilogue.residual.tensor
+    t = (torch.relu(t) if epilogue.relu else t).to(dtype)
+    return F.max_pool2d(t, *pool) if pool else t, None

@@ -1,0 +1,270 @@
+"""What a backend may implement: the primitives' signatures, shapes, dtypes and errors.
+
+Everything is NHWC in memory (channels_last), written N, C, H, W; K output channels, R x S filter, P x Q output map,
+M = N*P*Q. Activations and weights share the compute dtype; scales, shifts, statistics and sums are fp32 (fp64 for
+fp64 inputs: `wide`). Four families, see `Backend`:
+
+    conv         sums of products with an epilogue: forward convolutions and, with `data_grad_size`, data gradients
+    wgrad        weight gradients, and the moments of an activation
+    bn_pass      memory-bound passes
+    finalize_*   the per-channel algebra between them
+
+`reference` defines the result of each. Another backend implements what it can and tells the rest in `why_not`, a pure
+function of a `Call`; it never tries and fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend that was named cannot run the call; the message says why."""
+
+
+class Geometry(NamedTuple):
+    """Of a convolution, the same in both directions."""
+
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+    groups: int = 1
+
+    def output_size(self, size: int, kernel: int) -> int:
+        return (size + 2 * self.padding - self.dilation * (kernel - 1) - 1) // self.stride + 1
+
+
+class Packed(NamedTuple):
+    """A weight as a backend wants it: laid out, and multiplied by its scale if `scale` is None."""
+
+    weight: Tensor
+    scale: Tensor | None
+
+
+class Pool(NamedTuple):
+    """Max pooling over kernel x kernel windows."""
+
+    kernel: int
+    stride: int
+    padding: int
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor seen through what is applied while loading it, in this order:
+
+    v = tensor, every stride-th row and column
+    v = a*v + b                      affine = (a, b), per channel
+    v = a*v + a2*second + b          with second = (tensor, a2)
+    v = relu(v), rounded to the tensor's dtype
+    v = v where mask, else 0         (mask bool, of the tensor's sizes)
+    """
+
+    tensor: Tensor
+    affine: tuple[Tensor, Tensor] | None = None
+    second: tuple[Tensor, Tensor] | None = None
+    relu: bool = False
+    mask: Tensor | None = None
+    stride: int = 1
+
+    @property
+    def plain(self) -> bool:
+        return self.affine is None and self.second is None and not self.relu and self.mask is None and self.stride == 1
+
+
+@dataclass(frozen=True)
+class Product:
+    """scale * conv(operand, weight), scale per output channel.
+
+    weight: (K, C/groups, R, S), plain or packed by the backend that gets it (which then holds the scale).
+    data_grad_size: (H, W) turns it into the data gradient: operand is (N, K, P, Q), the result (N, C, H, W).
+    """
+
+    operand: Operand
+    weight: Tensor | Packed
+    geometry: Geometry = Geometry()
+    scale: Tensor | None = None
+    data_grad_size: tuple[int, int] | None = None
+
+    @property
+    def packed(self) -> Packed:
+        return self.weight if isinstance(self.weight, Packed) else Packed(self.weight, self.scale)
+
+    def output_sizes(self) -> tuple[int, int, int, int]:
+        """(N, K, P, Q), or (N, C, H, W) of a data gradient. Raises ValueError where the shapes do not fit."""
+        x, w, g = self.operand.tensor, self.packed.weight, self.geometry
+        if x.dim() != 4 or w.dim() != 4:
+            raise ValueError(f"conv: expected 4-D operand and weight, got {tuple(x.shape)} and {tuple(w.shape)}")
+        N, channels, H, W = x.shape
+        H, W = -(-H // self.operand.stride), -(-W // self.operand.stride)
+        K, C, R, S = w.shape[0], w.shape[1] * g.groups, w.shape[2], w.shape[3]
+        expected = C if self.data_grad_size is None else K
+        if channels != expected:
+            raise ValueError(f"conv: expected an operand of {expected} channels, got {tuple(x.shape)}")
+        if K % g.groups:
+            raise ValueError(f"conv: expected output channels divisible by {g.groups} groups, got {K}")
+        P, Q = (H, W) if self.data_grad_size is None else self.data_grad_size
+        out = g.output_size(P, R), g.output_size(Q, S)
+        if min(out) < 1:
+            raise ValueError(f"conv: a {R}x{S} filter with {g} does not fit a map of {P}x{Q}")
+        if self.data_grad_size is None:
+            return N, K, *out
+        if out != (H, W):
+            raise ValueError(f"conv: a gradient for {P}x{Q} has {out[0]}x{out[1]} positions, got {H}x{W}")
+        return N, C, P, Q
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What happens to the accumulator t: t += shift, t += residual, relu, zero where not mask, round, reduce.
+
+    overwrite: the result may take the residual's memory.
+    reduce: "stats" for `Stats` of the rounded result; an Operand xhat for the pair sum(t), sum(t * xhat) per channel.
+    """
+
+    shift: Tensor | None = None
+    residual: Operand | None = None
+    relu: bool = False
+    mask: Tensor | None = None
+    reduce: str | Operand | None = None
+    overwrite: bool = False
+
+
+class Stats(NamedTuple):
+    """Per channel: count, mean, and the sum of squared deviations from it."""
+
+    count: int
+    mean: Tensor
+    M2: Tensor
+
+
+class Moments(NamedTuple):
+    """Of rows h: count, mean (J) and M2 = sum of (h - mean)(h - mean)^T (J, J)."""
+
+    count: int
+    mean: Tensor
+    M2: Tensor
+
+
+class Affine(NamedTuple):
+    """A batch norm ready to apply: y = a*x + b, with the mean and 1/sqrt(var + eps) it came from."""
+
+    a: Tensor
+    b: Tensor
+    mean: Tensor
+    rstd: Tensor
+
+
+@dataclass(frozen=True)
+class Call:
+    """Metadata of a call, all that `why_not` may look at.
+
+    needs: names of what is asked for: a primitive ("conv", "wgrad", "moments", "bn_pass", "finalize") and features
+        ("residual", "two_products", "lazy", "mask", "reduce", "data_grad", "pool").
+    weights: (K, C/groups, R, S) and geometry of each product.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    needs: frozenset[str]
+    weights: tuple[tuple[tuple[int, ...], Geometry], ...] = field(default=())
+
+
+def call_of(products: Sequence[Product], epilogue: Epilogue) -> Call:
+    """The metadata of a `conv`."""
+    operands = [p.operand for p in products] + ([epilogue.residual] if epilogue.residual else [])
+    present = {
+        "conv": True,
+        "two_products": len(products) > 1,
+        "residual": epilogue.residual is not None,
+        "lazy": not all(o.plain for o in operands),
+        "mask": epilogue.mask is not None,
+        "reduce": epilogue.reduce is not None,
+        "data_grad": any(p.data_grad_size for p in products),
+    }
+    x = products[0].operand.tensor
+    shapes = tuple((tuple(p.packed.weight.shape), p.geometry) for p in products)
+    return Call(x.device, x.dtype, frozenset(n for n, there in present.items() if there), shapes)
+
+
+def check_conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[int, int, int, int]:
+    """The result's sizes. Raises TypeError or ValueError naming what was expected and what came."""
+    if not products:
+        raise ValueError("conv: expected at least one product, got none")
+    sizes = products[0].output_sizes()
+    first = products[0].operand.tensor
+    residual = epilogue.residual.tensor if epilogue.residual else None
+    for name, t in [("operand", p.operand.tensor) for p in products[1:]] + [("residual", residual)]:
+        if t is not None and (t.dtype, t.device) != (first.dtype, first.device):
+            raise TypeError(f"conv: expected {name} in {first.dtype} on {first.device}, got {t.dtype} on {t.device}")
+    for p in products:
+        if not isinstance(p.weight, Packed) and p.weight.dtype != first.dtype:
+            raise TypeError(f"conv: expected a weight in {first.dtype}, as its operand, got {p.weight.dtype}")
+        if p.output_sizes() != sizes:
+            raise ValueError(f"conv: expected products of equal sizes, got {sizes} and {p.output_sizes()}")
+    if epilogue.residual is not None:
+        r, s = epilogue.residual.tensor, epilogue.residual.stride
+        got = (r.shape[0], r.shape[1], -(-r.shape[2] // s), -(-r.shape[3] // s))
+        if got != sizes:
+            raise ValueError(f"conv: expected a residual of {sizes}, got {got}")
+    if epilogue.shift is not None and epilogue.shift.shape != (sizes[1],):
+        raise ValueError(f"conv: expected {sizes[1]} shifts, got {tuple(epilogue.shift.shape)}")
+    return sizes
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, scales and statistics beside activations of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Backend(Protocol):
+    """A backend is a module with these names. Only `NAME`, `SUPPORTS` and `why_not` are owed; a primitive may be
+    called where `why_not` of its call is None."""
+
+    NAME: str
+    SUPPORTS: frozenset[str]
+
+    def why_not(self, call: Call) -> str | None:
+        """None if the call runs here, else the reason. A pure function of metadata."""
+
+    def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype activations of `dtype` are computed and kept in inside a fused sequence."""
+
+    def images_per_pass(self, image_bytes: int) -> int | None:
+        """How many images to run through a sequence of blocks at a time, when the largest pair of an image's
+        activations takes `image_bytes`; None for the whole batch."""
+
+    def pack(self, weight: Tensor, scale: Tensor, geometry: Geometry, input_size: Sequence[int]) -> Packed:
+        """Prepare a weight for repeated use. input_size: (N, C, H, W) of a typical operand."""
+
+    def conv(self, products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
+        """(t, reduced): t (N, K, P, Q) = epilogue(sum of products), channels_last; reduced as `Epilogue.reduce`."""
+
+    def wgrad(self, g: Operand, x: Operand, kernel: tuple[int, int], geometry: Geometry) -> Tensor:
+        """dL/dweight (K, C/groups, R, S) in `wide`, for g = dL/dconv (N, K, P, Q) and conv's operand x (N, C, H, W)."""
+
+    def moments(self, h: Operand) -> Moments:
+        """Over the M rows of h (N, J, P, Q)."""
+
+    def bn_pass(self, x: Operand, epilogue: Epilogue, pool: Pool | None = None) -> tuple[Tensor, Any]:
+        """(t, reduced): epilogue(x), then max-pooled (NaN wins, padding -inf) if pool is given."""
+
+    def finalize_stats(self, stats: Stats, gamma: Tensor, beta: Tensor, eps: float) -> Affine:
+        """a = gamma*rstd, b = beta - mean*a, from the biased variance."""
+
+    def finalize_moments(self, m: Moments, weight: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Affine:
+        """The same for c = h W^T (weight (K, J)), from h's moments: mean = W mu, var = diag(W Cov W^T)."""
+
+    def finalize_bn_grad(self, sums: tuple[Tensor, Tensor], count: int, affine: Affine) -> tuple[Tensor, ...]:
+        """From sum(g), sum(g*xhat): (al, be, const, dgamma, dbeta) with dL/dc = al*g + be*c + const."""
+
+    def finalize_tail_grad(
+        self, sg: Tensor, G: Tensor, centre: Tensor, m: Moments, weight: Tensor, affine: Affine
+    ) -> tuple[Tensor, ...]:
+        """From sg = sum(g) and G = g^T (h - centre): (dweight, dgamma, dbeta, A, B, v) with
+        dL/dh = g A + (h - centre) B + v. Weight and G are (K, J)."""

@@ -1,0 +1,67 @@
+"""torchvision's BasicBlock and Bottleneck with a fused forward.
+
+They are torchvision's classes: same constructor, attributes, parameters and state dict. They hold no state of their
+own; a batch norm's scale and shift are computed at each call. With running statistics (evaluation, or frozen batch
+norms in a training model) the block is one op, differentiable; otherwise, and wherever `fusable` finds a reason, it is
+torchvision's own forward.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet
+
+from ..backends import select
+from ..backends.contract import BackendUnavailable
+from ..ops import residual_block
+from ..ops.batch_norm import affine_of
+from .fusable import Parts, context, parts, why_plain
+
+
+def fused_forward(block: nn.Module, x: Tensor) -> Tensor:
+    """The block as one op. Only where `why_plain` is None."""
+    p = parts(block)
+    assert isinstance(p, Parts)
+    affines = [affine_of(bn) for bn in p.norms]
+    # Under autocast x is in its dtype already, the weights may not be.
+    weights = [conv.weight.to(x.dtype) for conv in p.convs]
+    return residual_block(
+        x, weights, [a for a, _ in affines], [b for _, b in affines],
+        [conv.stride[0] for conv in p.convs], [conv.dilation[0] for conv in p.convs],
+        [conv.groups for conv in p.convs], p.shortcut)
+
+
+class _Fused:
+    """The forward both blocks share, before torchvision's in the order of inheritance."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert isinstance(self, nn.Module)
+        reason = why_plain(self, x)
+        if not torch.compiler.is_compiling() and not context(x):
+            name = select.named()
+            if name == select.EAGER:
+                reason = "the backend 'eager' was named"
+            elif name and reason:
+                raise BackendUnavailable(f"backend {name!r} was named and this block cannot run fused: {reason}")
+        if reason:
+            return super().forward(x)  # type: ignore[misc]
+        return fused_forward(self, x)
+
+
+class BasicBlock(_Fused, resnet.BasicBlock):
+    """y = relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)), both convolutions 3x3, stride on the first.
+
+    The arguments, attributes and state dict of `torchvision.models.resnet.BasicBlock`.
+    x: (N, inplanes, H, W) fp64|fp32|bf16|fp16 -> (N, planes, ceil(H/stride), ceil(W/stride)), channels_last when fused.
+    downsample: None, Sequential(Conv2d 1x1, batch norm), `ZeroPadShortcut`, or any module (then not fused).
+    """
+
+
+class Bottleneck(_Fused, resnet.Bottleneck):
+    """y = relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x)), 1x1, 3x3 (stride, dilation, groups), 1x1.
+
+    The arguments, attributes and state dict of `torchvision.models.resnet.Bottleneck`.
+    x: (N, inplanes, H, W) fp64|fp32|bf16|fp16 -> (N, 4*planes, ceil(H/stride), ceil(W/stride)), channels_last when fused.
+    downsample: None, Sequential(Conv2d 1x1, batch norm), `ZeroPadShortcut`, or any module (then not fused).
+    """

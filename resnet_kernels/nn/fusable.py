@@ -1,0 +1,192 @@
+"""Whether a block's forward may run fused. The fused forward bypasses the inner modules' own forward, so whatever
+could change what those would do sends the block down the plain chain, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
+from torch.nn.utils import parametrize
+from torchvision.ops import FrozenBatchNorm2d
+
+from ..ops.residual_block import same_padding
+from .shortcuts import ZeroPadShortcut
+
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+
+
+class Parts(NamedTuple):
+    """A block taken apart. `convs` and `norms` end with the projection's when there is one."""
+
+    convs: list[nn.Conv2d]
+    norms: list[nn.Module]
+    shortcut: str
+
+
+def parts(block: nn.Module) -> Parts | str:
+    """The block's parts, or why its structure cannot be fused."""
+    names = ["1", "2", "3"] if hasattr(block, "conv3") else ["1", "2"]
+    convs = [getattr(block, f"conv{n}") for n in names]
+    norms = [getattr(block, f"bn{n}") for n in names]
+    downsample = block.downsample
+    if downsample is None:
+        return Parts(convs, norms, "identity")
+    if type(downsample) is ZeroPadShortcut:
+        return Parts(convs, norms, "zero_pad")
+    if type(downsample) is nn.Sequential and len(downsample) == 2:
+        return Parts([*convs, downsample[0]], [*norms, downsample[1]], "projection")
+    return f"downsample: expected None, Sequential(Conv2d, BatchNorm2d) or ZeroPadShortcut, got {_name(downsample)}"
+
+
+def _name(module: object) -> str:
+    return type(module).__name__
+
+
+def inner_modules(block: nn.Module, p: Parts) -> Iterator[tuple[str, nn.Module]]:
+    """Every module that the fused forward bypasses."""
+    n = len(p.convs) - (p.shortcut == "projection")
+    for i in range(n):
+        yield f"conv{i + 1}", p.convs[i]
+        yield f"bn{i + 1}", p.norms[i]
+    yield "relu", block.relu
+    if block.downsample is not None:
+        yield "downsample", block.downsample
+    if p.shortcut == "projection":
+        yield "downsample.0", p.convs[-1]
+        yield "downsample.1", p.norms[-1]
+
+
+def hook_on(module: nn.Module) -> str | None:
+    """The kind of hook or override the module carries, if any."""
+    if module._forward_pre_hooks:
+        return "a forward pre-hook"
+    if module._forward_hooks:
+        return "a forward hook"
+    if module._backward_hooks or module._backward_pre_hooks:
+        return "a backward hook"
+    if "forward" in module.__dict__:
+        return "a forward of its own"
+    return None
+
+
+def structure(block: nn.Module) -> str | None:
+    """Why the block cannot be fused whatever its input, or None."""
+    p = parts(block)
+    if isinstance(p, str):
+        return p
+    for name, module in inner_modules(block, p):
+        hook = hook_on(module)
+        if hook:
+            return f"{name} carries {hook}"
+    if type(block.relu) is not nn.ReLU:
+        return f"relu: expected ReLU, got {_name(block.relu)}"
+    for i, (conv, bn) in enumerate(zip(p.convs, p.norms, strict=True)):
+        reason = _conv(conv, p, i) or _batch_norm(bn)
+        if reason:
+            where = f"{i + 1}" if i < 3 and not (p.shortcut == "projection" and i == len(p.convs) - 1) else "downsample"
+            return f"{where}: {reason}" if where == "downsample" else f"conv{where}/bn{where}: {reason}"
+    return None
+
+
+def _conv(conv: nn.Module, p: Parts, i: int) -> str | None:
+    base = parametrize.type_before_parametrizations(conv)
+    if base is not nn.Conv2d:
+        return f"expected Conv2d, got {_name(conv)}"
+    if conv.bias is not None:
+        return "the convolution has a bias"
+    if conv.padding_mode != "zeros":
+        return f"expected padding_mode 'zeros', got {conv.padding_mode!r}"
+    if conv.kernel_size[0] != conv.kernel_size[1] or conv.kernel_size[0] % 2 == 0:
+        return f"expected an odd square filter, got {conv.kernel_size}"
+    same = conv.stride[0] == conv.stride[1] and conv.dilation[0] == conv.dilation[1]
+    padding = conv.dilation[0] * (conv.kernel_size[0] // 2)
+    if not same or conv.padding not in ((padding, padding), padding):
+        return (f"expected equal strides and dilations and padding {padding}, got stride {conv.stride}, "
+                f"dilation {conv.dilation}, padding {conv.padding}")
+    return None
+
+
+def _batch_norm(bn: nn.Module) -> str | None:
+    if parametrize.type_before_parametrizations(bn) not in BATCH_NORMS:
+        return f"expected one of {', '.join(c.__name__ for c in BATCH_NORMS)}, got {_name(bn)}"
+    if bn.running_mean is None or bn.running_var is None:
+        return "the batch norm keeps no running statistics"
+    return None
+
+
+def statistics(block: nn.Module) -> str | None:
+    """Why the batch norms' statistics are not known beforehand, or None."""
+    p = parts(block)
+    assert isinstance(p, Parts)
+    for bn in p.norms:
+        if bn.training and not isinstance(bn, FrozenBatchNorm2d):
+            return "a batch norm uses batch statistics (training mode)"
+    return None
+
+
+def context(x: Tensor) -> str | None:
+    """Why what is being done to the model needs to see the plain chain, or None."""
+    if isinstance(x, torch.fx.Proxy):
+        return "the model is being traced by FX"
+    if torch.onnx.is_in_onnx_export():
+        return "the model is being exported to ONNX"
+    if torch.compiler.is_compiling():
+        return None
+    if torch.jit.is_tracing():
+        return "the model is being traced by TorchScript"
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks or nn_module._global_backward_hooks \
+            or nn_module._global_backward_pre_hooks:
+        return "a global module hook is registered"
+    return None
+
+
+def tensors(block: nn.Module, x: Tensor) -> str | None:
+    """Why these tensors cannot be fused, or None. Wrong ones are left to the plain chain, which raises torch's error."""
+    p = parts(block)
+    assert isinstance(p, Parts)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and type(x) is not Tensor and type(x) is not nn.Parameter:
+        return f"x: expected a Tensor, got {_name(x)}"
+    if x.dim() != 4 or not x.dtype.is_floating_point:
+        return f"x: expected (N, C, H, W) of a floating dtype, got {tuple(x.shape)} in {x.dtype}"
+    if x.device.type not in ("cpu", "cuda"):
+        return f"x: expected it on cpu or cuda, got {x.device}"
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        if x.dtype != dtype:
+            return f"x: expected {dtype} under autocast, got {x.dtype}"
+    channels, sizes = x.shape[1], x.shape[2:]
+    for i, (conv, bn) in enumerate(zip(p.convs, p.norms, strict=True)):
+        weight = conv.weight
+        if not compiling and type(weight) not in (Tensor, nn.Parameter):
+            return f"a weight is a {_name(weight)}"
+        if weight.device != x.device or bn.running_mean.device != x.device:
+            return f"expected weights and statistics on {x.device}, as x, got {weight.device}"
+        if weight.dtype != dtype and not (torch.is_autocast_enabled(x.device.type) and weight.is_floating_point()):
+            return f"expected weights in {dtype}, as x, got {weight.dtype}"
+        projection = p.shortcut == "projection" and i == len(p.convs) - 1
+        expected = x.shape[1] if projection else channels
+        if weight.shape[1] * conv.groups != expected:
+            return f"expected {weight.shape[1] * conv.groups} channels, got {expected}"
+        channels = weight.shape[0]
+        if not projection:
+            g = same_padding(weight, conv.stride[0], conv.dilation[0], conv.groups)
+            sizes = tuple(g.output_size(n, weight.shape[2]) for n in sizes)
+    if p.shortcut == "identity" and (p.convs[-1].weight.shape[0], *sizes) != tuple(x.shape[1:]):
+        return f"identity shortcut: expected a result of {tuple(x.shape[1:])}"
+    return None
+
+
+def why_plain(block: nn.Module, x: Tensor) -> str | None:
+    """Why the block's forward runs as the plain chain of torch modules for this input, or None if it runs fused."""
+    return context(x) or structure(block) or statistics(block) or tensors(block, x)

@@ -1,0 +1,274 @@
+"""The residual block with known statistics as one op, and its gradient.
+
+    h_0 = x;  h_i = relu(a_i * conv(h_{i-1}, W_i) + b_i)  for i < n
+    y = relu(a_n * conv(h_{n-1}, W_n) + b_n + shortcut(x))
+    shortcut(x) = x  |  a_s * conv(x, W_s) + b_s  |  x subsampled, zero channels appended
+
+Bottleneck and basic block are this with n = 3 and n = 2. Scales and shifts come from batch norms with running
+statistics (`batch_norm.affine_of`), whose own gradients autograd derives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backends import select
+from ..backends.contract import Backend, Call, Epilogue, Geometry, Operand, Packed, Product, wide
+
+SHORTCUTS = ("identity", "projection", "zero_pad")
+
+
+def same_padding(weight: Tensor, stride: int, dilation: int, groups: int) -> Geometry:
+    """The geometry of a block's convolution: an odd filter, padded so that stride 1 keeps the map's size."""
+    return Geometry(stride, dilation * (weight.shape[2] // 2), dilation, groups)
+
+
+def zero_pad(x: Tensor, stride: int, channels: int) -> Tensor:
+    """Option A: every stride-th row and column, zero channels appended up to `channels`."""
+    return F.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, 0, channels - x.shape[1]))
+
+
+def _total_stride(geometries: Sequence[Geometry]) -> int:
+    stride = 1
+    for g in geometries:
+        stride *= g.stride
+    return stride
+
+
+def call_of_block(
+    device: torch.device, dtype: torch.dtype, weights: Sequence[tuple[int, ...]], geometries: Sequence[Geometry],
+    shortcut: str,
+) -> Call:
+    """What a backend must be able to do to run the block; metadata for `select`."""
+    needs = {"conv", "two_products" if shortcut == "projection" else "residual"}
+    return Call(device, dtype, frozenset(needs), tuple(zip(weights, geometries, strict=True)))
+
+
+def run(
+    backend: Backend, x: Tensor, weights: Sequence[Packed], shifts: Sequence[Tensor],
+    geometries: Sequence[Geometry], shortcut: str, overwrite: bool = False,
+) -> Tensor:
+    """The block by a backend's primitives. `overwrite`: y may take x's memory."""
+    whole = getattr(backend, "residual_block", None)
+    if whole is not None:
+        return whole(x, weights, shifts, geometries, shortcut, overwrite)
+    last = len(weights) - (2 if shortcut == "projection" else 1)
+    h = x
+    for i in range(last):
+        h, _ = backend.conv([Product(Operand(h), weights[i], geometries[i])], Epilogue(shifts[i], relu=True))
+    products = [Product(Operand(h), weights[last], geometries[last])]
+    shift, residual = shifts[last], None
+    if shortcut == "projection":
+        products.append(Product(Operand(x), weights[-1], geometries[-1]))
+        shift = shift + shifts[-1]
+    elif shortcut == "zero_pad":
+        residual = Operand(zero_pad(x, _total_stride(geometries), shift.shape[0]))
+    else:
+        residual = Operand(x)
+    y, _ = backend.conv(products, Epilogue(shift, residual, relu=True, overwrite=overwrite))
+    return y
+
+
+def image_bytes(x_shape: Sequence[int], weights: Sequence[Sequence[int]], geometries: Sequence[Geometry],
+                itemsize: int) -> int:
+    """The largest activation beside its successor, of one image going through convolutions that follow each other
+    (a projection counted as the last of them)."""
+    C, H, W = x_shape[1:]
+    sizes = [C * H * W]
+    for w, g in zip(weights, geometries, strict=True):
+        H, W = g.output_size(H, w[2]), g.output_size(W, w[3])
+        sizes.append(w[0] * H * W)
+    return itemsize * max(a + b for a, b in zip(sizes, sizes[1:], strict=False))
+
+
+def in_chunks(x: Tensor, images: int | None, function) -> Tensor:  # type: ignore[no-untyped-def]
+    """function(x), computed `images` images at a time; function is per image and keeps the dtype of its first
+    result for all."""
+    N = x.shape[0]
+    if images is None or images >= N:
+        return function(x)
+    first = function(x[:images])
+    y = torch.empty((N, *first.shape[1:]), dtype=first.dtype, device=first.device,
+                    memory_format=torch.channels_last)
+    y[:images].copy_(first)
+    del first
+    for n in range(images, N, images):
+        y[n : n + images].copy_(function(x[n : n + images]))
+    return y
+
+
+def _geometries(weights: Sequence[Tensor], strides: Sequence[int], dilations: Sequence[int],
+                groups: Sequence[int]) -> list[Geometry]:
+    return [same_padding(w, *sdg) for w, *sdg in zip(weights, strides, dilations, groups, strict=True)]
+
+
+def _forward(
+    x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], shifts: Sequence[Tensor],
+    strides: Sequence[int], dilations: Sequence[int], groups: Sequence[int], shortcut: str,
+) -> Tensor:
+    geometries = _geometries(weights, strides, dilations, groups)
+    shapes = [tuple(w.shape) for w in weights]
+    backend = select.choose(call_of_block(x.device, x.dtype, shapes, geometries, shortcut))
+    dtype = backend.compute_dtype(x.dtype)
+    # The chain without its projection: what follows each other.
+    n = len(weights) - (shortcut == "projection")
+    images = backend.images_per_pass(image_bytes(x.shape, shapes[:n], geometries[:n], dtype.itemsize))
+    with torch.autocast(x.device.type, enabled=False):
+        C, H, W = x.shape[1:]
+        count = min(images or x.shape[0], x.shape[0])
+        packed = []
+        for i, (w, a, g) in enumerate(zip(weights, scales, geometries, strict=True)):
+            if i == n:
+                C, H, W = x.shape[1:]
+            packed.append(backend.pack(w, a, g, (count, C, H, W)))
+            C, H, W = w.shape[0], g.output_size(H, w.shape[2]), g.output_size(W, w.shape[3])
+        shifts = [b.to(wide(dtype)) for b in shifts]
+
+        def block(part: Tensor) -> Tensor:
+            part = part.to(dtype).contiguous(memory_format=torch.channels_last)
+            return run(backend, part, packed, shifts, geometries, shortcut)
+
+        return in_chunks(x, images, block).to(x.dtype)
+
+
+def _fake(
+    x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], shifts: Sequence[Tensor],
+    strides: Sequence[int], dilations: Sequence[int], groups: Sequence[int], shortcut: str,
+) -> Tensor:
+    n = len(weights) - (shortcut == "projection")
+    H, W = x.shape[2:]
+    for w, g in list(zip(weights, _geometries(weights, strides, dilations, groups), strict=True))[:n]:
+        H, W = g.output_size(H, w.shape[2]), g.output_size(W, w.shape[3])
+    return x.new_empty((x.shape[0], weights[n - 1].shape[0], H, W)).to(memory_format=torch.channels_last)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weights, scales, shifts, strides, dilations, groups, shortcut = inputs
+    ctx.save_for_backward(x, output, *weights, *scales, *shifts)
+    ctx.meta = len(weights), strides, dilations, groups, shortcut
+
+
+def _conv_grad(dz: Tensor, h: Tensor, w: Tensor, a: Tensor, g: Geometry) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of z = a * conv(h, w) + b: (dh, dw, da, db). da needs no conv(h, w): it is sum(G * w) for G = dz's own weight
+    gradient, as conv is linear in w. torch computes the sums of 16-bit gradients in fp32 and rounds them."""
+    to = torch.channels_last
+    folded = (w.to(a.dtype) * a[:, None, None, None]).to(w.dtype)
+    dh, G, _ = torch.ops.aten.convolution_backward(
+        dz.contiguous(memory_format=to), h, folded, None, [g.stride] * 2, [g.padding] * 2, [g.dilation] * 2, False,
+        [0, 0], g.groups, [True, True, False])
+    G = G.to(a.dtype)
+    dw = (G * a[:, None, None, None]).to(w.dtype)
+    return dh, dw, (G * w.to(a.dtype)).sum((1, 2, 3)), dz.sum((0, 2, 3), dtype=a.dtype)
+
+
+def _backward(ctx, dy: Tensor):  # type: ignore[no-untyped-def]
+    """Recomputes the h_i from x (only x and y are kept), then the chain rule, in differentiable torch ops."""
+    count, strides, dilations, groups, shortcut = ctx.meta
+    x, y, *rest = ctx.saved_tensors
+    weights, scales, shifts = rest[:count], rest[count : 2 * count], rest[2 * count :]
+    geometries = _geometries(weights, strides, dilations, groups)
+    last = count - (2 if shortcut == "projection" else 1)
+    hs = [x]
+    for w, a, b, g in list(zip(weights, scales, shifts, geometries, strict=True))[:last]:
+        c = F.conv2d(hs[-1], w, None, *g)
+        hs.append(torch.relu(torch.addcmul(b[:, None, None], a[:, None, None], c.to(a.dtype))).to(x.dtype))
+    dz = torch.where(y <= 0, 0, dy)  # a NaN's gradient passes, as through torch's relu
+    grads: list[tuple[Tensor, Tensor, Tensor]] = [None] * count  # type: ignore[list-item]
+    if shortcut == "projection":
+        dx, *grads[-1] = _conv_grad(dz, x, weights[-1], scales[-1], geometries[-1])  # type: ignore[call-overload]
+    elif shortcut == "zero_pad":
+        dx = torch.zeros_like(x)
+        s = _total_stride(geometries)
+        dx[:, :, ::s, ::s] = dz[:, : x.shape[1]]
+    else:
+        dx = dz
+    d = dz
+    for i in range(last, -1, -1):
+        d, *grads[i] = _conv_grad(d, hs[i], weights[i], scales[i], geometries[i])  # type: ignore[call-overload]
+        d = torch.where(hs[i] <= 0, 0, d) if i else d
+    dweights, dscales, dshifts = (list(t) for t in zip(*grads, strict=True))
+    return dx + d, dweights, dscales, dshifts, None, None, None, None
+
+
+LIBRARY = torch.library.Library("resnet_kernels", "DEF")
+LIBRARY.define(
+    "residual_block(Tensor x, Tensor[] weights, Tensor[] scales, Tensor[] shifts, int[] strides, int[] dilations, "
+    "int[] groups, str shortcut) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+LIBRARY.impl("residual_block", _forward, "CompositeExplicitAutograd")
+torch.library.register_fake("resnet_kernels::residual_block", _fake, lib=LIBRARY)
+torch.library.register_autograd("resnet_kernels::residual_block", _backward, setup_context=_setup_context, lib=LIBRARY)
+
+
+def residual_block(
+    x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], shifts: Sequence[Tensor],
+    strides: Sequence[int], dilations: Sequence[int], groups: Sequence[int], shortcut: str = "identity",
+) -> Tensor:
+    """y = relu(a_n * conv(... relu(a_1 * conv(x, W_1) + b_1) ..., W_n) + b_n + shortcut(x))
+
+    Args:
+        x: (N, C, H, W) fp64|fp32|bf16|fp16, channels_last (converted if not).
+        weights: the chain's (K, C/groups, R, S), odd R = S, in x's dtype; with shortcut "projection" the
+            projection's (K, C, 1, 1) last. Padding is dilation * (R // 2).
+        scales, shifts: per weight a (K,) pair in fp32 (fp64 for fp64 x): of a batch norm, weight / sqrt(var + eps)
+            and bias - mean * scale.
+        strides, dilations, groups: one int per weight.
+        shortcut: "identity", "projection" or "zero_pad" (option A: x subsampled, zero channels appended).
+    Returns:
+        y: (N, K, P, Q) in x's dtype, channels_last.
+    Raises:
+        TypeError, ValueError: dtypes or shapes do not fit, before anything runs.
+        BackendUnavailable: the backend that was named cannot run it.
+    Numerics: accumulation, scale, shift and residual add in fp32, intermediates rounded to x's dtype (kept in fp32 by
+        CPUs without 16-bit arithmetic). aten and cpu fold the scale into the weight. ReLU propagates NaN. The backward
+        recomputes the chain from x; it is made of differentiable torch ops.
+    """
+    _check(x, weights, scales, shifts, strides, dilations, groups, shortcut)
+    op = torch.ops.resnet_kernels.residual_block
+    return op(x, weights, scales, shifts, strides, dilations, groups, shortcut)
+
+
+def _check(x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], shifts: Sequence[Tensor],
+           strides: Sequence[int], dilations: Sequence[int], groups: Sequence[int], shortcut: str) -> None:
+    if shortcut not in SHORTCUTS:
+        raise ValueError(f"shortcut: expected one of {', '.join(SHORTCUTS)}, got {shortcut!r}")
+    lengths = {len(v) for v in (weights, scales, shifts, strides, dilations, groups)}
+    least = 2 if shortcut == "projection" else 1
+    if len(lengths) != 1 or lengths.pop() < least:
+        got = [len(v) for v in (weights, scales, shifts, strides, dilations, groups)]
+        raise ValueError(f"expected one weight, scale, shift, stride, dilation and groups per convolution, "
+                         f"at least {least}, got {got}")
+    if x.dim() != 4:
+        raise ValueError(f"x: expected (N, C, H, W), got {tuple(x.shape)}")
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
+    sizes = tuple(x.shape)
+    for i, (w, a, b) in enumerate(zip(weights, scales, shifts, strict=True)):
+        projection = shortcut == "projection" and i == len(weights) - 1
+        if w.dim() != 4 or w.shape[2] != w.shape[3] or w.shape[2] % 2 == 0:
+            raise ValueError(f"weights[{i}]: expected (K, C, R, R) with R odd, got {tuple(w.shape)}")
+        for name, t, dtype in ((f"weights[{i}]", w, x.dtype), (f"scales[{i}]", a, wide(x.dtype)),
+                               (f"shifts[{i}]", b, wide(x.dtype))):
+            if t.dtype != dtype:
+                raise TypeError(f"{name}: expected {dtype} beside x in {x.dtype}, got {t.dtype}")
+            if t.device != x.device:
+                raise ValueError(f"{name}: expected it on {x.device}, as x, got {t.device}")
+        if a.shape != w.shape[:1] or b.shape != w.shape[:1]:
+            raise ValueError(f"scales[{i}], shifts[{i}]: expected ({w.shape[0]},), got {tuple(a.shape)}, {tuple(b.shape)}")
+        C, H, W = (x.shape if projection else sizes)[1:]
+        if C != w.shape[1] * groups[i] or w.shape[0] % groups[i]:
+            raise ValueError(f"weights[{i}]: {tuple(w.shape)} with groups={groups[i]} does not fit {C} channels")
+        g = same_padding(w, strides[i], dilations[i], groups[i])
+        out = (x.shape[0], w.shape[0], g.output_size(H, w.shape[2]), g.output_size(W, w.shape[3]))
+        if projection and out != sizes:
+            raise ValueError(f"shortcut: expected a projection to {sizes}, got {out}")
+        sizes = out
+    if shortcut == "identity" and sizes != tuple(x.shape):
+        raise ValueError(f"shortcut: identity needs y of x's sizes {tuple(x.shape)}, got {sizes}")
+    if shortcut == "zero_pad" and sizes[1] < x.shape[1]:
+        raise ValueError(f"shortcut: zero_pad needs at least x's {x.shape[1]} channels in y, got {sizes[1]}")

@@ -1,0 +1,19 @@
+"""The stem of a ResNet in inference: y = max_pool(relu(a * conv(x, W) + b))."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends.contract import Backend, Call, Epilogue, Geometry, Operand, Packed, Pool, Product
+
+
+def call_of_stem(device: torch.device, dtype: torch.dtype, weight: tuple[int, ...], geometry: Geometry) -> Call:
+    return Call(device, dtype, frozenset({"conv", "bn_pass", "pool"}), ((weight, geometry),))
+
+
+def run(backend: Backend, x: Tensor, weight: Packed, shift: Tensor, geometry: Geometry, pool: Pool) -> Tensor:
+    """ReLU moves behind the convolution into the pooling pass: one pass less over the largest map of the network."""
+    c, _ = backend.conv([Product(Operand(x), weight, geometry)], Epilogue(shift))
+    y, _ = backend.bn_pass(Operand(c), Epilogue(relu=True), pool)
+    return y
