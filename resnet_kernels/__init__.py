@@ -3,5 +3,19 @@
 from . import nn, ops
 from .backends.contract import BackendUnavailable
 from .backends.select import use_backend
+from .inference import FrozenModel, freeze
+from .replace import ReplacementReport, replace_blocks, restore_blocks
 
-__all__ = ["BackendUnavailable", "nn", "ops", "use_backend"]
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailable",
+    "FrozenModel",
+    "ReplacementReport",
+    "freeze",
+    "nn",
+    "ops",
+    "replace_blocks",
+    "restore_blocks",
+    "use_backend",
+]

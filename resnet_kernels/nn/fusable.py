@@ -14,7 +14,7 @@ from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrize
 from torchvision.ops import FrozenBatchNorm2d
 
-from ..ops.residual_block import same_padding
+from ..ops.block import same_padding
 from .shortcuts import ZeroPadShortcut
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
@@ -86,14 +86,15 @@ def structure(block: nn.Module) -> str | None:
     if type(block.relu) is not nn.ReLU:
         return f"relu: expected ReLU, got {_name(block.relu)}"
     for i, (conv, bn) in enumerate(zip(p.convs, p.norms, strict=True)):
-        reason = _conv(conv, p, i) or _batch_norm(bn)
-        if reason:
-            where = f"{i + 1}" if i < 3 and not (p.shortcut == "projection" and i == len(p.convs) - 1) else "downsample"
-            return f"{where}: {reason}" if where == "downsample" else f"conv{where}/bn{where}: {reason}"
+        projection = p.shortcut == "projection" and i == len(p.convs) - 1
+        for name, reason in ((f"conv{i + 1}", convolution(conv)), (f"bn{i + 1}", batch_norm(bn))):
+            if reason:
+                return f"{'downsample' if projection else name}: {reason}"
     return None
 
 
-def _conv(conv: nn.Module, p: Parts, i: int) -> str | None:
+def convolution(conv: nn.Module) -> str | None:
+    """Why the convolution is not one that is computed here, or None."""
     base = parametrize.type_before_parametrizations(conv)
     if base is not nn.Conv2d:
         return f"expected Conv2d, got {_name(conv)}"
@@ -111,7 +112,8 @@ def _conv(conv: nn.Module, p: Parts, i: int) -> str | None:
     return None
 
 
-def _batch_norm(bn: nn.Module) -> str | None:
+def batch_norm(bn: nn.Module) -> str | None:
+    """Why the batch norm is not an affine map by its running statistics, or None."""
     if parametrize.type_before_parametrizations(bn) not in BATCH_NORMS:
         return f"expected one of {', '.join(c.__name__ for c in BATCH_NORMS)}, got {_name(bn)}"
     if bn.running_mean is None or bn.running_var is None:

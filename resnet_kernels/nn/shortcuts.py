@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from ..ops.residual_block import zero_pad
+from ..ops.block import zero_pad
 
 
 class ZeroPadShortcut(nn.Module):

@@ -1,5 +1,5 @@
 """Differentiable fused ops over the primitives of `backends.contract`."""
 
-from .residual_block import residual_block
+from .block import residual_block
 
 __all__ = ["residual_block"]

@@ -1,0 +1,315 @@
+"""freeze: a model for inference only, its residual blocks folded, packed and run depth first.
+
+What is fused: every torchvision residual block (or ours) and, in a torchvision ResNet or a backbone cut out of one,
+the stem. A whole ResNet's trunk becomes one `FrozenTrunk`; elsewhere each stage does. Everything else is copied.
+
+A trunk runs its blocks depth first over a few images at a time, so the activations in flight are those of a few
+images, whatever the batch. They come from the allocator and are gone at the end of the call: the model holds only
+weights that never change, and may be called from several threads.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torchvision.models import resnet
+from torchvision.models._utils import IntermediateLayerGetter
+
+from .backends import select
+from .backends.contract import Backend, BackendUnavailable, Geometry, Packed, Pool, wide
+from .nn import BasicBlock, Bottleneck, fusable
+from .ops import block as block_op
+from .ops import stem as stem_op
+from .ops.batch_norm import affine_of
+
+STEM = ("conv1", "bn1", "relu", "maxpool")
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A packed stem or block of a trunk, and the geometry to plan it by."""
+
+    name: str
+    backend: Backend
+    weights: tuple[Packed, ...]
+    shifts: tuple[Tensor, ...]
+    geometries: tuple[Geometry, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    shortcut: str | None = None
+    pool: Pool | None = None
+
+    @property
+    def chain(self) -> int:
+        """How many of the convolutions follow each other: all but a projection."""
+        return len(self.weights) - (self.shortcut == "projection")
+
+    def __call__(self, x: Tensor, overwrite: bool) -> Tensor:
+        if self.pool is not None:
+            return stem_op.run(self.backend, x, self.weights[0], self.shifts[0], self.geometries[0], self.pool)
+        assert self.shortcut is not None
+        return block_op.run(self.backend, x, self.weights, self.shifts, self.geometries, self.shortcut, overwrite)
+
+    def output_size(self, size: tuple[int, ...]) -> tuple[int, int, int]:
+        K, H, W = size
+        for shape, g in list(zip(self.shapes, self.geometries, strict=True))[: self.chain]:
+            K, H, W = shape[0], g.output_size(H, shape[2]), g.output_size(W, shape[3])
+        if self.pool is not None:
+            g = Geometry(self.pool.stride, self.pool.padding)
+            H, W = g.output_size(H, self.pool.kernel), g.output_size(W, self.pool.kernel)
+        return K, H, W
+
+
+class FrozenTrunk(nn.Module):
+    """Steps that follow each other, over chunks of images. x: (N, C, H, W) in any memory format."""
+
+    def __init__(self, steps: list[Step], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.steps = steps
+        self.dtype = dtype
+
+    def _run(self, x: Tensor) -> Tensor:
+        x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        for i, step in enumerate(self.steps):
+            # The first step's operand is the caller's; every later one is ours to reuse.
+            x = step(x, overwrite=i > 0)
+        return x
+
+    def images_per_pass(self, x: Tensor) -> int | None:
+        size, largest = tuple(x.shape[1:]), 0
+        for step in self.steps:
+            n = step.chain
+            largest = max(largest, block_op.image_bytes((1, *size), step.shapes[:n], step.geometries[:n],
+                                                        self.dtype.itemsize))
+            size = step.output_size(size)
+        return self.steps[0].backend.images_per_pass(largest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        C = self.steps[0].shapes[0][1] * self.steps[0].geometries[0].groups
+        if x.dim() != 4 or x.shape[1] != C or not x.dtype.is_floating_point:
+            raise ValueError(f"x: expected (N, {C}, H, W) of a floating dtype, got {tuple(x.shape)} in {x.dtype}")
+        device = self.steps[0].shifts[0].device
+        if x.device != device:
+            raise ValueError(f"x: expected it on {device}, where the model was frozen, got {x.device}")
+        return block_op.in_chunks(x, self.images_per_pass(x), self._run)
+
+    def extra_repr(self) -> str:
+        return f"{', '.join(s.name for s in self.steps)}; {self.steps[0].backend.NAME}, {self.dtype}"
+
+
+class FrozenModel(nn.Module):
+    """What `freeze` returns. Call it like the model it came from; inputs may be of any floating dtype.
+
+    fused: names of the blocks and stems that were folded. left: name -> why a residual block was copied as it was.
+    """
+
+    def __init__(self, source: nn.Module, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        # In a tuple, so that the source is no submodule: its weights are not this model's.
+        self._source = (source,)
+        self._asked = dtype
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Fold and pack the source model's weights and statistics as they are now. A call that is running in
+        another thread finishes with the old ones."""
+        built = _Freezer(self._source[0], self._asked)
+        self.fused, self.left, self.dtype = tuple(built.fused), built.left, built.dtype
+        self.net = built.net
+
+    def train(self, mode: bool = True) -> FrozenModel:
+        if mode:
+            raise RuntimeError("a frozen model is for inference only; train the model it was made from, then refresh()")
+        return super().train(False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        cast = _caster(self.compute_dtype)
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            args, kwargs = pytree.tree_map(cast, (args, kwargs))
+            return pytree.tree_map(_caster(self.dtype), self.net(*args, **kwargs))
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return next((m.dtype for m in self.net.modules() if isinstance(m, FrozenTrunk)), self.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return next(m.steps[0].shifts[0].device for m in self.net.modules() if isinstance(m, FrozenTrunk))
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        # Packed weights belong to this process; a copy or an unpickled model packs its own.
+        return FrozenModel, (self._source[0], self._asked)
+
+    def __deepcopy__(self, memo: dict) -> FrozenModel:
+        return FrozenModel(copy.deepcopy(self._source[0], memo), self._asked)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> FrozenModel:
+        raise RuntimeError("a frozen model cannot be moved or cast; move the model it was made from and freeze that")
+
+
+def _caster(dtype: torch.dtype) -> Callable[[Any], Any]:
+    return lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t
+
+
+class _Freezer:
+    """Builds the frozen copy of a model. Copying is `copy.deepcopy`'s, told beforehand what stands for what."""
+
+    def __init__(self, source: nn.Module, dtype: torch.dtype | None) -> None:
+        parameter = next(source.parameters(), None)
+        if parameter is None:
+            raise ValueError(f"model: expected a module with parameters, got {type(source).__name__}")
+        self.dtype = dtype or parameter.dtype
+        if not self.dtype.is_floating_point:
+            raise TypeError(f"dtype: expected a floating dtype, got {self.dtype}")
+        self.device = parameter.device
+        self.fused: list[str] = []
+        self.left: dict[str, str] = {}
+        self.memo: dict[int, Any] = {}  # id of a module -> what stands for it in the copy, as deepcopy wants it
+        self.planned: set[int] = set()  # ids of modules below one that is in memo
+        self.compute_dtype = self.dtype
+        with torch.no_grad():
+            self._plan(source)
+            if not self.fused:
+                reasons = "".join(f"; {name}: {reason}" for name, reason in self.left.items())
+                raise ValueError(f"model: expected torchvision residual blocks that can be folded, found none{reasons}")
+            self.net = copy.deepcopy(source, self.memo).eval()
+            # All that is not a trunk (whose weights are no parameters) computes in the same dtype as the trunks.
+            self.net.to(self.compute_dtype)
+
+    def _plan(self, source: nn.Module) -> None:
+        for name, module in source.named_modules():
+            if id(module) in self.memo or id(module) in self.planned:
+                continue
+            prefix = f"{name}." if name else ""
+            if type(module) is resnet.ResNet and not fusable.hook_on(module):
+                self._trunk(module, prefix)
+            elif type(module) is IntermediateLayerGetter:
+                self._put_stem(module, prefix)
+            if type(module) is nn.Sequential and not fusable.hook_on(module):
+                self._sequence(module, name, prefix)
+            elif isinstance(module, (resnet.BasicBlock, resnet.Bottleneck)):
+                step = self._block(module, name)
+                if step:
+                    self.memo[id(module)] = self._make([step])
+
+    def _make(self, steps: list[Step]) -> FrozenTrunk:
+        self.fused += [step.name for step in steps]
+        self.compute_dtype = steps[0].backend.compute_dtype(self.dtype)
+        return FrozenTrunk(steps, self.compute_dtype)
+
+    def _trunk(self, model: resnet.ResNet, prefix: str) -> None:
+        """Stem and all stages in one, if every block of every stage can be; the stem alone otherwise."""
+        steps, left = [self._stem(model, prefix)], dict(self.left)
+        stages = [getattr(model, f"layer{i}") for i in (1, 2, 3, 4)]
+        for i, stage in enumerate(stages):
+            whole = type(stage) is nn.Sequential and not fusable.hook_on(stage)
+            steps += [self._block(b, f"{prefix}layer{i + 1}.{n}") for n, b in stage.named_children()] if whole else [None]
+        self.left = left
+        if None in steps:
+            self._put_stem(model, prefix)
+            return
+        self.memo[id(model.conv1)] = self._make([step for step in steps if step])
+        for module in (model.bn1, model.relu, model.maxpool, *stages):
+            self.memo[id(module)] = nn.Identity()
+            self.planned.update(id(m) for m in module.modules())
+
+    def _put_stem(self, model: nn.Module, prefix: str) -> None:
+        step = self._stem(model, prefix)
+        if step:
+            self.memo[id(model.conv1)] = self._make([step])
+            for name in STEM[1:]:
+                self.memo[id(getattr(model, name))] = nn.Identity()
+
+    def _sequence(self, module: nn.Sequential, name: str, prefix: str) -> None:
+        """A Sequential of nothing but blocks becomes one trunk."""
+        blocks = dict(module.named_children())
+        if not blocks or not all(isinstance(b, (resnet.BasicBlock, resnet.Bottleneck)) for b in blocks.values()):
+            return
+        left = dict(self.left)
+        steps = [self._block(b, prefix + n) for n, b in blocks.items()]
+        self.left = left
+        if None not in steps:
+            self.memo[id(module)] = self._make([step for step in steps if step])
+            self.planned.update(id(b) for b in blocks.values())
+
+    def _pack(self, name: str, convs: list, norms: list, call: Callable, **kind: Any) -> Step:
+        geometries = tuple(Geometry(c.stride[0], _padding(c), c.dilation[0], c.groups) for c in convs)
+        shapes = tuple(tuple(c.weight.shape) for c in convs)
+        backend = select.choose(call(self.device, self.dtype, shapes, geometries))
+        packed, shifts = [], []
+        for conv, bn, g, shape in zip(convs, norms, geometries, shapes, strict=True):
+            a, b = affine_of(bn)
+            shifts.append(b.to(wide(self.dtype)))
+            # oneDNN lays out by the channels; the size of the map, unknown here, hardly matters.
+            packed.append(backend.pack(conv.weight.detach().to(self.dtype), a.to(wide(self.dtype)), g,
+                                       (4, shape[1] * g.groups, 28, 28)))
+        return Step(name, backend, tuple(packed), tuple(shifts), geometries, shapes, **kind)
+
+    def _block(self, block: nn.Module, name: str) -> Step | None:
+        known = type(block) in (resnet.BasicBlock, resnet.Bottleneck, BasicBlock, Bottleneck)
+        reason = None if known else f"{type(block).__qualname__} is a subclass and may compute something else"
+        hook = fusable.hook_on(block)
+        reason = reason or (f"it carries {hook}" if hook else None)
+        reason = reason or fusable.structure(block) or fusable.statistics(block)
+        if reason:
+            self.left[name] = reason
+            return None
+        p = fusable.parts(block)
+        assert isinstance(p, fusable.Parts)
+
+        def call(*metadata: Any) -> Any:
+            return block_op.call_of_block(*metadata, p.shortcut)
+
+        return self._pack(name, p.convs, p.norms, call, shortcut=p.shortcut)
+
+    def _stem(self, model: nn.Module, prefix: str) -> Step | None:
+        if not all(hasattr(model, name) for name in STEM):
+            return None
+        conv, bn, relu, pool = (getattr(model, name) for name in STEM)
+        reason = fusable.convolution(conv) or fusable.batch_norm(bn)
+        if any(fusable.hook_on(m) for m in (conv, bn, relu, pool)) or bn.training or type(relu) is not nn.ReLU:
+            return None
+        square = type(pool) is nn.MaxPool2d and all(isinstance(v, int) for v in (pool.kernel_size, pool.stride, pool.padding))
+        if reason or not square or pool.dilation != 1 or pool.ceil_mode or pool.return_indices:
+            return None
+
+        def call(device: torch.device, dtype: torch.dtype, shapes: tuple, geometries: tuple) -> Any:
+            return stem_op.call_of_stem(device, dtype, shapes[0], geometries[0])
+
+        try:
+            return self._pack(f"{prefix}stem", [conv], [bn], call, pool=Pool(pool.kernel_size, pool.stride, pool.padding))
+        except BackendUnavailable:
+            # Named for the blocks, and without a pooling pass: the stem is copied.
+            return None
+
+
+def _padding(conv: nn.Conv2d) -> int:
+    return conv.dilation[0] * (conv.kernel_size[0] // 2)
+
+
+def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> FrozenModel:
+    """A copy of the model for inference: batch norms folded, weights packed for the processor, blocks and stem fused.
+
+    Args:
+        model: a torchvision ResNet, ResNeXt or Wide ResNet, or any model with their blocks (segmentation and detection
+            models and their backbones, your own), in evaluation mode, replaced or not. It is not changed; later
+            changes of its weights show after `refresh()`.
+        dtype: fp32, bf16, fp16 or fp64 of weights, activations and results; None for the model's own.
+    Returns:
+        FrozenModel. Same arguments and results as the model's, results in `dtype`; no gradients.
+    Raises:
+        ValueError: a batch norm is in training mode, or there is nothing to fold.
+        BackendUnavailable: the backend that was named cannot run it.
+    Numerics: scale = weight / sqrt(running_var + eps) is multiplied into the convolution's weight in fp32 and rounded
+        once to `dtype`. CPUs without 16-bit arithmetic compute 16-bit models in fp32 and round the results.
+    """
+    training = next((name for name, m in model.named_modules()
+                     if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training), None)
+    if training is not None:
+        raise ValueError(f"model: expected it in evaluation mode, got {training!r} in training mode; call model.eval()")
+    return FrozenModel(model, dtype)

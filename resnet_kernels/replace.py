@@ -1,0 +1,99 @@
+"""Swapping torchvision's residual blocks inside a model for ours, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import nn
+from torchvision.models import resnet
+
+from .nn import BasicBlock, Bottleneck
+from .nn.fusable import structure
+
+FUSED: dict[type, type] = {resnet.BasicBlock: BasicBlock, resnet.Bottleneck: Bottleneck}
+ORIGINAL = {fused: original for original, fused in FUSED.items()}
+
+# On a replaced block: the names of its weights that were laid out anew, for restore_blocks to lay out as they were.
+_RELAID = "_resnet_kernels_relaid"
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplacementReport:
+    """What `replace_blocks` did. Printing it gives a summary and every block left alone with its reason.
+
+    replaced: names of the blocks now ours.
+    skipped: name -> why the block was left as it was.
+    notes: name -> why a replaced block runs as the plain chain for now (it is checked at every call).
+    """
+
+    replaced: tuple[str, ...]
+    skipped: dict[str, str]
+    notes: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.replaced)} residual blocks replaced, {len(self.skipped)} left alone"]
+        lines += [f"  {name}: left alone: {reason}" for name, reason in self.skipped.items()]
+        lines += [f"  {name}: replaced, unfused for now: {reason}" for name, reason in self.notes.items()]
+        return "\n".join(lines)
+
+
+def _left_alone(block: nn.Module) -> str | None:
+    """Why a torchvision block, or a subclass of one, is not replaced."""
+    if type(block) in ORIGINAL:
+        return "it is fused already"
+    if type(block) not in FUSED:
+        return f"{type(block).__module__}.{type(block).__qualname__} is a subclass and may compute something else"
+    if "forward" in block.__dict__:
+        return "its forward was overridden on the instance"
+    return None
+
+
+def replace_blocks(model: nn.Module) -> ReplacementReport:
+    """Make every torchvision BasicBlock and Bottleneck in the model one of `resnet_kernels.nn`, in place.
+
+    Only the blocks' class changes, and the memory layout of their 4-D weights (to channels_last, in place): names,
+    parameters, buffers, hooks, optimizers' references and the state dict stay. A block whose inner modules cannot be
+    fused as they stand is replaced too, since that is decided again at every call, and noted.
+
+    Args:
+        model: any module; itself a block, or with blocks anywhere below.
+    Returns:
+        ReplacementReport
+    Numerics: see `ops.residual_block`.
+    """
+    replaced, skipped, notes = [], {}, {}
+    for name, block in model.named_modules():
+        if not isinstance(block, (resnet.BasicBlock, resnet.Bottleneck)):
+            continue
+        reason = _left_alone(block)
+        if reason:
+            skipped[name] = reason
+            continue
+        relaid = []
+        for key, weight in block.named_parameters():
+            if weight.dim() == 4 and not weight.is_contiguous(memory_format=torch.channels_last):
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+                relaid.append(key)
+        block.__dict__[_RELAID] = tuple(relaid)
+        block.__class__ = FUSED[type(block)]
+        replaced.append(name)
+        note = structure(block)
+        if note:
+            notes[name] = note
+    return ReplacementReport(tuple(replaced), skipped, notes)
+
+
+def restore_blocks(model: nn.Module) -> tuple[str, ...]:
+    """Undo `replace_blocks`: class and weight layout as they were. Returns the names of the blocks restored."""
+    restored = []
+    for name, block in model.named_modules():
+        if type(block) not in ORIGINAL:
+            continue
+        weights = dict(block.named_parameters())
+        for key in block.__dict__.pop(_RELAID, ()):
+            if key in weights:
+                weights[key].data = weights[key].data.contiguous()
+        block.__class__ = ORIGINAL[type(block)]
+        restored.append(name)
+    return tuple(restored)
