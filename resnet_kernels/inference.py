@@ -10,8 +10,10 @@ weights that never change, and may be called from several threads.
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -33,70 +35,90 @@ STEM = ("conv1", "bn1", "relu", "maxpool")
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A packed stem or block of a trunk, and the geometry to plan it by."""
+    """A stem or block of a trunk: its weights with their batch norms' scales and shifts, and how they go together."""
 
     name: str
     backend: Backend
-    weights: tuple[Packed, ...]
+    weights: tuple[Tensor, ...]
+    scales: tuple[Tensor, ...]
     shifts: tuple[Tensor, ...]
     geometries: tuple[Geometry, ...]
-    shapes: tuple[tuple[int, ...], ...]
     shortcut: str | None = None
     pool: Pool | None = None
 
-    @property
-    def chain(self) -> int:
-        """How many of the convolutions follow each other: all but a projection."""
-        return len(self.weights) - (self.shortcut == "projection")
-
-    def __call__(self, x: Tensor, overwrite: bool) -> Tensor:
+    def walk(self, size: tuple[int, int, int]) -> tuple[list[tuple[int, int, int]], tuple[int, int, int]]:
+        """(C, H, W) of every convolution's operand and of the step's result."""
+        operands, (K, H, W) = block_op.walk(size, [w.shape for w in self.weights], self.geometries, self.shortcut)
         if self.pool is not None:
-            return stem_op.run(self.backend, x, self.weights[0], self.shifts[0], self.geometries[0], self.pool)
-        assert self.shortcut is not None
-        return block_op.run(self.backend, x, self.weights, self.shifts, self.geometries, self.shortcut, overwrite)
-
-    def output_size(self, size: tuple[int, ...]) -> tuple[int, int, int]:
-        K, H, W = size
-        for shape, g in list(zip(self.shapes, self.geometries, strict=True))[: self.chain]:
-            K, H, W = shape[0], g.output_size(H, shape[2]), g.output_size(W, shape[3])
-        if self.pool is not None:
+            operands.append((K, H, W))
             g = Geometry(self.pool.stride, self.pool.padding)
             H, W = g.output_size(H, self.pool.kernel), g.output_size(W, self.pool.kernel)
-        return K, H, W
+        return operands, (K, H, W)
+
+    def run(self, x: Tensor, packed: list[Packed], overwrite: bool) -> Tensor:
+        if self.pool is not None:
+            return stem_op.run(self.backend, x, packed[0], self.shifts[0], self.geometries[0], self.pool)
+        assert self.shortcut is not None
+        return block_op.run(self.backend, x, packed, self.shifts, self.geometries, self.shortcut, overwrite)
 
 
 class FrozenTrunk(nn.Module):
-    """Steps that follow each other, over chunks of images. x: (N, C, H, W) in any memory format."""
+    """Steps that follow each other, run depth first over a few images at a time.
+
+    x: (N, C, H, W) of any floating dtype, in any memory format. Weights are packed at the first call with a size of
+    input and kept for the `KEPT` latest sizes.
+    """
+
+    KEPT = 4
 
     def __init__(self, steps: list[Step], dtype: torch.dtype) -> None:
         super().__init__()
         self.steps = steps
         self.dtype = dtype
+        self._packed: collections.OrderedDict[object, list[list[Packed]]] = collections.OrderedDict()
+        self._lock = threading.Lock()
 
-    def _run(self, x: Tensor) -> Tensor:
-        x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        for i, step in enumerate(self.steps):
-            # The first step's operand is the caller's; every later one is ours to reuse.
-            x = step(x, overwrite=i > 0)
-        return x
-
-    def images_per_pass(self, x: Tensor) -> int | None:
-        size, largest = tuple(x.shape[1:]), 0
+    def _plan(self, x: Tensor) -> tuple[int, list[list[Packed]]]:
+        """Images per pass, and the weights packed for that."""
+        size = (x.shape[1], x.shape[2], x.shape[3])
+        operands, largest = [], 0
         for step in self.steps:
-            n = step.chain
-            largest = max(largest, block_op.image_bytes((1, *size), step.shapes[:n], step.geometries[:n],
-                                                        self.dtype.itemsize))
-            size = step.output_size(size)
-        return self.steps[0].backend.images_per_pass(largest)
+            inner, after = step.walk(size)
+            operands.append(inner)
+            chain = inner[:-1] if step.shortcut == "projection" else inner
+            largest = max(largest, block_op.largest_pair([*chain, after]))
+            size = after
+        backend = self.steps[0].backend
+        images = block_op.pass_size(x.shape[0], backend.images_per_pass(self.dtype.itemsize * largest))
+        key = (images, *x.shape[1:]) if backend.PACKS_FOR_SIZE else None
+        with self._lock:
+            if key not in self._packed:
+                self._packed[key] = [
+                    [backend.pack(*conv, (images, *operand))
+                     for *conv, operand in zip(step.weights, step.scales, step.geometries, inner, strict=False)]
+                    for step, inner in zip(self.steps, operands, strict=True)]
+            self._packed.move_to_end(key)
+            packed = self._packed[key]
+            while len(self._packed) > self.KEPT:
+                self._packed.popitem(last=False)
+        return images, packed
 
     def forward(self, x: Tensor) -> Tensor:
-        C = self.steps[0].shapes[0][1] * self.steps[0].geometries[0].groups
+        C = self.steps[0].weights[0].shape[1] * self.steps[0].geometries[0].groups
         if x.dim() != 4 or x.shape[1] != C or not x.dtype.is_floating_point:
             raise ValueError(f"x: expected (N, {C}, H, W) of a floating dtype, got {tuple(x.shape)} in {x.dtype}")
-        device = self.steps[0].shifts[0].device
-        if x.device != device:
-            raise ValueError(f"x: expected it on {device}, where the model was frozen, got {x.device}")
-        return block_op.in_chunks(x, self.images_per_pass(x), self._run)
+        if x.device != self.steps[0].shifts[0].device:
+            raise ValueError(f"x: expected it on {self.steps[0].shifts[0].device}, as the frozen model, got {x.device}")
+        images, packed = self._plan(x)
+
+        def run(part: Tensor) -> Tensor:
+            part = part.to(self.dtype).contiguous(memory_format=torch.channels_last)
+            for i, (step, weights) in enumerate(zip(self.steps, packed, strict=True)):
+                # The first step's operand is the caller's; every later one is ours to reuse.
+                part = step.run(part, weights, overwrite=i > 0)
+            return part
+
+        return block_op.in_passes(x, images, run)
 
     def extra_repr(self) -> str:
         return f"{', '.join(s.name for s in self.steps)}; {self.steps[0].backend.NAME}, {self.dtype}"
@@ -241,14 +263,12 @@ class _Freezer:
         geometries = tuple(Geometry(c.stride[0], _padding(c), c.dilation[0], c.groups) for c in convs)
         shapes = tuple(tuple(c.weight.shape) for c in convs)
         backend = select.choose(call(self.device, self.dtype, shapes, geometries))
-        packed, shifts = [], []
-        for conv, bn, g, shape in zip(convs, norms, geometries, shapes, strict=True):
-            a, b = affine_of(bn)
-            shifts.append(b.to(wide(self.dtype)))
-            # oneDNN lays out by the channels; the size of the map, unknown here, hardly matters.
-            packed.append(backend.pack(conv.weight.detach().to(self.dtype), a.to(wide(self.dtype)), g,
-                                       (4, shape[1] * g.groups, 28, 28)))
-        return Step(name, backend, tuple(packed), tuple(shifts), geometries, shapes, **kind)
+        affines = [[t.to(wide(self.dtype)) for t in affine_of(bn)] for bn in norms]
+        return Step(
+            name, backend,
+            # Copies, so that a later change of the source shows at refresh() and not before.
+            tuple(c.weight.detach().to(self.dtype, memory_format=torch.channels_last, copy=True) for c in convs),
+            tuple(a for a, _ in affines), tuple(b for _, b in affines), geometries, **kind)
 
     def _block(self, block: nn.Module, name: str) -> Step | None:
         known = type(block) in (resnet.BasicBlock, resnet.Bottleneck, BasicBlock, Bottleneck)

@@ -16,6 +16,7 @@ from .contract import Call, Epilogue, Geometry, Operand, Packed, Pool, Product, 
 
 NAME = "aten"
 SUPPORTS = frozenset({"conv", "residual", "two_products", "bn_pass", "pool"})
+PACKS_FOR_SIZE = False
 
 
 def why_not(call: Call) -> str | None:
@@ -40,7 +41,7 @@ def fold(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (weight.to(wide(dtype)) * scale[:, None, None, None]).to(dtype)
 
 
-def pack(weight: Tensor, scale: Tensor, geometry: Geometry, input_size: Sequence[int]) -> Packed:
+def pack(weight: Tensor, scale: Tensor, geometry: Geometry, size: Sequence[int]) -> Packed:
     folded = fold(weight, scale, weight.dtype).contiguous(memory_format=torch.channels_last)
     return Packed(folded, None)
 

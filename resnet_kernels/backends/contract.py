@@ -223,11 +223,15 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class Backend(Protocol):
-    """A backend is a module with these names. Only `NAME`, `SUPPORTS` and `why_not` are owed; a primitive may be
-    called where `why_not` of its call is None."""
+    """A backend is a module with these names. A primitive may be called where `why_not` of its call is None, and need
+    not exist elsewhere. One more is optional, `residual_block`: what `ops.block.run` composes, in one call.
+
+    PACKS_FOR_SIZE: whether `pack` depends on the operand's size.
+    """
 
     NAME: str
     SUPPORTS: frozenset[str]
+    PACKS_FOR_SIZE: bool
 
     def why_not(self, call: Call) -> str | None:
         """None if the call runs here, else the reason. A pure function of metadata."""
@@ -239,8 +243,8 @@ class Backend(Protocol):
         """How many images to run through a sequence of blocks at a time, when the largest pair of an image's
         activations takes `image_bytes`; None for the whole batch."""
 
-    def pack(self, weight: Tensor, scale: Tensor, geometry: Geometry, input_size: Sequence[int]) -> Packed:
-        """Prepare a weight for repeated use. input_size: (N, C, H, W) of a typical operand."""
+    def pack(self, weight: Tensor, scale: Tensor, geometry: Geometry, size: Sequence[int]) -> Packed:
+        """Prepare a weight for operands of `size` (N, C, H, W)."""
 
     def conv(self, products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
         """(t, reduced): t (N, K, P, Q) = epilogue(sum of products), channels_last; reduced as `Epilogue.reduce`."""

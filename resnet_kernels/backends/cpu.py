@@ -23,6 +23,7 @@ from .contract import Call, Epilogue, Geometry, Operand, Packed, Pool, Product, 
 
 NAME = "cpu"
 SUPPORTS = frozenset({"conv", "residual", "two_products", "bn_pass", "pool"})
+PACKS_FOR_SIZE = True
 
 # Bytes of activations to keep in flight. Measured on 2 Zen 3 cores with 32 MB of L3.
 PASS_BYTES = 24 * 2**20
@@ -52,11 +53,11 @@ def images_per_pass(image_bytes: int) -> int | None:
     return max(1, PASS_BYTES // max(1, image_bytes))
 
 
-def pack(weight: Tensor, scale: Tensor, geometry: Geometry, input_size: Sequence[int]) -> Packed:
+def pack(weight: Tensor, scale: Tensor, geometry: Geometry, size: Sequence[int]) -> Packed:
     g = geometry
     folded = fold(weight, scale, compute_dtype(weight.dtype))
     pairs = [[value, value] for value in (g.padding, g.stride, g.dilation)]
-    size = [max(1, input_size[0]), *input_size[1:]]
+    size = [max(1, size[0]), *size[1:]]
     return Packed(torch.ops.mkldnn._reorder_convolution_weight(folded, *pairs, g.groups, size), None)
 
 

@@ -18,6 +18,7 @@ from .contract import Call, Epilogue, Geometry, Operand, Packed, Pool, Product, 
 
 NAME = "cuda"
 SUPPORTS = frozenset({"conv", "residual", "two_products", "bn_pass"})
+PACKS_FOR_SIZE = False
 
 
 def why_not(call: Call) -> str | None:
@@ -42,7 +43,7 @@ def images_per_pass(image_bytes: int) -> int | None:
     return None
 
 
-def pack(weight: Tensor, scale: Tensor, geometry: Geometry, input_size: Sequence[int]) -> Packed:
+def pack(weight: Tensor, scale: Tensor, geometry: Geometry, size: Sequence[int]) -> Packed:
     return Packed(weight.contiguous(memory_format=torch.channels_last), scale.float().contiguous())
 
 

@@ -32,6 +32,7 @@ NAME = "reference"
 SUPPORTS = frozenset(
     "conv wgrad moments bn_pass finalize residual two_products lazy mask reduce data_grad pool".split()
 )
+PACKS_FOR_SIZE = False
 
 
 def why_not(call: Call) -> str | None:
@@ -48,7 +49,7 @@ def images_per_pass(image_bytes: int) -> int | None:
     return None
 
 
-def pack(weight: Tensor, scale: Tensor, geometry: Geometry, input_size: Sequence[int]) -> Packed:
+def pack(weight: Tensor, scale: Tensor, geometry: Geometry, size: Sequence[int]) -> Packed:
     return Packed(weight, scale)
 
 

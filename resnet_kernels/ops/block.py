@@ -10,7 +10,7 @@ statistics (`batch_norm.affine_of`), whose own gradients autograd derives.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -73,32 +73,49 @@ def run(
     return y
 
 
-def image_bytes(x_shape: Sequence[int], weights: Sequence[Sequence[int]], geometries: Sequence[Geometry],
-                itemsize: int) -> int:
-    """The largest activation beside its successor, of one image going through convolutions that follow each other
-    (a projection counted as the last of them)."""
-    C, H, W = x_shape[1:]
-    sizes = [C * H * W]
-    for w, g in zip(weights, geometries, strict=True):
-        H, W = g.output_size(H, w[2]), g.output_size(W, w[3])
-        sizes.append(w[0] * H * W)
-    return itemsize * max(a + b for a, b in zip(sizes, sizes[1:], strict=False))
+def pass_size(images: int, limit: int | None) -> int:
+    """How many images to run at a time: at most `limit`, in passes of one size."""
+    if limit is None or images <= limit:
+        return images
+    passes = -(-images // limit)
+    return -(-images // passes)
 
 
-def in_chunks(x: Tensor, images: int | None, function) -> Tensor:  # type: ignore[no-untyped-def]
-    """function(x), computed `images` images at a time; function is per image and keeps the dtype of its first
-    result for all."""
+def in_passes(x: Tensor, size: int, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """function(x), `size` images at a time. All passes have one size, as weights are packed for it: the last overlaps
+    the one before where the batch does not divide."""
     N = x.shape[0]
-    if images is None or images >= N:
+    if size >= N:
         return function(x)
-    first = function(x[:images])
-    y = torch.empty((N, *first.shape[1:]), dtype=first.dtype, device=first.device,
-                    memory_format=torch.channels_last)
-    y[:images].copy_(first)
-    del first
-    for n in range(images, N, images):
-        y[n : n + images].copy_(function(x[n : n + images]))
+    y = None
+    for n in range(0, N, size):
+        n = min(n, N - size)
+        part = function(x[n : n + size])
+        if y is None:
+            y = torch.empty((N, *part.shape[1:]), dtype=part.dtype, device=part.device,
+                            memory_format=torch.channels_last)
+        y[n : n + size].copy_(part)
+    assert y is not None
     return y
+
+
+def walk(size: Sequence[int], weights: Sequence[Sequence[int]], geometries: Sequence[Geometry],
+         shortcut: str | None) -> tuple[list[tuple[int, int, int]], tuple[int, int, int]]:
+    """(C, H, W) of every convolution's operand, and of the result, for an input of `size` = (C, H, W)."""
+    C, H, W = size
+    operands = []
+    for w, g in list(zip(weights, geometries, strict=True))[: len(weights) - (shortcut == "projection")]:
+        operands.append((C, H, W))
+        C, H, W = w[0], g.output_size(H, w[2]), g.output_size(W, w[3])
+    if shortcut == "projection":
+        operands.append(tuple(size))  # type: ignore[arg-type]
+    return operands, (C, H, W)
+
+
+def largest_pair(sizes: Sequence[tuple[int, int, int]]) -> int:
+    """Elements of the largest activation beside its successor, of one image going through these sizes."""
+    counts = [C * H * W for C, H, W in sizes]
+    return max(a + b for a, b in zip(counts, counts[1:], strict=False))
 
 
 def _geometries(weights: Sequence[Tensor], strides: Sequence[int], dilations: Sequence[int],
@@ -114,36 +131,28 @@ def _forward(
     shapes = [tuple(w.shape) for w in weights]
     backend = select.choose(call_of_block(x.device, x.dtype, shapes, geometries, shortcut))
     dtype = backend.compute_dtype(x.dtype)
-    # The chain without its projection: what follows each other.
+    operands, y_size = walk(x.shape[1:], shapes, geometries, shortcut)
     n = len(weights) - (shortcut == "projection")
-    images = backend.images_per_pass(image_bytes(x.shape, shapes[:n], geometries[:n], dtype.itemsize))
+    size = pass_size(x.shape[0], backend.images_per_pass(dtype.itemsize * largest_pair([*operands[:n], y_size])))
     with torch.autocast(x.device.type, enabled=False):
-        C, H, W = x.shape[1:]
-        count = min(images or x.shape[0], x.shape[0])
-        packed = []
-        for i, (w, a, g) in enumerate(zip(weights, scales, geometries, strict=True)):
-            if i == n:
-                C, H, W = x.shape[1:]
-            packed.append(backend.pack(w, a, g, (count, C, H, W)))
-            C, H, W = w.shape[0], g.output_size(H, w.shape[2]), g.output_size(W, w.shape[3])
+        packed = [backend.pack(w, a, g, (size, *operand))
+                  for w, a, g, operand in zip(weights, scales, geometries, operands, strict=True)]
         shifts = [b.to(wide(dtype)) for b in shifts]
 
         def block(part: Tensor) -> Tensor:
             part = part.to(dtype).contiguous(memory_format=torch.channels_last)
             return run(backend, part, packed, shifts, geometries, shortcut)
 
-        return in_chunks(x, images, block).to(x.dtype)
+        return in_passes(x, size, block).to(x.dtype)
 
 
 def _fake(
     x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], shifts: Sequence[Tensor],
     strides: Sequence[int], dilations: Sequence[int], groups: Sequence[int], shortcut: str,
 ) -> Tensor:
-    n = len(weights) - (shortcut == "projection")
-    H, W = x.shape[2:]
-    for w, g in list(zip(weights, _geometries(weights, strides, dilations, groups), strict=True))[:n]:
-        H, W = g.output_size(H, w.shape[2]), g.output_size(W, w.shape[3])
-    return x.new_empty((x.shape[0], weights[n - 1].shape[0], H, W)).to(memory_format=torch.channels_last)
+    geometries = _geometries(weights, strides, dilations, groups)
+    _, size = walk(x.shape[1:], [w.shape for w in weights], geometries, shortcut)
+    return x.new_empty((x.shape[0], *size)).to(memory_format=torch.channels_last)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
