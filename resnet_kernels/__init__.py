@@ -3,6 +3,7 @@
 from . import nn, ops
 from .backends.contract import BackendUnavailable
 from .backends.select import use_backend
+from .explain import explain
 from .inference import FrozenModel, freeze
 from .replace import ReplacementReport, replace_blocks, restore_blocks
 
@@ -12,6 +13,7 @@ __all__ = [
     "BackendUnavailable",
     "FrozenModel",
     "ReplacementReport",
+    "explain",
     "freeze",
     "nn",
     "ops",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from .nn.fusable import structure
 FUSED: dict[type, type] = {resnet.BasicBlock: BasicBlock, resnet.Bottleneck: Bottleneck}
 ORIGINAL = {fused: original for original, fused in FUSED.items()}
 
-# On a replaced block: the names of its weights that were laid out anew, for restore_blocks to lay out as they were.
+# On a convolution whose weight was laid out anew, for restore_blocks to lay it out as it was.
 _RELAID = "_resnet_kernels_relaid"
 
 
@@ -52,8 +53,8 @@ def _left_alone(block: nn.Module) -> str | None:
 def replace_blocks(model: nn.Module) -> ReplacementReport:
     """Make every torchvision BasicBlock and Bottleneck in the model one of `resnet_kernels.nn`, in place.
 
-    Only the blocks' class changes, and the memory layout of their 4-D weights (to channels_last, in place): names,
-    parameters, buffers, hooks, optimizers' references and the state dict stay. A block whose inner modules cannot be
+    Only the blocks' class changes, and the memory layout of the model's convolution weights (to channels_last, in
+    place): names, parameters, buffers, hooks, optimizers' references and the state dict stay. A block whose inner modules cannot be
     fused as they stand is replaced too, since that is decided again at every call, and noted.
 
     Args:
@@ -70,18 +71,24 @@ def replace_blocks(model: nn.Module) -> ReplacementReport:
         if reason:
             skipped[name] = reason
             continue
-        relaid = []
-        for key, weight in block.named_parameters():
-            if weight.dim() == 4 and not weight.is_contiguous(memory_format=torch.channels_last):
-                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-                relaid.append(key)
-        block.__dict__[_RELAID] = tuple(relaid)
         block.__class__ = FUSED[type(block)]
         replaced.append(name)
         note = structure(block)
         if note:
             notes[name] = note
+    if replaced:
+        for conv in _convolutions(model):
+            if not conv.weight.is_contiguous(memory_format=torch.channels_last):
+                conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last)
+                conv.__dict__[_RELAID] = True
     return ReplacementReport(tuple(replaced), skipped, notes)
+
+
+def _convolutions(model: nn.Module) -> Iterator[nn.Conv2d]:
+    """Those whose weight is a plain parameter: one computed by a parametrization has no layout to keep."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and type(module._parameters.get("weight")) is nn.Parameter:
+            yield module
 
 
 def restore_blocks(model: nn.Module) -> tuple[str, ...]:
@@ -90,10 +97,9 @@ def restore_blocks(model: nn.Module) -> tuple[str, ...]:
     for name, block in model.named_modules():
         if type(block) not in ORIGINAL:
             continue
-        weights = dict(block.named_parameters())
-        for key in block.__dict__.pop(_RELAID, ()):
-            if key in weights:
-                weights[key].data = weights[key].data.contiguous()
         block.__class__ = ORIGINAL[type(block)]
         restored.append(name)
+    for conv in _convolutions(model):
+        if conv.__dict__.pop(_RELAID, False):
+            conv.weight.data = conv.weight.data.contiguous()
     return tuple(restored)

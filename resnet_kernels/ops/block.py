@@ -237,13 +237,14 @@ def residual_block(
         CPUs without 16-bit arithmetic). aten and cpu fold the scale into the weight. ReLU propagates NaN. The backward
         recomputes the chain from x; it is made of differentiable torch ops.
     """
-    _check(x, weights, scales, shifts, strides, dilations, groups, shortcut)
+    check(x, weights, scales, shifts, strides, dilations, groups, shortcut)
     op = torch.ops.resnet_kernels.residual_block
     return op(x, weights, scales, shifts, strides, dilations, groups, shortcut)
 
 
-def _check(x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], shifts: Sequence[Tensor],
-           strides: Sequence[int], dilations: Sequence[int], groups: Sequence[int], shortcut: str) -> None:
+def check(x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], shifts: Sequence[Tensor],
+           strides: Sequence[int], dilations: Sequence[int], groups: Sequence[int], shortcut: str = "identity") -> None:
+    """Raises TypeError or ValueError unless the arguments of `residual_block` fit each other."""
     if shortcut not in SHORTCUTS:
         raise ValueError(f"shortcut: expected one of {', '.join(SHORTCUTS)}, got {shortcut!r}")
     lengths = {len(v) for v in (weights, scales, shifts, strides, dilations, groups)}

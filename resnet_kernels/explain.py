@@ -1,0 +1,116 @@
+"""explain: what runs each residual block of a call, and why nothing else does."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .backends import select
+from .backends.contract import Call
+from .inference import FrozenModel, FrozenTrunk
+from .nn import BasicBlock, Bottleneck
+from .nn.fusable import Parts, parts, why_plain
+from .ops import block as block_op
+from .ops import residual_block
+
+PLAIN = "plain torch modules"
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """One block's: what runs it (a backend's name, or the plain chain), and for every candidate None or why not.
+
+    copies: whether the input is converted to channels_last first.
+    """
+
+    name: str
+    chosen: str
+    why_plain: str | None
+    candidates: dict[str, str | None]
+    copies: bool
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {self.chosen}" + (f" ({self.why_plain})" if self.why_plain else "")]
+        if self.copies and not self.why_plain:
+            lines.append("    its input is converted to channels_last first")
+        for name, reason in self.candidates.items():
+            lines.append(f"    {name}: {reason or 'can run it'}")
+        return "\n".join(lines)
+
+
+class Explanations(list[Explanation]):
+    """In the order the blocks ran. Prints one after the other."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self)) if self else "no fused residual block ran"
+
+
+def _explain_call(name: str, call: Call, x: Tensor, reason: str | None) -> Explanation:
+    # All of a block's intermediates are ours, so channels_last: only its input can come otherwise.
+    copies = not x.is_contiguous(memory_format=torch.channels_last)
+    if reason is None and select.named() == select.EAGER:
+        reason = "the backend 'eager' was named"
+    chosen = PLAIN if reason else select.choose(call).NAME
+    return Explanation(name, chosen, reason, select.reasons(call), copies)
+
+
+def _explain_block(name: str, block: nn.Module, x: Tensor) -> Explanation:
+    reason = why_plain(block, x)
+    p = parts(block)
+    if not isinstance(p, Parts) or not all(isinstance(c, nn.Conv2d) for c in p.convs):
+        return Explanation(name, PLAIN, reason, {}, False)
+    weights = [tuple(c.weight.shape) for c in p.convs]
+    geometries = [block_op.same_padding(c.weight, c.stride[0], c.dilation[0], c.groups) for c in p.convs]
+    return _explain_call(name, block_op.call_of_block(x.device, x.dtype, weights, geometries, p.shortcut), x, reason)
+
+
+def explain(module_or_op: Any, *inputs: Any, **keywords: Any) -> Explanations:
+    """Run the model (without gradients) or look at the op's arguments, and tell for every residual block of ours which
+    backend runs it, why each other candidate does not, and what its input's layout costs.
+
+    Args:
+        module_or_op: a model with replaced blocks, a block, a frozen model, or `ops.residual_block`.
+        inputs, keywords: what it would be called with.
+    Returns:
+        Explanations, a list that prints well.
+    """
+    found = Explanations()
+    if module_or_op is residual_block:
+        block_op.check(*inputs, **keywords)
+        x, weights, _, _, strides, dilations, groups = inputs[:7]
+        shortcut = keywords.get("shortcut", inputs[7] if len(inputs) > 7 else "identity")
+        geometries = [block_op.same_padding(*row) for row in zip(weights, strides, dilations, groups, strict=True)]
+        shapes = [tuple(w.shape) for w in weights]
+        call = block_op.call_of_block(x.device, x.dtype, shapes, geometries, shortcut)
+        found.append(_explain_call("residual_block", call, x, None))
+        return found
+    if not isinstance(module_or_op, nn.Module):
+        raise TypeError(f"expected a module or ops.residual_block, got {type(module_or_op).__name__}")
+
+    def before(name: str):  # type: ignore[no-untyped-def]
+        def hook(module: nn.Module, args: tuple) -> None:
+            if isinstance(module, FrozenTrunk):
+                found.extend(
+                    Explanation(f"{name}: {step.name}", step.backend.NAME, None, {}, False) for step in module.steps)
+            else:
+                found.append(_explain_block(name or type(module).__name__, module, args[0]))
+        return hook
+
+    kinds = (BasicBlock, Bottleneck, FrozenTrunk)
+    hooks = [m.register_forward_pre_hook(before(name)) for name, m in module_or_op.named_modules() if isinstance(m, kinds)]
+    # In training mode the batch norms would take the call for a step.
+    buffers = [(b, b.clone()) for b in module_or_op.buffers()] if module_or_op.training else []
+    try:
+        with torch.no_grad():
+            module_or_op(*inputs, **keywords)
+            for buffer, before_call in buffers:
+                buffer.copy_(before_call)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if isinstance(module_or_op, FrozenModel):
+        found.extend(Explanation(name, PLAIN, reason, {}, False) for name, reason in module_or_op.left.items())
+    return found

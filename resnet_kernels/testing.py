@@ -1,0 +1,208 @@
+"""What tests, benchmarks and `resnet-kernels verify` share: block shapes, input makers, and the rule of comparison."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet
+
+from .nn import make_shortcut
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockCase:
+    """A residual block and its input. basic: BasicBlock, else Bottleneck; option: its shortcut (`nn.make_shortcut`)."""
+
+    name: str
+    basic: bool
+    inplanes: int
+    planes: int
+    H: int
+    W: int
+    stride: int = 1
+    N: int = 2
+    groups: int = 1
+    base_width: int = 64
+    dilation: int = 1
+    option: str = "B"
+
+    def __str__(self) -> str:
+        return self.name
+
+    def make(self, original: type | None = None) -> nn.Module:
+        """torchvision's block (or `original`), in evaluation mode, with random statistics and affine parameters."""
+        kind = original or (resnet.BasicBlock if self.basic else resnet.Bottleneck)
+        shortcut = make_shortcut(self.option, self.inplanes, self.planes * kind.expansion, self.stride)
+        block = kind(self.inplanes, self.planes, self.stride, shortcut, self.groups, self.base_width, self.dilation)
+        return randomize_(block).eval()
+
+    def input(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+        """What a block sees: the ReLU of something, channels_last."""
+        x = torch.relu(torch.randn(self.N, self.inplanes, self.H, self.W, device=device))
+        return x.to(dtype, memory_format=torch.channels_last)
+
+    def flops(self) -> int:
+        """Multiplications and additions of the forward's convolutions."""
+        P, Q = -(-self.H // self.stride), -(-self.W // self.stride)
+        C, width = self.inplanes, self.planes
+        if self.basic:
+            K, macs = width, P * Q * 9 * (C * width + width * width)
+        else:
+            J = int(width * self.base_width / 64) * self.groups
+            K = 4 * width
+            macs = self.H * self.W * C * J + P * Q * (9 * J * J // self.groups + J * K)
+        projected = self.option == "C" or (self.option == "B" and (C != K or self.stride > 1))
+        return 2 * self.N * (macs + projected * P * Q * C * K)
+
+
+def _basic(name: str, *shape: int, **rest: object) -> BlockCase:
+    return BlockCase(name, True, *shape, **rest)  # type: ignore[arg-type]
+
+
+def _bottleneck(name: str, *shape: int, **rest: object) -> BlockCase:
+    return BlockCase(name, False, *shape, **rest)  # type: ignore[arg-type]
+
+
+# Every distinct block of ResNet-18/34 and ResNet-50/101/152 at 224 x 224.
+RESNET_CASES = (
+    _basic("r18-layer1", 64, 64, 56, 56),
+    _basic("r18-layer2-down", 64, 128, 56, 56, 2),
+    _basic("r18-layer2", 128, 128, 28, 28),
+    _basic("r18-layer3-down", 128, 256, 28, 28, 2),
+    _basic("r18-layer3", 256, 256, 14, 14),
+    _basic("r18-layer4-down", 256, 512, 14, 14, 2),
+    _basic("r18-layer4", 512, 512, 7, 7),
+    _bottleneck("r50-layer1-first", 64, 64, 56, 56),
+    _bottleneck("r50-layer1", 256, 64, 56, 56),
+    _bottleneck("r50-layer2-down", 256, 128, 56, 56, 2),
+    _bottleneck("r50-layer2", 512, 128, 28, 28),
+    _bottleneck("r50-layer3-down", 512, 256, 28, 28, 2),
+    _bottleneck("r50-layer3", 1024, 256, 14, 14),
+    _bottleneck("r50-layer4-down", 1024, 512, 14, 14, 2),
+    _bottleneck("r50-layer4", 2048, 512, 7, 7),
+)
+
+# Where kernels go wrong: channels that fill no vector, odd maps with stride, tiny maps and batches, groups, dilation.
+ODD_CASES = (
+    _bottleneck("odd-channels", 20, 5, 9, 7),
+    _bottleneck("odd-channels-down", 13, 5, 9, 7, 2),
+    _basic("basic-odd-down", 7, 11, 13, 9, 2),
+    _bottleneck("map-1x1", 32, 8, 1, 1),
+    _bottleneck("map-1x1-down", 24, 8, 1, 1, 2),
+    _bottleneck("batch-1", 64, 16, 10, 10, N=1),
+    _bottleneck("batch-0", 64, 16, 10, 10, N=0),
+    _bottleneck("batch-7", 64, 16, 6, 6, N=7),
+    _bottleneck("groups-32", 256, 64, 10, 11, groups=32, base_width=4),
+    _bottleneck("groups-down", 64, 32, 11, 10, 2, groups=4, base_width=8),
+    _bottleneck("wide", 64, 16, 7, 7, base_width=128),
+    _bottleneck("dilation-2", 64, 16, 9, 9, dilation=2),
+    _bottleneck("dilation-4-down", 32, 16, 9, 11, dilation=4, stride=2),
+    _bottleneck("option-A-down", 16, 8, 9, 9, 2, option="A"),
+    _basic("basic-option-A-down", 16, 32, 9, 8, 2, option="A"),
+    _bottleneck("option-C", 64, 16, 8, 8, option="C"),
+    _basic("basic-option-C", 24, 24, 8, 8, option="C"),
+)
+
+
+def randomize_(model: nn.Module) -> nn.Module:
+    """Give every batch norm statistics and affine parameters as a trained model has: of both signs, away from 0 and 1."""
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            assert m.running_mean is not None and m.running_var is not None
+            m.running_mean.normal_(0, 0.3)
+            m.running_var.uniform_(0.5, 2)
+            if m.weight is not None:
+                nn.init.uniform_(m.weight, 0.5, 1.5)
+                nn.init.normal_(m.bias, 0, 0.3)
+    return model
+
+
+def calibrate_(model: nn.Module, images: Tensor) -> nn.Module:
+    """Set the batch norms' statistics to those of the images, layer by layer, as training would have."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [m.momentum for m in norms]
+    training = model.training
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None
+    with torch.no_grad():
+        model.train()(images)
+    for m, momentum in zip(norms, momenta, strict=True):
+        m.momentum = momentum
+    return model.train(training)
+
+
+@dataclasses.dataclass(frozen=True)
+class Errors:
+    """Of a result and of PyTorch's own in the same dtype, both against fp64; `worst` is the index of `max`."""
+
+    rms: float
+    max: float
+    eager_rms: float
+    eager_max: float
+    allowed_rms: float
+    allowed_max: float
+    scale: float
+    worst: tuple[int, ...]
+    misplaced: int
+
+    @property
+    def ok(self) -> bool:
+        return self.misplaced == 0 and self.rms <= self.allowed_rms and self.max <= self.allowed_max
+
+    def __str__(self) -> str:
+        text = (f"rms {self.rms:.2e} (eager {self.eager_rms:.2e}, allowed {self.allowed_rms:.2e}), "
+                f"max {self.max:.2e} at {self.worst} (eager {self.eager_max:.2e}, allowed {self.allowed_max:.2e}), "
+                f"values of rms {self.scale:.2e}")
+        return text + (f", {self.misplaced} NaN or Inf missing or misplaced" if self.misplaced else "")
+
+
+def compare(out: Tensor, eager: Tensor, exact: Tensor, reduction: int = 1) -> Errors:
+    """The rule: the error against fp64 is at most twice PyTorch's own on the same inputs in the same dtype, as RMS and
+    as maximum, plus a floor: half a unit of the dtype and sqrt(reduction) units of the accumulator, of the values' own
+    RMS and maximum. NaN and Inf stand where fp64 has them, except where the result or eager itself overflows.
+
+    out, eager: results in the dtype under test. exact: the same in fp64. reduction: terms in the longest sum.
+    Raises AssertionError where shape or dtype differ.
+    """
+    assert out.shape == exact.shape == eager.shape, f"shape: expected {exact.shape} ({eager.shape}), got {out.shape}"
+    assert out.dtype == eager.dtype, f"dtype: expected {eager.dtype}, got {out.dtype}"
+    wide = torch.float64 if out.dtype == torch.float64 else torch.float32
+    unit = torch.finfo(out.dtype).eps / 2 + torch.finfo(wide).eps * math.sqrt(reduction)
+    o, e, x = (t.detach().double().cpu() for t in (out, eager, exact))
+    overflow = (x.abs() > torch.finfo(out.dtype).max / 2) & x.isfinite() | (~e.isfinite() & x.isfinite())
+    same = (o == x) | (o.isnan() & x.isnan()) | (o.isfinite() & x.isfinite())
+    misplaced = int((~same & ~overflow).sum())
+    finite = o.isfinite() & e.isfinite() & x.isfinite()
+    if not finite.any():
+        return Errors(0, 0, 0, 0, 0, 0, 0, (), misplaced)
+    zero = torch.zeros(())
+    do, de, v = (torch.where(finite, t, zero) for t in ((o - x).abs(), (e - x).abs(), x.abs()))
+    n = int(finite.sum())
+
+    def rms(t: Tensor) -> float:
+        return math.sqrt(float(t.square().sum()) / n)
+
+    worst = tuple(int(i) for i in torch.unravel_index(do.argmax(), do.shape))
+    return Errors(rms(do), float(do.max()), rms(de), float(de.max()), 2 * rms(de) + unit * rms(v),
+                  2 * float(de.max()) + unit * float(v.max()), rms(v), worst, misplaced)
+
+
+def assert_matches(out: Tensor, eager: Tensor, exact: Tensor, reduction: int = 1, name: str = "result",
+                   maximum: bool = True) -> None:
+    """Raises AssertionError with the errors unless `compare` finds them within the rule; by RMS alone if not `maximum`."""
+    errors = compare(out, eager, exact, reduction)
+    ok = errors.ok if maximum else errors.misplaced == 0 and errors.rms <= errors.allowed_rms
+    assert ok, f"{name}: {errors}"
+
+
+def in_fp64(function: Callable[..., Tensor], module: nn.Module, *inputs: Tensor) -> Tensor:
+    """function(module, inputs) with a copy of the module and the inputs in fp64."""
+    import copy
+
+    with torch.no_grad():
+        return function(copy.deepcopy(module).double(), *(t.double() for t in inputs))
