@@ -50,15 +50,16 @@ def _left_alone(block: nn.Module) -> str | None:
     return None
 
 
-def replace_blocks(model: nn.Module) -> ReplacementReport:
+def replace_blocks(model: nn.Module, channels_last: bool = False) -> ReplacementReport:
     """Make every torchvision BasicBlock and Bottleneck in the model one of `resnet_kernels.nn`, in place.
 
-    Only the blocks' class changes, and the memory layout of the model's convolution weights (to channels_last, in
-    place): names, parameters, buffers, hooks, optimizers' references and the state dict stay. A block whose inner modules cannot be
+    Only the blocks' class changes: names, parameters, buffers, hooks, optimizers' references and the state dict stay. A block whose inner modules cannot be
     fused as they stand is replaced too, since that is decided again at every call, and noted.
 
     Args:
         model: any module; itself a block, or with blocks anywhere below.
+        channels_last: also lay out the model's convolution weights so, in place, and with them whatever runs unfused
+            (the stem, training). Faster; but code that takes views of the weights, as torch's pruning does, may fail.
     Returns:
         ReplacementReport
     Numerics: see `ops.residual_block`.
@@ -76,7 +77,7 @@ def replace_blocks(model: nn.Module) -> ReplacementReport:
         note = structure(block)
         if note:
             notes[name] = note
-    if replaced:
+    if replaced and channels_last:
         for conv in _convolutions(model):
             if not conv.weight.is_contiguous(memory_format=torch.channels_last):
                 conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last)

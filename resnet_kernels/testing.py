@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -198,11 +197,3 @@ def assert_matches(out: Tensor, eager: Tensor, exact: Tensor, reduction: int = 1
     errors = compare(out, eager, exact, reduction)
     ok = errors.ok if maximum else errors.misplaced == 0 and errors.rms <= errors.allowed_rms
     assert ok, f"{name}: {errors}"
-
-
-def in_fp64(function: Callable[..., Tensor], module: nn.Module, *inputs: Tensor) -> Tensor:
-    """function(module, inputs) with a copy of the module and the inputs in fp64."""
-    import copy
-
-    with torch.no_grad():
-        return function(copy.deepcopy(module).double(), *(t.double() for t in inputs))

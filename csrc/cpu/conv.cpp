@@ -39,7 +39,7 @@ int64_t output_size(int64_t size, int64_t kernel, const Geometry& g) {
 }
 
 at::Tensor zero_padded(const at::Tensor& x, at::IntArrayRef sizes, int64_t stride) {
-  auto out = at::zeros(sizes, x.options().memory_format(at::MemoryFormat::ChannelsLast));
+  auto out = at::empty(sizes, x.options().memory_format(at::MemoryFormat::ChannelsLast)).zero_();
   out.narrow(1, 0, x.size(1)).copy_(x.slice(2, 0, std::nullopt, stride).slice(3, 0, std::nullopt, stride));
   return out;
 }

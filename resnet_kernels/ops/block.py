@@ -143,7 +143,7 @@ def _forward(
             part = part.to(dtype).contiguous(memory_format=torch.channels_last)
             return run(backend, part, packed, shifts, geometries, shortcut)
 
-        return in_passes(x, size, block).to(x.dtype)
+        return in_passes(x, size, block).to(x.dtype, memory_format=torch.channels_last)
 
 
 def _fake(

@@ -1,0 +1,276 @@
+"""The primitives: the reference against autograd in fp64, every other backend against the reference."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from resnet_kernels.backends import aten, cpu, cuda, reference
+from resnet_kernels.backends.contract import Epilogue, Geometry, Operand, Pool, Product, call_of, wide
+from resnet_kernels.testing import assert_matches
+
+NHWC = torch.channels_last
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# name: (N, C, H, W), (K, R), geometry
+CONVS = {
+    "1x1": ((2, 64, 14, 14), (32, 1), Geometry()),
+    "1x1-down": ((2, 32, 9, 7), (48, 1), Geometry(stride=2)),
+    "3x3": ((2, 32, 14, 14), (32, 3), Geometry(padding=1)),
+    "3x3-down-odd": ((2, 16, 9, 11), (24, 3), Geometry(stride=2, padding=1)),
+    "3x3-dilated": ((2, 16, 9, 9), (16, 3), Geometry(padding=2, dilation=2)),
+    "3x3-groups": ((2, 64, 7, 7), (64, 3), Geometry(padding=1, groups=32)),
+    "odd-channels": ((3, 13, 5, 7), (11, 3), Geometry(padding=1)),
+    "map-1x1": ((2, 24, 1, 1), (8, 3), Geometry(padding=1)),
+    "batch-1": ((1, 8, 6, 6), (8, 1), Geometry()),
+    "batch-0": ((0, 8, 6, 6), (8, 3), Geometry(padding=1)),
+    "7x7-stem": ((2, 3, 33, 30), (16, 7), Geometry(stride=2, padding=3)),
+}
+
+
+BACKENDS = [
+    pytest.param(aten, "cpu", id="aten"),
+    pytest.param(cpu, "cpu", id="cpu"),
+    pytest.param(aten, "cuda", id="aten-gpu", marks=pytest.mark.gpu),
+    pytest.param(cuda, "cuda", id="cuda", marks=pytest.mark.gpu),
+]
+
+
+def draw(name, dtype, device="cpu"):
+    """x, weight, scale, shift of a convolution."""
+    sizes, (K, R), g = CONVS[name]
+    x = torch.randn(sizes).to(dtype).contiguous(memory_format=NHWC)
+    C = sizes[1] // g.groups
+    weight = (torch.randn(K, C, R, R) * (C * R * R) ** -0.5).to(dtype)
+    scale, shift = (t.to(wide(dtype)) for t in (torch.randn(K), torch.randn(K)))
+    return tuple(t.to(device) for t in (x, weight, scale, shift))
+
+
+def eager(x, weight, scale, shift, g, residual, relu):
+    """What a user would write, every result rounded to x's dtype."""
+    t = F.conv2d(x, weight, None, *g)
+    t = (scale[:, None, None] * t + shift[:, None, None]).to(x.dtype)
+    t = t if residual is None else t + residual
+    return torch.relu(t) if relu else t
+
+
+def check_conv(backend, device, dtype, name, with_residual, relu):
+    x, weight, scale, shift = draw(name, dtype, device)
+    g = CONVS[name][2]
+    residual = None
+    if with_residual:
+        residual = torch.randn_like(eager(x, weight, scale, shift, g, None, False)).contiguous(memory_format=NHWC)
+    products = [Product(Operand(x), weight, g, scale)]
+    epilogue = Epilogue(shift, None if residual is None else Operand(residual), relu)
+    call = call_of(products, epilogue)
+    assert backend.why_not(call) is None
+    before = None if residual is None else residual.clone()
+    y, reduced = backend.conv(products, epilogue)
+    assert reduced is None
+    if residual is not None:
+        assert torch.equal(residual, before), "the residual was overwritten unasked"
+    double = [None if t is None else t.double() for t in (x, weight, scale, shift)]
+    exact = eager(*double, g, None if residual is None else residual.double(), relu)
+    assert y.is_contiguous(memory_format=NHWC)
+    assert_matches(y, eager(x, weight, scale, shift, g, residual, relu), exact, weight[0].numel())
+
+
+@pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("name", CONVS)
+@pytest.mark.parametrize("backend, device", [pytest.param(reference, "cpu", id="reference"), *BACKENDS])
+def test_conv(backend, device, name, dtype, residual, relu, poisoned):
+    check_conv(backend, device, dtype, name, residual, relu)
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_conv_with_packed_weights_and_two_products(backend, device):
+    x, weight, scale, shift = draw("3x3-down-odd", torch.float32, device)
+    g, gs = CONVS["3x3-down-odd"][2], Geometry(stride=2)
+    weight_s = torch.randn(24, 16, 1, 1, device=device) * 0.25
+    scale_s = torch.randn(24, device=device)
+    packed = backend.pack(weight, scale, g, x.shape), backend.pack(weight_s, scale_s, gs, x.shape)
+    y, _ = backend.conv([Product(Operand(x), packed[0], g), Product(Operand(x), packed[1], gs)],
+                        Epilogue(shift, relu=True))
+    want, _ = reference.conv([Product(Operand(x), weight, g, scale), Product(Operand(x), weight_s, gs, scale_s)],
+                             Epilogue(shift, relu=True))
+    double = [t.double() for t in (x, weight, scale, weight_s, scale_s, shift)]
+    exact, _ = reference.conv([Product(Operand(double[0]), double[1], g, double[2]),
+                               Product(Operand(double[0]), double[3], gs, double[4])], Epilogue(double[5], relu=True))
+    assert_matches(y, want, exact, 160)
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_conv_of_a_sliced_and_an_expanded_operand(backend, device):
+    big = torch.randn(4, 40, 9, 9, device=device).contiguous(memory_format=NHWC)
+    weight = torch.randn(8, 16, 3, 3, device=device)
+    for x in (big[1:3, 8:24, 1:, :-1], big[:1, :16].expand(3, -1, -1, -1), big[:, :16].transpose(2, 3)):
+        g = Geometry(padding=1)
+        y, _ = backend.conv([Product(Operand(x), weight, g)], Epilogue())
+        double = F.conv2d(x.double(), weight.double(), None, *g)
+        assert_matches(y, F.conv2d(x, weight, None, *g), double, 144)
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_conv_may_take_the_residuals_memory_only_when_told(backend, device):
+    x, weight, scale, shift = draw("1x1", torch.float32, device)
+    residual = torch.randn(2, 32, 14, 14, device=device).contiguous(memory_format=NHWC)
+    products = [Product(Operand(x), weight, Geometry(), scale)]
+    want, _ = backend.conv(products, Epilogue(shift, Operand(residual), relu=True))
+    got, _ = backend.conv(products, Epilogue(shift, Operand(residual), relu=True, overwrite=True))
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("backend, device", [pytest.param(reference, "cpu", id="reference"), *BACKENDS])
+def test_nan_and_inf_go_through_conv_and_relu(backend, device, dtype, value):
+    x, weight, scale, shift = draw("3x3", dtype, device)
+    x[0, 3, 5, 5] = value
+    residual = torch.randn_like(x)
+    residual[1, 7, 0, 0] = value
+    y, _ = backend.conv([Product(Operand(x), weight, Geometry(padding=1), scale)],
+                        Epilogue(shift, Operand(residual), relu=True))
+    want = eager(x, weight, scale, shift, Geometry(padding=1), residual, True)
+    assert torch.equal(y.isnan(), want.isnan()) and torch.equal(y.isinf(), want.isinf())
+    if value != -float("inf"):
+        assert not want.isfinite().all()
+
+
+@pytest.mark.parametrize("pool", [None, Pool(3, 2, 1), Pool(2, 2, 0)], ids=["no-pool", "pool3", "pool2"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("terms", ["relu", "affine", "shift-residual-relu"])
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_bn_pass(backend, device, terms, dtype, pool, poisoned):
+    if pool is not None and "pool" not in backend.SUPPORTS:
+        pytest.skip(f"{backend.NAME} has no pooling")
+    x, r = (torch.randn(2, 21, 9, 12, device=device).to(dtype).contiguous(memory_format=NHWC) for _ in range(2))
+    x[0, 0, 0, 0] = float("nan")
+    x[1, 4, 3, 3] = float("inf")
+    a, b, s = (torch.randn(21, device=device) for _ in range(3))
+
+    def run(primitives, to):
+        affine = (to(a), to(b)) if terms == "affine" else None
+        more = "residual" in terms
+        epilogue = Epilogue(to(s) if more else None, Operand(to(r)) if more else None, terms != "affine")
+        return primitives.bn_pass(Operand(to(x), affine), epilogue, pool)[0]
+
+    exact = run(reference, torch.Tensor.double)
+    assert exact.isnan().any()
+    assert_matches(run(backend, lambda t: t), run(reference, lambda t: t), exact)
+
+
+# The reference's own definition of the lazy operand, masks, reductions and gradients, against autograd.
+
+@pytest.mark.parametrize("name", CONVS)
+def test_reference_gradients_are_autograds(name):
+    x, weight, scale, _ = (t.double() for t in draw(name, torch.float64))
+    g = CONVS[name][2]
+    x.requires_grad_()
+    weight.requires_grad_()
+    c = F.conv2d(x, weight, None, *g)
+    dc = torch.randn_like(c)
+    dx, dweight = torch.autograd.grad(c, (x, weight), dc)
+    product = Product(Operand(dc), weight.detach(), g, data_grad_size=tuple(x.shape[2:]))
+    torch.testing.assert_close(reference.conv([product], Epilogue())[0], dx)
+    got = reference.wgrad(Operand(dc), Operand(x.detach()), weight.shape[2:], g)
+    torch.testing.assert_close(got, dweight)
+
+
+def test_reference_lazy_operand_mask_and_reductions():
+    x, second = (torch.randn(2, 6, 5, 5).double() for _ in range(2))
+    a, b, a2 = (torch.randn(6).double() for _ in range(3))
+    weight = torch.randn(4, 6, 1, 1).double()
+    mask = torch.rand(2, 4, 3, 3) > 0.5
+    operand = Operand(x, (a, b), (second, a2), relu=True, stride=2)
+    v = torch.relu(a[:, None, None] * x + a2[:, None, None] * second + b[:, None, None])[:, :, ::2, ::2]
+    want = F.conv2d(v, weight) * mask
+    y, stats = reference.conv([Product(operand, weight)], Epilogue(mask=mask, reduce="stats"))
+    torch.testing.assert_close(y, want)
+    assert stats.count == 18
+    torch.testing.assert_close(stats.mean, want.mean((0, 2, 3)))
+    torch.testing.assert_close(stats.M2 / 18, want.var((0, 2, 3), unbiased=False))
+    xhat = torch.randn_like(want)
+    _, (s, sx) = reference.conv([Product(operand, weight)], Epilogue(mask=mask, reduce=Operand(xhat)))
+    torch.testing.assert_close(s, want.sum((0, 2, 3)))
+    torch.testing.assert_close(sx, (want * xhat).sum((0, 2, 3)))
+
+
+def test_a_bottleneck_trains_by_the_primitives_alone():
+    """Forward and backward of an identity bottleneck in training mode, conv3's output never formed, against autograd."""
+    N, K, J, H, eps = 3, 16, 6, 5, 1e-5
+    x = torch.relu(torch.randn(N, K, H, H)).double()
+    w1, w2, w3 = torch.randn(J, K, 1, 1).double(), torch.randn(J, J, 3, 3).double(), torch.randn(K, J, 1, 1).double()
+    gammas, betas = ([torch.randn(n).double() for n in (J, J, K)] for _ in range(2))
+    leaves = [x, w1, w2, w3, *gammas, *betas]
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+    def bn(c, i):
+        return F.batch_norm(c, None, None, gammas[i], betas[i], training=True, eps=eps)
+
+    h1 = torch.relu(bn(F.conv2d(x, w1), 0))
+    h2 = torch.relu(bn(F.conv2d(h1, w2, padding=1), 1))
+    want = torch.relu(bn(F.conv2d(h2, w3), 2) + x)
+    dy = torch.randn_like(want)
+    grads = torch.autograd.grad(want, leaves, dy)
+    x, w1, w2, w3, *rest = (leaf.detach() for leaf in leaves)
+    gammas, betas = rest[:3], rest[3:]
+    pad = Geometry(padding=1)
+
+    c1, s1 = reference.conv([Product(Operand(x), w1)], Epilogue(reduce="stats"))
+    n1 = reference.finalize_stats(s1, gammas[0], betas[0], eps)
+    h1 = Operand(c1, (n1.a, n1.b), relu=True)
+    c2, s2 = reference.conv([Product(h1, w2, pad)], Epilogue(reduce="stats"))
+    n2 = reference.finalize_stats(s2, gammas[1], betas[1], eps)
+    h2 = Operand(c2, (n2.a, n2.b), relu=True)
+    moments = reference.moments(h2)
+    n3 = reference.finalize_moments(moments, w3[:, :, 0, 0], gammas[2], betas[2], eps)
+    y, _ = reference.conv([Product(h2, w3, scale=n3.a)], Epilogue(n3.b, Operand(x), relu=True))
+    torch.testing.assert_close(y, want)
+
+    g = Operand(dy, mask=~(y <= 0))
+    sg = reference.bn_pass(g, Epilogue())[0].sum((0, 2, 3))
+    G = reference.wgrad(g, h2, (1, 1), Geometry())[:, :, 0, 0]
+    dw3, dgamma3, dbeta3, A, B, v = reference.finalize_tail_grad(sg, G, torch.zeros(J).double(), moments,
+                                                                 w3[:, :, 0, 0], n3)
+    h2_value = reference.bn_pass(h2, Epilogue())[0]
+    xhat2 = Operand(c2, (n2.rstd, -n2.mean * n2.rstd))
+    products = [Product(g, A.T[:, :, None, None].contiguous()), Product(h2, B.T[:, :, None, None].contiguous())]
+    gh2, sums2 = reference.conv(products, Epilogue(v, mask=~(h2_value <= 0), reduce=xhat2))
+    al, be, const, dgamma2, dbeta2 = reference.finalize_bn_grad(sums2, s2.count, n2)
+    dc2 = Operand(gh2, (al, const), (c2, be))
+    dw2 = reference.wgrad(dc2, h1, (3, 3), pad)
+    h1_value = reference.bn_pass(h1, Epilogue())[0]
+    xhat1 = Operand(c1, (n1.rstd, -n1.mean * n1.rstd))
+    gh1, sums1 = reference.conv([Product(dc2, w2, pad, data_grad_size=(H, H))],
+                                Epilogue(mask=~(h1_value <= 0), reduce=xhat1))
+    al, be, const, dgamma1, dbeta1 = reference.finalize_bn_grad(sums1, s1.count, n1)
+    dc1 = Operand(gh1, (al, const), (c1, be))
+    dw1 = reference.wgrad(dc1, Operand(x), (1, 1), Geometry())
+    dx, _ = reference.conv([Product(dc1, w1, data_grad_size=(H, H))], Epilogue(residual=g))
+
+    got = [dx, dw1, dw2, dw3[:, :, None, None], dgamma1, dgamma2, dgamma3, dbeta1, dbeta2, dbeta3]
+    for name, mine, autograds in zip(range(len(got)), got, grads, strict=True):
+        torch.testing.assert_close(mine, autograds, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"gradient {n}: {m}")
+
+
+@pytest.mark.parametrize(
+    "build, error, says",
+    [
+        (lambda x, w: ([], Epilogue()), ValueError, "expected at least one product, got none"),
+        (lambda x, w: ([Product(Operand(x[0]), w)], Epilogue()), ValueError, "expected 4-D operand and weight"),
+        (lambda x, w: ([Product(Operand(x[:, :5]), w)], Epilogue()), ValueError, "expected an operand of 8 channels"),
+        (lambda x, w: ([Product(Operand(x), w.double())], Epilogue()), TypeError, "expected a weight in torch.float32"),
+        (lambda x, w: ([Product(Operand(x), w)], Epilogue(torch.ones(3))), ValueError, "expected 4 shifts, got"),
+        (lambda x, w: ([Product(Operand(x), w)], Epilogue(residual=Operand(x))), ValueError, "expected a residual of"),
+        (lambda x, w: ([Product(Operand(x), w), Product(Operand(x), w, Geometry(2))], Epilogue()), ValueError,
+         "expected products of equal sizes"),
+        (lambda x, w: ([Product(Operand(x[:, :, :1]), w.expand(4, 8, 3, 3))], Epilogue()), ValueError,
+         "does not fit a map of 1x6"),
+    ],
+)
+@pytest.mark.parametrize("backend", [reference, aten, cpu], ids=lambda b: b.NAME)
+def test_conv_names_what_does_not_fit(backend, build, error, says):
+    with pytest.raises(error, match=says):
+        backend.conv(*build(torch.randn(2, 8, 6, 6), torch.randn(4, 8, 1, 1)))
