@@ -1,6 +1,7 @@
 #include "cuda/bn_pass.cuh"
 
 #include <algorithm>
+#include <numeric>
 
 #include "cuda/launchers.h"
 
@@ -16,12 +17,15 @@ cudaError_t launch(void* y, const void* x, const float* scale, const float* shif
   int device = 0, multiprocessors = 0;
   if (const auto error = cudaGetDevice(&device)) return error;
   if (const auto error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)) return error;
-  const int64_t vectors = rows * channels / kWidth;
-  const int64_t blocks = std::min<int64_t>((vectors + kThreads - 1) / kThreads,
+  const int64_t vectors = rows * channels / kWidth, per_row = channels / kWidth;
+  const int64_t wanted = std::min<int64_t>((vectors + kThreads - 1) / kThreads,
                                            int64_t{multiprocessors} * kBlocksPerMultiprocessor);
+  // Up to the next grid whose threads are a multiple of a row's vectors.
+  const int64_t whole_rows = per_row / std::gcd(per_row, int64_t{kThreads});
+  const int64_t blocks = (wanted + whole_rows - 1) / whole_rows * whole_rows;
   bn_pass_kernel<T, kWidth><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
       static_cast<T*>(y), static_cast<const T*>(x), scale, shift, static_cast<const T*>(residual), relu, vectors,
-      static_cast<int>(channels / kWidth));
+      static_cast<int>(per_row));
   return cudaGetLastError();
 }
 

@@ -161,43 +161,45 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.meta = len(weights), strides, dilations, groups, shortcut
 
 
-def _conv_grad(dz: Tensor, h: Tensor, w: Tensor, a: Tensor, g: Geometry) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of z = a * conv(h, w) + b: (dh, dw, da, db). da needs no conv(h, w): it is sum(G * w) for G = dz's own weight
-    gradient, as conv is linear in w. torch computes the sums of 16-bit gradients in fp32 and rounds them."""
-    to = torch.channels_last
+def _conv_grad(
+    dz: Tensor, h: Tensor, w: Tensor, a: Tensor, g: Geometry, c: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Of z = a * c + b, c = conv(h, w): dh and (dw, da, db)."""
     folded = (w.to(a.dtype) * a[:, None, None, None]).to(w.dtype)
     dh, G, _ = torch.ops.aten.convolution_backward(
-        dz.contiguous(memory_format=to), h, folded, None, [g.stride] * 2, [g.padding] * 2, [g.dilation] * 2, False,
-        [0, 0], g.groups, [True, True, False])
-    G = G.to(a.dtype)
-    dw = (G * a[:, None, None, None]).to(w.dtype)
-    return dh, dw, (G * w.to(a.dtype)).sum((1, 2, 3)), dz.sum((0, 2, 3), dtype=a.dtype)
+        dz.contiguous(memory_format=torch.channels_last), h, folded, None, [g.stride] * 2, [g.padding] * 2,
+        [g.dilation] * 2, False, [0, 0], g.groups, [True, True, False])
+    dw = (G.to(a.dtype) * a[:, None, None, None]).to(w.dtype)
+    wide_dz = dz.to(a.dtype)
+    return dh, (dw, (wide_dz * c).sum((0, 2, 3)), wide_dz.sum((0, 2, 3)))
 
 
 def _backward(ctx, dy: Tensor):  # type: ignore[no-untyped-def]
-    """Recomputes the h_i from x (only x and y are kept), then the chain rule, in differentiable torch ops."""
+    """Recomputes the chain from x (only x and y are kept), then the chain rule, in differentiable torch ops."""
     count, strides, dilations, groups, shortcut = ctx.meta
     x, y, *rest = ctx.saved_tensors
     weights, scales, shifts = rest[:count], rest[count : 2 * count], rest[2 * count :]
     geometries = _geometries(weights, strides, dilations, groups)
-    last = count - (2 if shortcut == "projection" else 1)
-    hs = [x]
-    for w, a, b, g in list(zip(weights, scales, shifts, geometries, strict=True))[:last]:
-        c = F.conv2d(hs[-1], w, None, *g)
-        hs.append(torch.relu(torch.addcmul(b[:, None, None], a[:, None, None], c.to(a.dtype))).to(x.dtype))
-    dz = torch.where(y <= 0, 0, dy)  # a NaN's gradient passes, as through torch's relu
-    grads: list[tuple[Tensor, Tensor, Tensor]] = [None] * count  # type: ignore[list-item]
+    n = count - (shortcut == "projection")
+    hs, cs = [x], []
+    for w, a, b, g in list(zip(weights, scales, shifts, geometries, strict=True))[:n]:
+        cs.append(F.conv2d(hs[-1], w, None, *g))
+        hs.append(torch.relu(torch.addcmul(b[:, None, None], a[:, None, None], cs[-1].to(a.dtype))).to(x.dtype))
+    d = torch.where(y <= 0, 0, dy)  # a NaN's gradient passes, as through torch's relu
+    grads = []
     if shortcut == "projection":
-        dx, *grads[-1] = _conv_grad(dz, x, weights[-1], scales[-1], geometries[-1])  # type: ignore[call-overload]
+        c = F.conv2d(x, weights[-1], None, *geometries[-1])
+        dx, grad = _conv_grad(d, x, weights[-1], scales[-1], geometries[-1], c)
+        grads.append(grad)
     elif shortcut == "zero_pad":
         dx = torch.zeros_like(x)
         s = _total_stride(geometries)
-        dx[:, :, ::s, ::s] = dz[:, : x.shape[1]]
+        dx[:, :, ::s, ::s] = d[:, : x.shape[1]]
     else:
-        dx = dz
-    d = dz
-    for i in range(last, -1, -1):
-        d, *grads[i] = _conv_grad(d, hs[i], weights[i], scales[i], geometries[i])  # type: ignore[call-overload]
+        dx = d
+    for i in range(n - 1, -1, -1):
+        d, grad = _conv_grad(d, hs[i], weights[i], scales[i], geometries[i], cs[i])
+        grads.insert(0, grad)
         d = torch.where(hs[i] <= 0, 0, d) if i else d
     dweights, dscales, dshifts = (list(t) for t in zip(*grads, strict=True))
     return dx + d, dweights, dscales, dshifts, None, None, None, None

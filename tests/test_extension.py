@@ -1,0 +1,114 @@
+"""The extension: what was built, and the machine code of its CUDA kernels, read without a GPU."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from resnet_kernels.backends import extension
+from resnet_kernels.backends.contract import Epilogue, Operand
+from resnet_kernels.testing import assert_matches
+
+
+def module():
+    built, reason = extension.load()
+    assert built is not None, reason
+    return built
+
+
+def test_it_was_built_for_this_torch():
+    assert module().build_info()["torch"] == torch.__version__.split("+")[0]
+
+
+def cuobjdump(*options):
+    tool = shutil.which("cuobjdump")
+    if tool is None:
+        triton = pytest.importorskip("triton", reason="cuobjdump comes with CUDA or with triton; neither is here")
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([tool, *options, module().__file__], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture
+def archs():
+    built = module().build_info()
+    if built["cuda"] is None:
+        assert torch.version.cuda is None or shutil.which("nvcc") is None
+        pytest.skip("built without CUDA: no nvcc, or a CPU-only torch")
+    return built["archs"]
+
+
+def test_cuda_kernels_use_no_stack_and_spill_nothing(archs):
+    usage = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", cuobjdump("--dump-resource-usage"))
+    assert len(usage) >= 6 * len(re.findall(r"\d+\.\d", archs))
+    # 2048 threads a multiprocessor have 32 registers each; 1024 have 64, enough for 16-byte loads to cover latency.
+    assert all(int(reg) <= 64 and stack == local == "0" for reg, stack, local in usage)
+
+
+def test_bn_pass_moves_16_bytes_and_keeps_nan(archs):
+    if "9.0a" not in archs:
+        pytest.skip(f"read for sm_90a; built for {archs}")
+    functions = re.split(r"Function : ", cuobjdump("-sass", "-arch", "sm_90a"))[1:]
+    wide = [f for f in functions if re.search(r"bn_pass_kernelI(fLi4|\w+Li8)E", f.split()[0])]
+    assert len(wide) == 3
+    for sass in wide:
+        assert "LDG.E.128" in sass and "STG.E.128" in sass
+        # ReLU as a comparison and a selection: FMNMX without .NAN would return 0 for NaN.
+        assert "FMNMX" not in sass or "FMNMX.NAN" in sass
+
+
+def test_cpu_passes_name_what_is_wrong():
+    C = module()
+    x = torch.randn(2, 4, 5, 5).contiguous(memory_format=torch.channels_last)
+    cases = [
+        (lambda: C.bn_pass(torch.randn(2, 4, 5, 5), None, None, None, False), "x: expected channels_last memory"),
+        (lambda: C.bn_pass(x[0], None, None, None, False), "x: expected 4 dimensions"),
+        (lambda: C.bn_pass(x, torch.ones(3), None, None, False), "scale: expected 4 contiguous values, one per channel"),
+        (lambda: C.bn_pass(x, torch.ones(4).double(), None, None, False), "scale: expected float32, got Double"),
+        (lambda: C.bn_pass(x, None, None, x[:1], False), r"residual: sizes: expected \[2, 4, 5, 5\], got \[1, 4, 5, 5\]"),
+        (lambda: C.bn_pass(x, None, None, x.bfloat16(), False), "residual: dtype: expected Float, got BFloat16"),
+        (lambda: C.max_pool_relu(x, 9, 2, 1), "a window of 9 does not fit a map of 5 x 5 padded by 1"),
+        (lambda: C.max_pool_relu(x, 3, 2, 2), r"expected 2 \* padding <= kernel"),
+        (lambda: C.conv(x, torch.randn(4, 3, 1, 1), None, None, False, False, (1, 0, 1, 1)),
+         "x: channels: expected 3, got 4"),
+    ]
+    for call, says in cases:
+        with pytest.raises(RuntimeError, match=says):
+            call()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("C", [1, 3, 8, 13, 64, 100, 2047, 2048])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+def test_cuda_bn_pass_at_every_width(C, dtype, poisoned):
+    from resnet_kernels.backends import cuda, reference
+
+    x, r = (torch.randn(3, C, 9, 7, device="cuda").to(dtype).contiguous(memory_format=torch.channels_last) for _ in "xr")
+    x[1, 0, 2, 2] = float("nan")
+    a, b = torch.randn(2, C, device="cuda")
+
+    def run(backend, to):
+        return backend.bn_pass(Operand(to(x), (to(a), to(b))), Epilogue(residual=Operand(to(r)), relu=True))[0]
+
+    exact = run(reference, torch.Tensor.double)
+    assert_matches(run(cuda, lambda t: t), run(reference, lambda t: t), exact)
+
+
+def test_a_missing_or_broken_extension_is_a_reason(monkeypatch):
+    import builtins
+
+    real = builtins.__import__
+    for error, says in ((ModuleNotFoundError("no _C"), "was not built"), (ImportError("undefined symbol"), "built for another torch")):
+        def fail(name, *args, error=error, **kwargs):
+            if name == "resnet_kernels" and args and args[2] and "_C" in args[2]:
+                raise error
+            return real(name, *args, **kwargs)
+
+        extension.load.cache_clear()
+        monkeypatch.setattr(builtins, "__import__", fail)
+        found, reason = extension.load()
+        monkeypatch.undo()
+        assert found is None and says in reason
+    extension.load.cache_clear()
