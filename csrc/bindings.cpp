@@ -14,15 +14,9 @@
 #endif
 
 namespace py = pybind11;
-using resnet_kernels::Geometry;
+using resnet_kernels::Conv;
 
 namespace {
-
-std::vector<Geometry> geometries(const std::vector<std::array<int64_t, 4>>& rows) {
-  std::vector<Geometry> out;
-  for (const auto& r : rows) out.push_back({r[0], r[1], r[2], r[3]});
-  return out;
-}
 
 py::dict build_info() {
   py::dict info;
@@ -79,18 +73,15 @@ at::Tensor cuda_bn_pass(const at::Tensor& x, const std::optional<at::Tensor>& sc
 
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
-  m.def("conv", [](const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& shift,
-                   const std::optional<at::Tensor>& residual, bool overwrite, bool relu,
-                   const std::array<int64_t, 4>& geometry) {
-    py::gil_scoped_release unlocked;
-    return resnet_kernels::cpu_conv(x, weight, shift, residual, overwrite, relu, geometries({geometry})[0]);
+  py::class_<Conv>(m, "Conv").def_property_readonly("engine", [](const Conv& conv) {
+    return std::array{"onednn", "gemm", "winograd"}[static_cast<int>(conv.engine)];
   });
-  m.def("residual_block", [](const at::Tensor& x, const std::vector<at::Tensor>& weights,
-                             const std::vector<at::Tensor>& shifts, const std::vector<std::array<int64_t, 4>>& rows,
-                             const std::string& shortcut, bool overwrite) {
-    py::gil_scoped_release unlocked;
-    return resnet_kernels::cpu_residual_block(x, weights, shifts, geometries(rows), shortcut, overwrite);
+  m.def("pack_conv", [](const at::Tensor& weight, const std::array<int64_t, 4>& g, const std::vector<int64_t>& size,
+                        const std::string& engine) {
+    return resnet_kernels::pack_conv(weight, {g[0], g[1], g[2], g[3]}, size, engine);
   });
+  m.def("conv", &resnet_kernels::cpu_conv, py::call_guard<py::gil_scoped_release>());
+  m.def("residual_block", &resnet_kernels::cpu_residual_block, py::call_guard<py::gil_scoped_release>());
   m.def("bn_pass", &resnet_kernels::cpu_bn_pass, py::call_guard<py::gil_scoped_release>());
   m.def("max_pool_relu", &resnet_kernels::cpu_max_pool_relu, py::call_guard<py::gil_scoped_release>());
 #ifdef RESNET_KERNELS_CUDA

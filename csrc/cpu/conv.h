@@ -1,8 +1,9 @@
-// Convolutions through oneDNN, as ATen exposes it, and the residual blocks made of them.
+// Convolutions with their epilogue on a CPU, and the residual blocks made of them.
 #pragma once
 
 #include <ATen/ATen.h>
 
+#include <array>
 #include <string>
 #include <vector>
 
@@ -12,15 +13,31 @@ struct Geometry {
   int64_t stride, padding, dilation, groups;
 };
 
-// y = relu(conv(x, weight) + shift + residual). Any of shift and residual may be absent. `weight` is plain or packed
-// by mkldnn::_reorder_convolution_weight. With `overwrite` the result takes the residual's memory.
-at::Tensor cpu_conv(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& shift,
-                    const std::optional<at::Tensor>& residual, bool overwrite, bool relu, const Geometry& geometry);
+// What computes a convolution: oneDNN through ATen, or one of ours (avx2.h).
+enum class Engine { kOneDnn, kGemm, kWinograd };
+
+// A convolution ready to run: its weight, with the batch norm's scale in it, as the engine wants it. Never changes,
+// so threads may share it.
+struct Conv {
+  Engine engine;
+  Geometry geometry;
+  std::array<int64_t, 4> shape;  // (K, C/groups, R, S)
+  at::Tensor packed;
+  at::Tensor plain;  // for Winograd on inputs that are not all moderate, else undefined
+};
+
+// Packs weight (K, C/groups, R, S) for operands of `size` (N, C, H, W). engine: "auto", "onednn", "gemm", "winograd".
+Conv pack_conv(const at::Tensor& weight, const Geometry& geometry, const std::vector<int64_t>& size,
+               const std::string& engine);
+
+// y = relu(conv(x) + shift + residual), channels_last. Any of shift and residual may be absent. With `overwrite` the
+// result takes the residual's memory.
+at::Tensor cpu_conv(const at::Tensor& x, const Conv& conv, const std::optional<at::Tensor>& shift,
+                    const std::optional<at::Tensor>& residual, bool overwrite, bool relu);
 
 // A chain of convolutions, each with shift and ReLU, the last with the shortcut added before its ReLU. For
-// shortcut = "projection" the last weight is the projection's. "zero_pad" subsamples x and appends zero channels.
-at::Tensor cpu_residual_block(const at::Tensor& x, const std::vector<at::Tensor>& weights,
-                              const std::vector<at::Tensor>& shifts, const std::vector<Geometry>& geometries,
-                              const std::string& shortcut, bool overwrite);
+// shortcut = "projection" the last of `convs` is the projection. "zero_pad" subsamples x and appends zero channels.
+at::Tensor cpu_residual_block(const at::Tensor& x, const std::vector<const Conv*>& convs,
+                              const std::vector<at::Tensor>& shifts, const std::string& shortcut, bool overwrite);
 
 }  // namespace resnet_kernels

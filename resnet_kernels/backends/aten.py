@@ -43,14 +43,14 @@ def fold(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def pack(weight: Tensor, scale: Tensor, geometry: Geometry, size: Sequence[int]) -> Packed:
     folded = fold(weight, scale, weight.dtype).contiguous(memory_format=torch.channels_last)
-    return Packed(folded, None)
+    return Packed(folded, None, tuple(weight.shape))
 
 
 def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
     check_conv(products, epilogue)
     y: Tensor | None = None
     for p in products:
-        weight, scale = p.packed
+        weight, scale, _ = p.packed
         if scale is not None:
             weight = fold(weight, scale, weight.dtype)
         shift = epilogue.shift.to(weight.dtype) if y is None and epilogue.shift is not None else None

@@ -40,10 +40,12 @@ class Geometry(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """A weight as a backend wants it: laid out, and multiplied by its scale if `scale` is None."""
+    """A weight (K, C/groups, R, S) = shape as a backend wants it: laid out, and multiplied by its scale if `scale` is
+    None. `weight` is a Tensor or the backend's own object."""
 
-    weight: Tensor
+    weight: Any
     scale: Tensor | None
+    shape: tuple[int, ...]
 
 
 class Pool(NamedTuple):
@@ -93,16 +95,18 @@ class Product:
 
     @property
     def packed(self) -> Packed:
-        return self.weight if isinstance(self.weight, Packed) else Packed(self.weight, self.scale)
+        if isinstance(self.weight, Packed):
+            return self.weight
+        return Packed(self.weight, self.scale, tuple(self.weight.shape))
 
     def output_sizes(self) -> tuple[int, int, int, int]:
         """(N, K, P, Q), or (N, C, H, W) of a data gradient. Raises ValueError where the shapes do not fit."""
-        x, w, g = self.operand.tensor, self.packed.weight, self.geometry
-        if x.dim() != 4 or w.dim() != 4:
-            raise ValueError(f"conv: expected 4-D operand and weight, got {tuple(x.shape)} and {tuple(w.shape)}")
+        x, shape, g = self.operand.tensor, self.packed.shape, self.geometry
+        if x.dim() != 4 or len(shape) != 4:
+            raise ValueError(f"conv: expected 4-D operand and weight, got {tuple(x.shape)} and {shape}")
         N, channels, H, W = x.shape
         H, W = -(-H // self.operand.stride), -(-W // self.operand.stride)
-        K, C, R, S = w.shape[0], w.shape[1] * g.groups, w.shape[2], w.shape[3]
+        K, C, R, S = shape[0], shape[1] * g.groups, shape[2], shape[3]
         expected = C if self.data_grad_size is None else K
         if channels != expected:
             raise ValueError(f"conv: expected an operand of {expected} channels, got {tuple(x.shape)}")
@@ -188,7 +192,7 @@ def call_of(products: Sequence[Product], epilogue: Epilogue) -> Call:
         "data_grad": any(p.data_grad_size for p in products),
     }
     x = products[0].operand.tensor
-    shapes = tuple((tuple(p.packed.weight.shape), p.geometry) for p in products)
+    shapes = tuple((p.packed.shape, p.geometry) for p in products)
     return Call(x.device, x.dtype, frozenset(n for n, there in present.items() if there), shapes)
 
 

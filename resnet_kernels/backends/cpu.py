@@ -54,11 +54,9 @@ def images_per_pass(image_bytes: int) -> int | None:
 
 
 def pack(weight: Tensor, scale: Tensor, geometry: Geometry, size: Sequence[int]) -> Packed:
-    g = geometry
+    C, _ = extension.load()
     folded = fold(weight, scale, compute_dtype(weight.dtype))
-    pairs = [[value, value] for value in (g.padding, g.stride, g.dilation)]
-    size = [max(1, size[0]), *size[1:]]
-    return Packed(torch.ops.mkldnn._reorder_convolution_weight(folded, *pairs, g.groups, size), None)
+    return Packed(C.pack_conv(folded, geometry, [max(1, size[0]), *size[1:]], "auto"), None, tuple(weight.shape))
 
 
 def _nhwc(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -73,12 +71,14 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
     overwrite = epilogue.overwrite and compute == dtype
     y = None if epilogue.residual is None else _nhwc(epilogue.residual.tensor, compute)
     for i, p in enumerate(products):
-        weight, scale = p.packed
-        weight = weight if scale is None else fold(weight, scale, compute)
+        x = _nhwc(p.operand.tensor, compute)
+        packed = p.packed
+        if isinstance(packed.weight, Tensor):
+            ones = torch.ones(packed.shape[0], dtype=torch.float32)
+            packed = pack(packed.weight, ones if packed.scale is None else packed.scale, p.geometry, x.shape)
         shift = epilogue.shift.to(compute) if i == 0 and epilogue.shift is not None else None
         last = i == len(products) - 1
-        y = C.conv(_nhwc(p.operand.tensor, compute), weight.to(compute), shift, y, overwrite or i > 0,
-                   epilogue.relu and last, p.geometry)
+        y = C.conv(x, packed.weight, shift, y, overwrite or i > 0, epilogue.relu and last)
     assert y is not None
     return y.to(dtype), None
 
@@ -89,7 +89,7 @@ def residual_block(
 ) -> Tensor:
     """A whole block in one call, x in the compute dtype and channels_last."""
     C, _ = extension.load()
-    return C.residual_block(x, [w.weight for w in weights], list(shifts), list(geometries), shortcut, overwrite)
+    return C.residual_block(x, [w.weight for w in weights], [b.to(x.dtype) for b in shifts], shortcut, overwrite)
 
 
 def bn_pass(x: Operand, epilogue: Epilogue, pool: Pool | None = None) -> tuple[Tensor, Any]:

@@ -44,7 +44,8 @@ def images_per_pass(image_bytes: int) -> int | None:
 
 
 def pack(weight: Tensor, scale: Tensor, geometry: Geometry, size: Sequence[int]) -> Packed:
-    return Packed(weight.contiguous(memory_format=torch.channels_last), scale.float().contiguous())
+    nhwc = weight.contiguous(memory_format=torch.channels_last)
+    return Packed(nhwc, scale.float().contiguous(), tuple(weight.shape))
 
 
 def _pass(x: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
@@ -59,7 +60,7 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
     check_conv(products, epilogue)
     y = None if epilogue.residual is None else epilogue.residual.tensor
     for i, p in enumerate(products):
-        weight, scale = p.packed
+        weight, scale, _ = p.packed
         last = i == len(products) - 1
         c = F.conv2d(p.operand.tensor, weight, None, *p.geometry)
         y = _pass(c, scale, epilogue.shift if last else None, y, epilogue.relu and last)

@@ -50,7 +50,7 @@ def images_per_pass(image_bytes: int) -> int | None:
 
 
 def pack(weight: Tensor, scale: Tensor, geometry: Geometry, size: Sequence[int]) -> Packed:
-    return Packed(weight, scale)
+    return Packed(weight, scale, tuple(weight.shape))
 
 
 def _per_channel(t: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
     total: Tensor | None = None
     for p in products:
         x = _value(p.operand).to(wide(dtype))
-        weight, scale = p.packed
+        weight, scale, _ = p.packed
         w, g = weight.to(x.dtype), p.geometry
         if p.data_grad_size is None:
             t = F.conv2d(x, w, None, *g)

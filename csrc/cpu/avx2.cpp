@@ -1,0 +1,273 @@
+// One microkernel carries both: 6 rows x 16 columns of accumulators in 12 registers, operand rows broadcast, weights
+// in panels of 16 output channels that stream through L1. Rows (or Winograd tiles) are cut into blocks whose operands
+// stay in L2 while all panels pass over them; threads own blocks.
+//
+// ReLU is max(0, t) with t as the second operand of vmaxps, which is what the instruction returns for NaN.
+#include "cpu/avx2.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <memory>
+
+#include "common/checks.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define RK_AVX2 __attribute__((target("avx2,fma")))
+#endif
+
+namespace resnet_kernels {
+
+#ifdef RK_AVX2
+
+bool avx2_runs() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool avx2_preferred() { return avx2_runs() && !__builtin_cpu_supports("avx512f"); }
+
+namespace {
+
+constexpr int kRows = 6, kColumns = 16;
+constexpr int64_t kBlockBytes = 192 * 1024;  // operands of a block: under half of the 512 KiB L2 of Zen 3
+
+// out[r][0:16] (rows ld apart) = finish(sum over k of a[r][k] * b[k][0:16]).
+struct Finish {
+  const float* shift;     // 16 values or null
+  const float* residual;  // laid out as out, or null
+  bool relu;
+};
+
+template <int R>
+RK_AVX2 void tile(int64_t depth, const float* const* a, const float* b, float* const* out, int64_t residual_offset,
+                  const Finish& f) {
+  __m256 acc[R][2];
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_ps();
+  for (int64_t k = 0; k < depth; ++k) {
+    const __m256 b0 = _mm256_loadu_ps(b + k * kColumns), b1 = _mm256_loadu_ps(b + k * kColumns + 8);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      const __m256 v = _mm256_broadcast_ss(a[r] + k);
+      acc[r][0] = _mm256_fmadd_ps(v, b0, acc[r][0]);
+      acc[r][1] = _mm256_fmadd_ps(v, b1, acc[r][1]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) {
+    for (int h = 0; h < 2; ++h) {
+      __m256 t = acc[r][h];
+      if (f.shift) t = _mm256_add_ps(t, _mm256_loadu_ps(f.shift + 8 * h));
+      if (f.residual) t = _mm256_add_ps(t, _mm256_loadu_ps(out[r] + residual_offset + 8 * h));
+      if (f.relu) t = _mm256_max_ps(_mm256_setzero_ps(), t);
+      _mm256_storeu_ps(out[r] + 8 * h, t);
+    }
+  }
+}
+
+using Tile = void (*)(int64_t, const float* const*, const float*, float* const*, int64_t, const Finish&);
+constexpr Tile kTile[kRows + 1] = {nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>};
+
+struct AlignedFree {
+  void operator()(float* p) const { std::free(p); }
+};
+
+std::unique_ptr<float[], AlignedFree> scratch(int64_t floats) {
+  return std::unique_ptr<float[], AlignedFree>(
+      static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64)));
+}
+
+// Rows or tiles per block: a multiple of the microkernel's, as many as fit, and no fewer blocks than threads.
+int64_t block_size(int64_t count, int64_t bytes_each) {
+  const int64_t fits = std::max<int64_t>(1, kBlockBytes / bytes_each / kRows) * kRows;
+  const int64_t threads = at::get_num_threads();
+  const int64_t blocks = (std::max((count + fits - 1) / fits, std::min(threads, count)) + threads - 1) / threads * threads;
+  return ((count + blocks - 1) / blocks + kRows - 1) / kRows * kRows;
+}
+
+// F(2x2, 3x3) of Winograd's minimal filtering (Lavin and Gray 2015, arXiv 1509.09308): V = B^T d B of a 4x4 patch,
+// 8 channels at a time; rows outside the map come as null pointers.
+RK_AVX2 inline void transform_patch(const float* const patch[16], int64_t c, float* v, int64_t position_stride) {
+  __m256 d[4][4], t[4][4];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) d[i / 4][i % 4] = patch[i] ? _mm256_loadu_ps(patch[i] + c) : _mm256_setzero_ps();
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    t[0][j] = _mm256_sub_ps(d[0][j], d[2][j]);
+    t[1][j] = _mm256_add_ps(d[1][j], d[2][j]);
+    t[2][j] = _mm256_sub_ps(d[2][j], d[1][j]);
+    t[3][j] = _mm256_sub_ps(d[1][j], d[3][j]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(v + (4 * i + 0) * position_stride, _mm256_sub_ps(t[i][0], t[i][2]));
+    _mm256_storeu_ps(v + (4 * i + 1) * position_stride, _mm256_add_ps(t[i][1], t[i][2]));
+    _mm256_storeu_ps(v + (4 * i + 2) * position_stride, _mm256_sub_ps(t[i][2], t[i][1]));
+    _mm256_storeu_ps(v + (4 * i + 3) * position_stride, _mm256_sub_ps(t[i][1], t[i][3]));
+  }
+}
+
+// Y = A^T M A, 8 channels: 2x2 outputs.
+RK_AVX2 inline void transform_products(const float* m, int64_t position_stride, __m256 y[2][2]) {
+  __m256 t[2][4];
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m256 m0 = _mm256_loadu_ps(m + (0 + j) * position_stride), m1 = _mm256_loadu_ps(m + (4 + j) * position_stride);
+    const __m256 m2 = _mm256_loadu_ps(m + (8 + j) * position_stride), m3 = _mm256_loadu_ps(m + (12 + j) * position_stride);
+    t[0][j] = _mm256_add_ps(_mm256_add_ps(m0, m1), m2);
+    t[1][j] = _mm256_sub_ps(_mm256_sub_ps(m1, m2), m3);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    y[i][0] = _mm256_add_ps(_mm256_add_ps(t[i][0], t[i][1]), t[i][2]);
+    y[i][1] = _mm256_sub_ps(_mm256_sub_ps(t[i][1], t[i][2]), t[i][3]);
+  }
+}
+
+struct Map {
+  int64_t N, H, W, C, K;
+  int64_t tiles_down() const { return (H + 1) / 2; }
+  int64_t tiles_across() const { return (W + 1) / 2; }
+  int64_t tiles() const { return N * tiles_down() * tiles_across(); }
+};
+
+RK_AVX2 void winograd_block(float* y, const float* x, const float* packed, const float* shift, const float* residual,
+                            bool relu, const Map& g, int64_t begin, int64_t end, float* V, float* M) {
+  const int64_t count = end - begin, down = g.tiles_down(), across = g.tiles_across();
+  for (int64_t t = 0; t < count; ++t) {
+    const int64_t n = (begin + t) / (down * across), h = (begin + t) / across % down * 2 - 1, w = (begin + t) % across * 2 - 1;
+    const float* patch[16];
+    for (int i = 0; i < 16; ++i) {
+      const int64_t hi = h + i / 4, wi = w + i % 4;
+      const bool inside = hi >= 0 && hi < g.H && wi >= 0 && wi < g.W;
+      patch[i] = inside ? x + ((n * g.H + hi) * g.W + wi) * g.C : nullptr;
+    }
+    for (int64_t c = 0; c < g.C; c += 8) transform_patch(patch, c, V + t * g.C + c, count * g.C);
+  }
+  for (int64_t k = 0; k < g.K; k += kColumns) {
+    const float* panel = packed + k * 16 * g.C;
+    for (int p = 0; p < 16; ++p) {
+      for (int64_t t = 0; t < count; t += kRows) {
+        const int rows = static_cast<int>(std::min<int64_t>(kRows, count - t));
+        const float* a[kRows];
+        float* out[kRows];
+        for (int r = 0; r < rows; ++r) {
+          a[r] = V + (p * count + t + r) * g.C;
+          out[r] = M + (p * count + t + r) * kColumns;
+        }
+        kTile[rows](g.C, a, panel + p * g.C * kColumns, out, 0, Finish{nullptr, nullptr, false});
+      }
+    }
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t n = (begin + t) / (down * across), h = (begin + t) / across % down * 2, w = (begin + t) % across * 2;
+      for (int half = 0; half < kColumns; half += 8) {
+        __m256 out[2][2];
+        transform_products(M + t * kColumns + half, count * kColumns, out);
+        for (int i = 0; i < 4; ++i) {
+          if (h + i / 2 >= g.H || w + i % 2 >= g.W) continue;
+          const int64_t at = ((n * g.H + h + i / 2) * g.W + w + i % 2) * g.K + k + half;
+          __m256 v = out[i / 2][i % 2];
+          if (shift) v = _mm256_add_ps(v, _mm256_loadu_ps(shift + k + half));
+          if (residual) v = _mm256_add_ps(v, _mm256_loadu_ps(residual + at));
+          if (relu) v = _mm256_max_ps(_mm256_setzero_ps(), v);
+          _mm256_storeu_ps(y + at, v);
+        }
+      }
+    }
+  }
+}
+
+RK_AVX2 bool moderate(const float* x, int64_t count) {
+  const __m256 bound = _mm256_set1_ps(1e37f), sign = _mm256_set1_ps(-0.f);
+  __m256 all = _mm256_castsi256_ps(_mm256_set1_epi32(-1));
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8)
+    all = _mm256_and_ps(all, _mm256_cmp_ps(_mm256_andnot_ps(sign, _mm256_loadu_ps(x + i)), bound, _CMP_LT_OQ));
+  bool rest = true;
+  for (; i < count; ++i) rest = rest && std::fabs(x[i]) < 1e37f;
+  return rest && _mm256_movemask_ps(all) == 255;
+}
+
+}  // namespace
+
+at::Tensor avx2_pack_1x1(const at::Tensor& weight) {
+  const int64_t K = weight.size(0), C = weight.size(1);
+  return weight.reshape({K / kColumns, kColumns, C}).transpose(1, 2).contiguous();
+}
+
+at::Tensor avx2_pack_3x3(const at::Tensor& weight) {
+  const int64_t K = weight.size(0), C = weight.size(1);
+  const auto G = at::tensor({1.0, 0.0, 0.0, 0.5, 0.5, 0.5, 0.5, -0.5, 0.5, 0.0, 0.0, 1.0}, at::kDouble).reshape({4, 3});
+  const auto U = at::matmul(at::matmul(G, weight.to(at::kDouble).contiguous()), G.t()).to(at::kFloat);  // (K, C, 4, 4)
+  return U.reshape({K / kColumns, kColumns, C, 16}).permute({0, 3, 2, 1}).contiguous();
+}
+
+void avx2_conv_1x1(const at::Tensor& y, const at::Tensor& x, const at::Tensor& packed, const float* shift,
+                   const float* residual, bool relu, int64_t stride) {
+  const int64_t C = x.size(1), H = x.size(2), W = x.size(3), K = y.size(1), P = y.size(2), Q = y.size(3);
+  const int64_t M = y.size(0) * P * Q;
+  if (M == 0) return;
+  const float* in = x.const_data_ptr<float>();
+  const float* b = packed.const_data_ptr<float>();
+  float* const result = y.mutable_data_ptr<float>();
+  const int64_t residual_offset = residual ? residual - result : 0;
+  const int64_t rows_per_block = block_size(M, C * sizeof(float));
+  at::parallel_for(0, (M + rows_per_block - 1) / rows_per_block, 1, [&](int64_t first, int64_t last) {
+    for (int64_t block = first; block < last; ++block) {
+      const int64_t begin = block * rows_per_block, end = std::min(M, begin + rows_per_block);
+      for (int64_t k = 0; k < K; k += kColumns) {
+        const Finish finish{shift ? shift + k : nullptr, residual, relu};
+        for (int64_t m = begin; m < end; m += kRows) {
+          const int rows = static_cast<int>(std::min<int64_t>(kRows, end - m));
+          const float* a[kRows];
+          float* out[kRows];
+          for (int r = 0; r < rows; ++r) {
+            const int64_t i = m + r;
+            a[r] = in + (stride == 1 ? i : (i / (P * Q) * H + i / Q % P * stride) * W + i % Q * stride) * C;
+            out[r] = result + i * K + k;
+          }
+          kTile[rows](C, a, b + k * C, out, residual_offset, finish);
+        }
+      }
+    }
+  });
+}
+
+void avx2_conv_3x3(const at::Tensor& y, const at::Tensor& x, const at::Tensor& packed, const float* shift,
+                   const float* residual, bool relu) {
+  const Map g{x.size(0), x.size(2), x.size(3), x.size(1), y.size(1)};
+  if (g.tiles() == 0) return;
+  const float* in = x.const_data_ptr<float>();
+  const float* b = packed.const_data_ptr<float>();
+  float* const result = y.mutable_data_ptr<float>();
+  const int64_t per_block = block_size(g.tiles(), 16 * g.C * sizeof(float));
+  at::parallel_for(0, (g.tiles() + per_block - 1) / per_block, 1, [&](int64_t first, int64_t last) {
+    const auto V = scratch(16 * per_block * g.C), M = scratch(16 * per_block * kColumns);
+    for (int64_t block = first; block < last; ++block)
+      winograd_block(result, in, b, shift, residual, relu, g, block * per_block,
+                     std::min(g.tiles(), (block + 1) * per_block), V.get(), M.get());
+  });
+}
+
+bool avx2_all_moderate(const at::Tensor& x) {
+  const float* in = x.const_data_ptr<float>();
+  std::atomic<bool> all{true};
+  at::parallel_for(0, x.numel(), 1 << 16, [&](int64_t begin, int64_t end) {
+    if (!moderate(in + begin, end - begin)) all = false;
+  });
+  return all;
+}
+
+#else
+
+bool avx2_runs() { return false; }
+bool avx2_preferred() { return false; }
+at::Tensor avx2_pack_1x1(const at::Tensor&) { TORCH_CHECK(false, "avx2: not an x86-64 build"); }
+at::Tensor avx2_pack_3x3(const at::Tensor&) { TORCH_CHECK(false, "avx2: not an x86-64 build"); }
+void avx2_conv_1x1(const at::Tensor&, const at::Tensor&, const at::Tensor&, const float*, const float*, bool, int64_t) {}
+void avx2_conv_3x3(const at::Tensor&, const at::Tensor&, const at::Tensor&, const float*, const float*, bool) {}
+bool avx2_all_moderate(const at::Tensor&) { return false; }
+
+#endif
+
+}  // namespace resnet_kernels
