@@ -5,6 +5,7 @@
 #include "common/checks.h"
 #include "cpu/conv.h"
 #include "cpu/passes.h"
+#include "cpu/pool.h"
 
 #ifdef RESNET_KERNELS_CUDA
 #include <c10/cuda/CUDAGuard.h>
@@ -73,15 +74,17 @@ at::Tensor cuda_bn_pass(const at::Tensor& x, const std::optional<at::Tensor>& sc
 
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
-  py::class_<Conv>(m, "Conv").def_property_readonly("engine", [](const Conv& conv) {
-    return std::array{"onednn", "gemm", "winograd"}[static_cast<int>(conv.engine)];
+  py::class_<Conv>(m, "Conv", py::module_local()).def_property_readonly("engine", [](const Conv& conv) {
+    return std::array{"onednn", "direct", "winograd"}[static_cast<int>(conv.engine)];
   });
-  m.def("pack_conv", [](const at::Tensor& weight, const std::array<int64_t, 4>& g, const std::vector<int64_t>& size,
-                        const std::string& engine) {
-    return resnet_kernels::pack_conv(weight, {g[0], g[1], g[2], g[3]}, size, engine);
+  m.def("pack_conv", [](const at::Tensor& weight, const at::Tensor& scale, const std::array<int64_t, 4>& g,
+                        const std::vector<int64_t>& size, const std::string& engine) {
+    py::gil_scoped_release unlocked;
+    return resnet_kernels::pack_conv(weight, scale, {g[0], g[1], g[2], g[3]}, size, engine);
   });
   m.def("conv", &resnet_kernels::cpu_conv, py::call_guard<py::gil_scoped_release>());
   m.def("residual_block", &resnet_kernels::cpu_residual_block, py::call_guard<py::gil_scoped_release>());
+  m.def("pool_bytes", &resnet_kernels::pool_bytes);
   m.def("bn_pass", &resnet_kernels::cpu_bn_pass, py::call_guard<py::gil_scoped_release>());
   m.def("max_pool_relu", &resnet_kernels::cpu_max_pool_relu, py::call_guard<py::gil_scoped_release>());
 #ifdef RESNET_KERNELS_CUDA

@@ -13,6 +13,7 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
+import itertools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -78,30 +79,34 @@ class FrozenTrunk(nn.Module):
         self._packed: collections.OrderedDict[object, list[list[Packed]]] = collections.OrderedDict()
         self._lock = threading.Lock()
 
-    def _plan(self, x: Tensor) -> tuple[int, list[list[Packed]]]:
-        """Images per pass, and the weights packed for that."""
-        size = (x.shape[1], x.shape[2], x.shape[3])
-        operands, largest = [], 0
+    def _plan(self, x: Tensor) -> list[tuple[int, list[tuple[Step, list[Packed]]]]]:
+        """Runs of steps, each with its images per pass and its weights packed for that. Later steps, whose maps are
+        smaller, take more images at a time: as many as a whole number of passes of the run before."""
+        size, operands, limits = (x.shape[1], x.shape[2], x.shape[3]), [], []
         for step in self.steps:
             inner, after = step.walk(size)
-            operands.append(inner)
             chain = inner[:-1] if step.shortcut == "projection" else inner
-            largest = max(largest, block_op.largest_pair([*chain, after]))
+            limits.append(step.backend.images_per_pass(self.dtype.itemsize * block_op.largest_pair([*chain, after])))
+            operands.append(inner)
             size = after
+        images, N = [], x.shape[0]
+        for limit in reversed(limits):
+            N = block_op.pass_size(N, limit)
+            images.insert(0, N)
         backend = self.steps[0].backend
-        images = block_op.pass_size(x.shape[0], backend.images_per_pass(self.dtype.itemsize * largest))
-        key = (images, *x.shape[1:]) if backend.PACKS_FOR_SIZE else None
+        key = (*images, *x.shape[1:]) if backend.PACKS_FOR_SIZE else None
         with self._lock:
             if key not in self._packed:
                 self._packed[key] = [
-                    [backend.pack(*conv, (images, *operand))
+                    [backend.pack(*conv, (n, *operand))
                      for *conv, operand in zip(step.weights, step.scales, step.geometries, inner, strict=False)]
-                    for step, inner in zip(self.steps, operands, strict=True)]
+                    for step, inner, n in zip(self.steps, operands, images, strict=True)]
             self._packed.move_to_end(key)
             packed = self._packed[key]
             while len(self._packed) > self.KEPT:
                 self._packed.popitem(last=False)
-        return images, packed
+        rows = zip(images, self.steps, packed, strict=True)
+        return [(n, [(step, weights) for _, step, weights in run]) for n, run in itertools.groupby(rows, lambda r: r[0])]
 
     def forward(self, x: Tensor) -> Tensor:
         C = self.steps[0].weights[0].shape[1] * self.steps[0].geometries[0].groups
@@ -109,16 +114,26 @@ class FrozenTrunk(nn.Module):
             raise ValueError(f"x: expected (N, {C}, H, W) of a floating dtype, got {tuple(x.shape)} in {x.dtype}")
         if x.device != self.steps[0].shifts[0].device:
             raise ValueError(f"x: expected it on {self.steps[0].shifts[0].device}, as the frozen model, got {x.device}")
-        images, packed = self._plan(x)
 
-        def run(part: Tensor) -> Tensor:
-            part = part.to(self.dtype).contiguous(memory_format=torch.channels_last)
-            for i, (step, weights) in enumerate(zip(self.steps, packed, strict=True)):
-                # The first step's operand is the caller's; every later one is ours to reuse.
-                part = step.run(part, weights, overwrite=i > 0)
-            return part
+        def load(part: Tensor) -> Tensor:
+            return part.to(self.dtype).contiguous(memory_format=torch.channels_last)
 
-        return block_op.in_passes(x, images, run)
+        def after(run: list[tuple[Step, list[Packed]]], images: int, before: Callable[[Tensor], Tensor],
+                  ours: bool) -> Callable[[Tensor], Tensor]:
+            """`before`, then the run, that many images at a time. ours: whether the run may reuse its operand."""
+
+            def steps(part: Tensor) -> Tensor:
+                y = before(part)
+                for i, (step, weights) in enumerate(run):
+                    y = step.run(y, weights, overwrite=ours or i > 0)
+                return y
+
+            return lambda part: block_op.in_passes(part, images, steps)
+
+        function, ours = load, False
+        for images, run in self._plan(x):
+            function, ours = after(run, images, function, ours), True
+        return function(x)
 
     def extra_repr(self) -> str:
         return f"{', '.join(s.name for s in self.steps)}; {self.steps[0].backend.NAME}, {self.dtype}"

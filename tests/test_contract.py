@@ -274,3 +274,88 @@ def test_a_bottleneck_trains_by_the_primitives_alone():
 def test_conv_names_what_does_not_fit(backend, build, error, says):
     with pytest.raises(error, match=says):
         backend.conv(*build(torch.randn(2, 8, 6, 6), torch.randn(4, 8, 1, 1)))
+
+
+ENGINES = {
+    "direct": ["1x1", "1x1-down", "3x3", "3x3-dilated", "7x7-stem", "few-channels", "ragged"],
+    "winograd": ["3x3", "ragged", "map-1x1-16", "batch-0-16", "wide-map"],
+    "onednn": ["1x1", "3x3", "3x3-groups", "7x7-stem", "few-channels"],
+}
+CONVS_16 = CONVS | {
+    "few-channels": ((2, 5, 9, 8), (16, 3), Geometry(padding=1)),
+    "ragged": ((3, 40, 7, 5), (48, 3), Geometry(padding=1)),
+    "map-1x1-16": ((2, 24, 1, 1), (16, 3), Geometry(padding=1)),
+    "batch-0-16": ((0, 24, 4, 4), (16, 3), Geometry(padding=1)),
+    "wide-map": ((1, 8, 3, 50), (16, 3), Geometry(padding=1)),
+}
+
+
+@pytest.mark.parametrize("overwrite", [False, True], ids=["keep", "overwrite"])
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("engine, name", [(e, n) for e, names in ENGINES.items() for n in names])
+def test_engines_of_the_cpu_backend(engine, name, residual, overwrite, poisoned, monkeypatch):
+    C = engine_module(engine)
+    monkeypatch.setitem(CONVS, name, CONVS_16[name])
+    x, weight, scale, shift = draw(name, torch.float32)
+    g = CONVS[name][2]
+    conv = C.pack_conv(weight, scale, g, [max(1, x.shape[0]), *x.shape[1:]], engine)
+    assert conv.engine == engine
+    r = torch.randn_like(eager(x, weight, scale, shift, g, None, False)).contiguous(memory_format=NHWC) if residual else None
+    want = eager(x, weight, scale, shift, g, r, True)
+    exact = eager(*(t.double() for t in (x, weight, scale, shift)), g, r.double() if residual else None, True)
+    before = r.clone() if residual else None
+    y = C.conv(x, conv, shift, r, overwrite, True)
+    assert_matches(y, want, exact, weight[0].numel())
+    if residual:
+        assert torch.equal(r, y if overwrite else before)
+
+
+def engine_module(engine):
+    from resnet_kernels.backends import extension
+
+    module, reason = extension.load()
+    assert module is not None, reason
+    if engine != "onednn" and "AVX" not in torch.backends.cpu.get_cpu_capability():
+        pytest.skip("the processor has no AVX2")
+    return module
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+def test_winograd_leaves_inputs_it_would_spoil_to_another_engine(value):
+    C = engine_module("winograd")
+    x, weight, scale, shift = draw("3x3", torch.float32)
+    x[0, 3, 5, 5] = value
+    conv = C.pack_conv(weight, scale, (1, 1, 1, 1), list(x.shape), "winograd")
+    y, want = C.conv(x, conv, shift, None, False, True), eager(x, weight, scale, shift, CONVS["3x3"][2], None, True)
+    assert torch.equal(y.isnan(), want.isnan()) and torch.equal(y.isinf(), want.isinf())
+    torch.testing.assert_close(y, want, equal_nan=True)
+
+
+@pytest.mark.parametrize("engine, sizes, geometry, says", [
+    ("winograd", (16, 8, 3, 3), (2, 1, 1, 1), "expected a 3x3 filter of stride 1"),
+    ("winograd", (16, 8, 1, 1), (1, 0, 1, 1), "expected a 3x3 filter of stride 1"),
+    ("direct", (15, 8, 1, 1), (1, 0, 1, 1), "output channels a multiple of 16"),
+    ("direct", (16, 4, 1, 1), (1, 0, 1, 2), "expected one group"),
+    ("cudnn", (16, 8, 1, 1), (1, 0, 1, 1), "expected auto, onednn, direct or winograd, got cudnn"),
+])
+def test_engines_say_what_they_cannot_compute(engine, sizes, geometry, says):
+    with pytest.raises(RuntimeError, match=says):
+        engine_module(engine).pack_conv(torch.randn(sizes), torch.ones(sizes[0]), geometry, [1, 8, 8, 8], engine)
+
+
+def test_activations_go_back_to_the_pool():
+    C = engine_module("onednn")
+    x = torch.randn(4, 64, 56, 56).contiguous(memory_format=NHWC)
+    first = C.max_pool_relu(x, 3, 2, 1)
+    address, size = first.data_ptr(), first.nbytes
+    kept, held = first[1:], C.pool_bytes()
+    del first
+    assert C.pool_bytes() == held, "memory that a view still holds was given back"
+    second = C.max_pool_relu(x, 3, 2, 1)
+    assert second.data_ptr() != address
+    held = C.pool_bytes()
+    del kept
+    assert C.pool_bytes() >= held + size
+    held = C.pool_bytes()
+    third = C.max_pool_relu(x, 3, 2, 1)
+    assert C.pool_bytes() <= held - size and torch.equal(second, third)

@@ -62,6 +62,8 @@ def test_bn_pass_moves_16_bytes_and_keeps_nan(archs):
 def test_cpu_passes_name_what_is_wrong():
     C = module()
     x = torch.randn(2, 4, 5, 5).contiguous(memory_format=torch.channels_last)
+    y = torch.randn(2, 3, 5, 5).contiguous(memory_format=torch.channels_last)
+    conv = C.pack_conv(torch.randn(5, 3, 1, 1), torch.ones(5), (1, 0, 1, 1), [2, 3, 5, 5], "auto")
     cases = [
         (lambda: C.bn_pass(torch.randn(2, 4, 5, 5), None, None, None, False), "x: expected channels_last memory"),
         (lambda: C.bn_pass(x[0], None, None, None, False), "x: expected 4 dimensions"),
@@ -71,8 +73,9 @@ def test_cpu_passes_name_what_is_wrong():
         (lambda: C.bn_pass(x, None, None, x.bfloat16(), False), "residual: dtype: expected Float, got BFloat16"),
         (lambda: C.max_pool_relu(x, 9, 2, 1), "a window of 9 does not fit a map of 5 x 5 padded by 1"),
         (lambda: C.max_pool_relu(x, 3, 2, 2), r"expected 2 \* padding <= kernel"),
-        (lambda: C.conv(x, torch.randn(4, 3, 1, 1), None, None, False, False, (1, 0, 1, 1)),
-         "x: channels: expected 3, got 4"),
+        (lambda: C.conv(x, conv, None, None, False, False), "x: channels: expected 3, got 4"),
+        (lambda: C.conv(x[:, :3], conv, None, x, False, False), r"x: expected channels_last memory"),
+        (lambda: C.conv(y, conv, None, x, False, False), r"residual: sizes: expected \[2, 5, 5, 5\], got \[2, 4, 5, 5\]"),
     ]
     for call, says in cases:
         with pytest.raises(RuntimeError, match=says):

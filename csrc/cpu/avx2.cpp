@@ -11,6 +11,7 @@
 #include <atomic>
 #include <cmath>
 #include <memory>
+#include <vector>
 
 #include "common/checks.h"
 
@@ -29,9 +30,10 @@ bool avx2_preferred() { return avx2_runs() && !__builtin_cpu_supports("avx512f")
 namespace {
 
 constexpr int kRows = 6, kColumns = 16;
-constexpr int64_t kBlockBytes = 192 * 1024;  // operands of a block: under half of the 512 KiB L2 of Zen 3
+// Operand bytes of a block, measured on Zen 3 (512 KiB of L2) from 32 KiB to 1.5 MiB.
+constexpr int64_t kDirectBytes = 384 * 1024, kWinogradBytes = 128 * 1024;
 
-// out[r][0:16] (rows ld apart) = finish(sum over k of a[r][k] * b[k][0:16]).
+// out[r][0:16] = finish(sum over taps and k of a[tap * kRows + r][k] * b[tap][k][0:16]).
 struct Finish {
   const float* shift;     // 16 values or null
   const float* residual;  // laid out as out, or null
@@ -39,18 +41,23 @@ struct Finish {
 };
 
 template <int R>
-RK_AVX2 void tile(int64_t depth, const float* const* a, const float* b, float* const* out, int64_t residual_offset,
-                  const Finish& f) {
+RK_AVX2 void tile(int64_t taps, int64_t depth, const float* const* a, const float* b, float* const* out,
+                  int64_t residual_offset, const Finish& f) {
   __m256 acc[R][2];
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_ps();
-  for (int64_t k = 0; k < depth; ++k) {
-    const __m256 b0 = _mm256_loadu_ps(b + k * kColumns), b1 = _mm256_loadu_ps(b + k * kColumns + 8);
+  for (int64_t tap = 0; tap < taps; ++tap, a += kRows, b += depth * kColumns) {
+    const float* row[R];
 #pragma GCC unroll 6
-    for (int r = 0; r < R; ++r) {
-      const __m256 v = _mm256_broadcast_ss(a[r] + k);
-      acc[r][0] = _mm256_fmadd_ps(v, b0, acc[r][0]);
-      acc[r][1] = _mm256_fmadd_ps(v, b1, acc[r][1]);
+    for (int r = 0; r < R; ++r) row[r] = a[r];
+    for (int64_t k = 0; k < depth; ++k) {
+      const __m256 b0 = _mm256_loadu_ps(b + k * kColumns), b1 = _mm256_loadu_ps(b + k * kColumns + 8);
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) {
+        const __m256 v = _mm256_broadcast_ss(row[r] + k);
+        acc[r][0] = _mm256_fmadd_ps(v, b0, acc[r][0]);
+        acc[r][1] = _mm256_fmadd_ps(v, b1, acc[r][1]);
+      }
     }
   }
 #pragma GCC unroll 6
@@ -65,7 +72,7 @@ RK_AVX2 void tile(int64_t depth, const float* const* a, const float* b, float* c
   }
 }
 
-using Tile = void (*)(int64_t, const float* const*, const float*, float* const*, int64_t, const Finish&);
+using Tile = void (*)(int64_t, int64_t, const float* const*, const float*, float* const*, int64_t, const Finish&);
 constexpr Tile kTile[kRows + 1] = {nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>};
 
 struct AlignedFree {
@@ -78,8 +85,8 @@ std::unique_ptr<float[], AlignedFree> scratch(int64_t floats) {
 }
 
 // Rows or tiles per block: a multiple of the microkernel's, as many as fit, and no fewer blocks than threads.
-int64_t block_size(int64_t count, int64_t bytes_each) {
-  const int64_t fits = std::max<int64_t>(1, kBlockBytes / bytes_each / kRows) * kRows;
+int64_t block_size(int64_t count, int64_t bytes_each, int64_t bytes) {
+  const int64_t fits = std::max<int64_t>(1, bytes / bytes_each / kRows) * kRows;
   const int64_t threads = at::get_num_threads();
   const int64_t blocks = (std::max((count + fits - 1) / fits, std::min(threads, count)) + threads - 1) / threads * threads;
   return ((count + blocks - 1) / blocks + kRows - 1) / kRows * kRows;
@@ -124,6 +131,24 @@ RK_AVX2 inline void transform_products(const float* m, int64_t position_stride, 
   }
 }
 
+// U = G g G^T of one filter times s.
+void transform_filter(const float* g, float s, double* u) {
+  double t[4][3];
+  for (int j = 0; j < 3; ++j) {
+    const double g0 = g[j] * static_cast<double>(s), g1 = g[3 + j] * static_cast<double>(s), g2 = g[6 + j] * static_cast<double>(s);
+    t[0][j] = g0;
+    t[1][j] = (g0 + g1 + g2) / 2;
+    t[2][j] = (g0 - g1 + g2) / 2;
+    t[3][j] = g2;
+  }
+  for (int i = 0; i < 4; ++i) {
+    u[4 * i] = t[i][0];
+    u[4 * i + 1] = (t[i][0] + t[i][1] + t[i][2]) / 2;
+    u[4 * i + 2] = (t[i][0] - t[i][1] + t[i][2]) / 2;
+    u[4 * i + 3] = t[i][2];
+  }
+}
+
 struct Map {
   int64_t N, H, W, C, K;
   int64_t tiles_down() const { return (H + 1) / 2; }
@@ -155,7 +180,7 @@ RK_AVX2 void winograd_block(float* y, const float* x, const float* packed, const
           a[r] = V + (p * count + t + r) * g.C;
           out[r] = M + (p * count + t + r) * kColumns;
         }
-        kTile[rows](g.C, a, panel + p * g.C * kColumns, out, 0, Finish{nullptr, nullptr, false});
+        kTile[rows](1, g.C, a, panel + p * g.C * kColumns, out, 0, Finish{nullptr, nullptr, false});
       }
     }
     for (int64_t t = 0; t < count; ++t) {
@@ -177,6 +202,48 @@ RK_AVX2 void winograd_block(float* y, const float* x, const float* packed, const
   }
 }
 
+// Too few channels for an inner loop over them alone: the stem's three.
+bool rows_as_taps(int64_t C, int64_t S, int64_t dilation) { return C < 8 && S > 1 && dilation == 1; }
+
+// depth: how many neighbouring values of a row of x a tap meets: its channels, or more.
+void direct(const at::Tensor& y, const at::Tensor& x, const at::Tensor& packed, const float* shift,
+            const float* residual, bool relu, const Window& win, int64_t depth) {
+  const int64_t C = x.size(1), H = x.size(2), W = x.size(3), K = y.size(1), P = y.size(2), Q = y.size(3);
+  const int64_t M = y.size(0) * P * Q, taps = win.R * win.S;
+  if (M == 0) return;
+  const float* in = x.const_data_ptr<float>();
+  const float* b = packed.const_data_ptr<float>();
+  float* const result = y.mutable_data_ptr<float>();
+  const int64_t residual_offset = residual ? residual - result : 0;
+  const std::vector<float> zeros(depth);
+  const int64_t rows_per_block = block_size(M, C * sizeof(float) * std::min(taps, win.stride * win.stride), kDirectBytes);
+  at::parallel_for(0, (M + rows_per_block - 1) / rows_per_block, 1, [&](int64_t first, int64_t last) {
+    // The operand rows of every tap, found once for all panels.
+    std::vector<const float*> rows_of((rows_per_block + kRows - 1) / kRows * taps * kRows);
+    for (int64_t block = first; block < last; ++block) {
+      const int64_t begin = block * rows_per_block, end = std::min(M, begin + rows_per_block);
+      for (int64_t m = begin; m < end; ++m) {
+        const int64_t n = m / (P * Q), h = m / Q % P * win.stride - win.padding, w = m % Q * win.stride - win.padding;
+        const float** const to = rows_of.data() + (m - begin) / kRows * taps * kRows + (m - begin) % kRows;
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          const int64_t hi = h + tap / win.S * win.dilation, wi = w + tap % win.S * win.dilation;
+          const bool inside = hi >= 0 && hi < H && wi >= 0 && wi < W;
+          to[tap * kRows] = inside ? in + ((n * H + hi) * W + wi) * C : zeros.data();
+        }
+      }
+      for (int64_t k = 0; k < K; k += kColumns) {
+        const Finish finish{shift ? shift + k : nullptr, residual, relu};
+        for (int64_t m = begin; m < end; m += kRows) {
+          const int rows = static_cast<int>(std::min<int64_t>(kRows, end - m));
+          float* out[kRows];
+          for (int r = 0; r < rows; ++r) out[r] = result + (m + r) * K + k;
+          kTile[rows](taps, depth, rows_of.data() + (m - begin) * taps, b + k * taps * depth, out, residual_offset, finish);
+        }
+      }
+    }
+  });
+}
+
 RK_AVX2 bool moderate(const float* x, int64_t count) {
   const __m256 bound = _mm256_set1_ps(1e37f), sign = _mm256_set1_ps(-0.f);
   __m256 all = _mm256_castsi256_ps(_mm256_set1_epi32(-1));
@@ -190,57 +257,56 @@ RK_AVX2 bool moderate(const float* x, int64_t count) {
 
 }  // namespace
 
-at::Tensor avx2_pack_1x1(const at::Tensor& weight) {
-  const int64_t K = weight.size(0), C = weight.size(1);
-  return weight.reshape({K / kColumns, kColumns, C}).transpose(1, 2).contiguous();
-}
-
-at::Tensor avx2_pack_3x3(const at::Tensor& weight) {
-  const int64_t K = weight.size(0), C = weight.size(1);
-  const auto G = at::tensor({1.0, 0.0, 0.0, 0.5, 0.5, 0.5, 0.5, -0.5, 0.5, 0.0, 0.0, 1.0}, at::kDouble).reshape({4, 3});
-  const auto U = at::matmul(at::matmul(G, weight.to(at::kDouble).contiguous()), G.t()).to(at::kFloat);  // (K, C, 4, 4)
-  return U.reshape({K / kColumns, kColumns, C, 16}).permute({0, 3, 2, 1}).contiguous();
-}
-
-void avx2_conv_1x1(const at::Tensor& y, const at::Tensor& x, const at::Tensor& packed, const float* shift,
-                   const float* residual, bool relu, int64_t stride) {
-  const int64_t C = x.size(1), H = x.size(2), W = x.size(3), K = y.size(1), P = y.size(2), Q = y.size(3);
-  const int64_t M = y.size(0) * P * Q;
-  if (M == 0) return;
-  const float* in = x.const_data_ptr<float>();
-  const float* b = packed.const_data_ptr<float>();
-  float* const result = y.mutable_data_ptr<float>();
-  const int64_t residual_offset = residual ? residual - result : 0;
-  const int64_t rows_per_block = block_size(M, C * sizeof(float));
-  at::parallel_for(0, (M + rows_per_block - 1) / rows_per_block, 1, [&](int64_t first, int64_t last) {
-    for (int64_t block = first; block < last; ++block) {
-      const int64_t begin = block * rows_per_block, end = std::min(M, begin + rows_per_block);
-      for (int64_t k = 0; k < K; k += kColumns) {
-        const Finish finish{shift ? shift + k : nullptr, residual, relu};
-        for (int64_t m = begin; m < end; m += kRows) {
-          const int rows = static_cast<int>(std::min<int64_t>(kRows, end - m));
-          const float* a[kRows];
-          float* out[kRows];
-          for (int r = 0; r < rows; ++r) {
-            const int64_t i = m + r;
-            a[r] = in + (stride == 1 ? i : (i / (P * Q) * H + i / Q % P * stride) * W + i % Q * stride) * C;
-            out[r] = result + i * K + k;
+at::Tensor avx2_pack(const at::Tensor& weight, const at::Tensor& scale, bool winograd) {
+  const int64_t K = weight.size(0), C = weight.size(1), R = weight.size(2), S = weight.size(3);
+  const int64_t taps = winograd ? 16 : R * S;
+  // Read filter by filter of one tap after the other: NCHW, which most weights are already.
+  const auto plain = weight.contiguous(), scales = scale.to(at::kFloat).contiguous();
+  const float* w = plain.const_data_ptr<float>();
+  const float* a = scales.const_data_ptr<float>();
+  auto packed = at::empty({K / kColumns, taps, C, kColumns}, plain.options());
+  float* const out = packed.mutable_data_ptr<float>();
+  at::parallel_for(0, K / kColumns, 1, [&](int64_t first, int64_t last) {
+    for (int64_t panel = first; panel < last; ++panel) {
+      for (int64_t c = 0; c < C; ++c) {
+        float* const to = out + (panel * taps * C + c) * kColumns;
+        for (int64_t k = 0; k < kColumns; ++k) {
+          const float* const g = w + ((panel * kColumns + k) * C + c) * R * S;
+          const float s = a[panel * kColumns + k];
+          if (winograd) {
+            double u[16];
+            transform_filter(g, s, u);
+            for (int64_t tap = 0; tap < 16; ++tap) to[tap * C * kColumns + k] = static_cast<float>(u[tap]);
+          } else {
+            for (int64_t tap = 0; tap < taps; ++tap) to[tap * C * kColumns + k] = g[tap] * s;
           }
-          kTile[rows](C, a, b + k * C, out, residual_offset, finish);
         }
       }
     }
   });
+  return packed;
 }
 
-void avx2_conv_3x3(const at::Tensor& y, const at::Tensor& x, const at::Tensor& packed, const float* shift,
+void avx2_direct(const at::Tensor& y, const at::Tensor& x, const at::Tensor& packed, const float* shift,
+                 const float* residual, bool relu, const Window& win) {
+  if (rows_as_taps(x.size(1), win.S, win.dilation)) {
+    // With the padding there, a row of the filter meets S * C neighbouring values: one tap of a filter of one column.
+    const auto padded = at::constant_pad_nd(x, {win.padding, win.padding, win.padding, win.padding})
+                            .contiguous(at::MemoryFormat::ChannelsLast);
+    direct(y, padded, packed, shift, residual, relu, {win.R, 1, win.stride, 0, win.dilation}, win.S * x.size(1));
+  } else {
+    direct(y, x, packed, shift, residual, relu, win, x.size(1));
+  }
+}
+
+void avx2_winograd(const at::Tensor& y, const at::Tensor& x, const at::Tensor& packed, const float* shift,
                    const float* residual, bool relu) {
   const Map g{x.size(0), x.size(2), x.size(3), x.size(1), y.size(1)};
   if (g.tiles() == 0) return;
   const float* in = x.const_data_ptr<float>();
   const float* b = packed.const_data_ptr<float>();
   float* const result = y.mutable_data_ptr<float>();
-  const int64_t per_block = block_size(g.tiles(), 16 * g.C * sizeof(float));
+  const int64_t per_block = block_size(g.tiles(), 16 * g.C * sizeof(float), kWinogradBytes);
   at::parallel_for(0, (g.tiles() + per_block - 1) / per_block, 1, [&](int64_t first, int64_t last) {
     const auto V = scratch(16 * per_block * g.C), M = scratch(16 * per_block * kColumns);
     for (int64_t block = first; block < last; ++block)
@@ -262,10 +328,9 @@ bool avx2_all_moderate(const at::Tensor& x) {
 
 bool avx2_runs() { return false; }
 bool avx2_preferred() { return false; }
-at::Tensor avx2_pack_1x1(const at::Tensor&) { TORCH_CHECK(false, "avx2: not an x86-64 build"); }
-at::Tensor avx2_pack_3x3(const at::Tensor&) { TORCH_CHECK(false, "avx2: not an x86-64 build"); }
-void avx2_conv_1x1(const at::Tensor&, const at::Tensor&, const at::Tensor&, const float*, const float*, bool, int64_t) {}
-void avx2_conv_3x3(const at::Tensor&, const at::Tensor&, const at::Tensor&, const float*, const float*, bool) {}
+at::Tensor avx2_pack(const at::Tensor&, const at::Tensor&, bool) { TORCH_CHECK(false, "avx2: not an x86-64 build"); }
+void avx2_direct(const at::Tensor&, const at::Tensor&, const at::Tensor&, const float*, const float*, bool, const Window&) {}
+void avx2_winograd(const at::Tensor&, const at::Tensor&, const at::Tensor&, const float*, const float*, bool) {}
 bool avx2_all_moderate(const at::Tensor&) { return false; }
 
 #endif

@@ -1,5 +1,5 @@
 // fp32 convolutions of our own for processors with AVX2 and no AVX-512, where oneDNN leaves a fifth of the peak:
-// 1x1 as a matrix product, 3x3 of stride 1 by Winograd's F(2x2, 3x3). Both finish in registers: shift, residual, ReLU.
+// a direct one, and Winograd's F(2x2, 3x3) for 3x3 of stride 1. Both finish in registers: shift, residual, ReLU.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -10,15 +10,18 @@ namespace resnet_kernels {
 bool avx2_runs();
 bool avx2_preferred();
 
-// weight (K, C, 1, 1) -> [K/16][C][16]; (K, C, 3, 3) -> [K/16][16][C][16], Winograd's transform of it. K % 16 == 0,
-// and C % 8 == 0 for 3x3.
-at::Tensor avx2_pack_1x1(const at::Tensor& weight);
-at::Tensor avx2_pack_3x3(const at::Tensor& weight);
+// weight (K, C, R, S) times scale (K) -> [K/16][R*S][C][16], or for Winograd [K/16][16][C][16], the transform of
+// each filter, computed in double. K % 16 == 0, and C % 8 == 0 for Winograd.
+at::Tensor avx2_pack(const at::Tensor& weight, const at::Tensor& scale, bool winograd);
+
+struct Window {
+  int64_t R, S, stride, padding, dilation;
+};
 
 // y = relu(conv(x, weight) + shift + residual) on NHWC fp32; shift and residual may be null, residual may be y.
-void avx2_conv_1x1(const at::Tensor& y, const at::Tensor& x, const at::Tensor& packed, const float* shift,
-                   const float* residual, bool relu, int64_t stride);
-void avx2_conv_3x3(const at::Tensor& y, const at::Tensor& x, const at::Tensor& packed, const float* shift,
+void avx2_direct(const at::Tensor& y, const at::Tensor& x, const at::Tensor& packed, const float* shift,
+                 const float* residual, bool relu, const Window& window);
+void avx2_winograd(const at::Tensor& y, const at::Tensor& x, const at::Tensor& packed, const float* shift,
                    const float* residual, bool relu);
 
 // Whether every element is finite, and small enough for sums of a few of them to be: what F(2x2, 3x3) needs to put

@@ -8,6 +8,7 @@
 
 #include "common/checks.h"
 #include "cpu/avx2.h"
+#include "cpu/pool.h"
 
 namespace resnet_kernels {
 namespace {
@@ -48,34 +49,49 @@ std::vector<int64_t> output_sizes(const at::Tensor& x, const Conv& conv) {
   return {x.size(0), K, output_size(x.size(2), R, conv.geometry), output_size(x.size(3), S, conv.geometry)};
 }
 
-at::Tensor empty_nhwc(at::IntArrayRef sizes, const at::Tensor& like) {
-  return at::empty(sizes, like.options().memory_format(at::MemoryFormat::ChannelsLast));
+// One sentence or none: why an engine of ours cannot compute this.
+std::string why_not(Engine engine, const at::Tensor& weight, const Geometry& g) {
+  const int64_t K = weight.size(0), C = weight.size(1), R = weight.size(2), S = weight.size(3);
+  if (!avx2_runs()) return "the processor has no AVX2";
+  if (weight.scalar_type() != at::kFloat) return "expected float32 weights";
+  if (g.groups != 1 || K % 16 != 0) return "expected one group and output channels a multiple of 16";
+  if (engine == Engine::kWinograd && (R != 3 || S != 3 || g.stride != 1 || g.dilation != 1 || g.padding != 1 || C % 8 != 0))
+    return "expected a 3x3 filter of stride 1, padding 1, dilation 1 over channels a multiple of 8";
+  return "";
 }
 
-Engine engine_for(const at::Tensor& weight, const Geometry& g, const std::vector<int64_t>& size) {
-  const int64_t K = weight.size(0), C = weight.size(1), R = weight.size(2), S = weight.size(3);
-  const bool ours = avx2_preferred() && weight.scalar_type() == at::kFloat && g.groups == 1 && K % 16 == 0;
-  if (ours && R == 1 && S == 1 && g.padding == 0) return Engine::kGemm;
-  if (ours && R == 3 && S == 3 && g.stride == 1 && g.dilation == 1 && g.padding == 1 && C % 8 == 0)
-    return Engine::kWinograd;
-  return Engine::kOneDnn;
+Engine preferred(const at::Tensor& weight, const Geometry& g) {
+  if (!avx2_preferred()) return Engine::kOneDnn;
+  if (why_not(Engine::kWinograd, weight, g).empty()) return Engine::kWinograd;
+  return why_not(Engine::kDirect, weight, g).empty() ? Engine::kDirect : Engine::kOneDnn;
+}
+
+at::Tensor folded(const at::Tensor& weight, const at::Tensor& scale) {
+  return weight.to(at::kFloat).mul(scale.reshape({-1, 1, 1, 1})).to(weight.scalar_type());
 }
 
 }  // namespace
 
-Conv pack_conv(const at::Tensor& weight, const Geometry& g, const std::vector<int64_t>& size, const std::string& name) {
-  TORCH_CHECK(name == "auto" || name == "onednn" || name == "gemm" || name == "winograd",
-              "engine: expected auto, onednn, gemm or winograd, got ", name);
-  Engine engine = name == "gemm" ? Engine::kGemm : name == "winograd" ? Engine::kWinograd : Engine::kOneDnn;
-  if (name == "auto") engine = engine_for(weight, g, size);
+Conv pack_conv(const at::Tensor& weight, const at::Tensor& scale, const Geometry& g, const std::vector<int64_t>& size,
+               const std::string& name) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  TORCH_CHECK(name == "auto" || name == "onednn" || name == "direct" || name == "winograd",
+              "engine: expected auto, onednn, direct or winograd, got ", name);
+  RK_CHECK_EQ(weight.dim(), 4, "weight: dimensions");
+  check_per_channel(scale, weight.size(0), "scale");
+  Engine engine = name == "direct" ? Engine::kDirect : name == "winograd" ? Engine::kWinograd : Engine::kOneDnn;
+  if (name == "auto") engine = preferred(weight, g);
   Conv conv{engine, g, {weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, {}, {}};
-  if (engine == Engine::kGemm) {
-    conv.packed = avx2_pack_1x1(weight);
-  } else if (engine == Engine::kWinograd) {
-    conv.packed = avx2_pack_3x3(weight);
+  if (engine == Engine::kOneDnn) {
+    conv.packed = onednn_pack(folded(weight, scale), g, size);
+    return conv;
+  }
+  const auto reason = why_not(engine, weight, g);
+  TORCH_CHECK(reason.empty(), "engine ", name, ": ", reason, ", got a weight of ", weight.sizes());
+  conv.packed = avx2_pack(weight, scale, engine == Engine::kWinograd);
+  if (engine == Engine::kWinograd) {
     conv.plain = weight;
-  } else {
-    conv.packed = onednn_pack(weight, g, size);
+    conv.scale = scale;
   }
   return conv;
 }
@@ -91,26 +107,26 @@ at::Tensor cpu_conv(const at::Tensor& x, const Conv& conv, const std::optional<a
     check_nhwc(*residual, "residual");
     RK_CHECK_EQ(residual->sizes(), at::IntArrayRef(sizes), "residual: sizes");
   }
-  const bool ours = conv.engine == Engine::kGemm || (conv.engine == Engine::kWinograd && avx2_all_moderate(x));
+  const bool ours = conv.engine == Engine::kDirect || (conv.engine == Engine::kWinograd && avx2_all_moderate(x));
   if (ours) {
     RK_CHECK_EQ(x.scalar_type(), at::kFloat, "x: dtype");
     if (shift.has_value()) check_per_channel(*shift, conv.shape[0], "shift");
-    const auto y = residual.has_value() && overwrite ? *residual : empty_nhwc(sizes, x);
+    const auto y = residual.has_value() && overwrite ? *residual : pooled_nhwc(sizes, x.options());
     const float* b = shift.has_value() ? shift->const_data_ptr<float>() : nullptr;
     const float* r = residual.has_value() ? residual->const_data_ptr<float>() : nullptr;
-    if (conv.engine == Engine::kGemm)
-      avx2_conv_1x1(y, x, conv.packed, b, r, relu, g.stride);
+    if (conv.engine == Engine::kDirect)
+      avx2_direct(y, x, conv.packed, b, r, relu, {conv.shape[2], conv.shape[3], g.stride, g.padding, g.dilation});
     else
-      avx2_conv_3x3(y, x, conv.packed, b, r, relu);
+      avx2_winograd(y, x, conv.packed, b, r, relu);
     return y;
   }
-  const auto& weight = conv.engine == Engine::kWinograd ? conv.plain : conv.packed;
+  const auto weight = conv.engine == Engine::kWinograd ? folded(conv.plain, conv.scale) : conv.packed;
   at::Tensor y;
   if (residual.has_value()) {
     y = overwrite ? *residual : residual->clone();
     if (y.numel() > 0) onednn_conv_onto(y, x, weight, shift, g);
   } else {
-    y = x.size(0) == 0 ? empty_nhwc(sizes, x) : onednn_conv(x, weight, shift, g);
+    y = x.size(0) == 0 ? pooled_nhwc(sizes, x.options()) : onednn_conv(x, weight, shift, g);
   }
   return relu ? at::relu_(y) : y;
 }
@@ -127,7 +143,7 @@ at::Tensor cpu_residual_block(const at::Tensor& x, const std::vector<const Conv*
   } else if (shortcut == "zero_pad") {
     int64_t stride = 1;
     for (const auto* conv : convs) stride *= conv->geometry.stride;
-    residual = empty_nhwc(output_sizes(h, *convs[last]), x).zero_();
+    residual = pooled_nhwc(output_sizes(h, *convs[last]), x.options()).zero_();
     residual.narrow(1, 0, x.size(1)).copy_(x.slice(2, 0, std::nullopt, stride).slice(3, 0, std::nullopt, stride));
   }
   return cpu_conv(h, *convs[last], shifts[last], residual, overwrite || shortcut != "identity", true);

@@ -14,7 +14,7 @@ struct Geometry {
 };
 
 // What computes a convolution: oneDNN through ATen, or one of ours (avx2.h).
-enum class Engine { kOneDnn, kGemm, kWinograd };
+enum class Engine { kOneDnn, kDirect, kWinograd };
 
 // A convolution ready to run: its weight, with the batch norm's scale in it, as the engine wants it. Never changes,
 // so threads may share it.
@@ -23,12 +23,13 @@ struct Conv {
   Geometry geometry;
   std::array<int64_t, 4> shape;  // (K, C/groups, R, S)
   at::Tensor packed;
-  at::Tensor plain;  // for Winograd on inputs that are not all moderate, else undefined
+  at::Tensor plain, scale;  // the weight as it came, for Winograd on inputs that are not all moderate, else undefined
 };
 
-// Packs weight (K, C/groups, R, S) for operands of `size` (N, C, H, W). engine: "auto", "onednn", "gemm", "winograd".
-Conv pack_conv(const at::Tensor& weight, const Geometry& geometry, const std::vector<int64_t>& size,
-               const std::string& engine);
+// Packs weight (K, C/groups, R, S) times scale (K) for operands of `size` (N, C, H, W), in the weight's dtype.
+// engine: "auto", "onednn", "direct" or "winograd".
+Conv pack_conv(const at::Tensor& weight, const at::Tensor& scale, const Geometry& geometry,
+               const std::vector<int64_t>& size, const std::string& engine);
 
 // y = relu(conv(x) + shift + residual), channels_last. Any of shift and residual may be absent. With `overwrite` the
 // result takes the residual's memory.

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "common/checks.h"
+#include "cpu/pool.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define RK_MULTI_ISA __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
@@ -125,7 +126,7 @@ at::Tensor cpu_max_pool_relu(const at::Tensor& x, int64_t kernel, int64_t stride
   const int64_t P = (H + 2 * padding - kernel) / stride + 1, Q = (W + 2 * padding - kernel) / stride + 1;
   TORCH_CHECK(H + 2 * padding >= kernel && W + 2 * padding >= kernel, "max pool: a window of ", kernel,
               " does not fit a map of ", H, " x ", W, " padded by ", padding);
-  auto y = at::empty({N, C, P, Q}, x.options().memory_format(at::MemoryFormat::ChannelsLast));
+  auto y = pooled_nhwc({N, C, P, Q}, x.options());
   if (y.numel() == 0) return y;
   AT_DISPATCH_SWITCH(x.scalar_type(), "max_pool_relu",
                      AT_DISPATCH_CASE(at::kFloat, [&] {

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from . import extension
-from .aten import fold
 from .contract import Call, Epilogue, Geometry, Operand, Packed, Pool, Product, check_conv, wide
 
 NAME = "cpu"
@@ -55,8 +54,9 @@ def images_per_pass(image_bytes: int) -> int | None:
 
 def pack(weight: Tensor, scale: Tensor, geometry: Geometry, size: Sequence[int]) -> Packed:
     C, _ = extension.load()
-    folded = fold(weight, scale, compute_dtype(weight.dtype))
-    return Packed(C.pack_conv(folded, geometry, [max(1, size[0]), *size[1:]], "auto"), None, tuple(weight.shape))
+    weight = weight.to(compute_dtype(weight.dtype))
+    conv = C.pack_conv(weight, scale.contiguous(), geometry, [max(1, size[0]), *size[1:]], "auto")
+    return Packed(conv, None, tuple(weight.shape))
 
 
 def _nhwc(t: Tensor, dtype: torch.dtype) -> Tensor:
