@@ -53,14 +53,27 @@ def extensions() -> list:
     flags = {"cxx": ["-O0" if debug else "-O3", "-g" if debug else "-g0", "-fopenmp", "-std=c++17"]}
     sources = ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
     if not with_cuda:
-        return [CppExtension("resnet_kernels._C", sources, include_dirs=[str(Path("csrc").resolve())],
-                             extra_compile_args=flags, extra_link_args=["-fopenmp"])]
+        return [
+            CppExtension(
+                "resnet_kernels._C",
+                sources,
+                include_dirs=[str(Path("csrc").resolve())],
+                extra_compile_args=flags,
+                extra_link_args=["-fopenmp"],
+            )
+        ]
     archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
     flags["cxx"] += ["-DRESNET_KERNELS_CUDA", f'-DRESNET_KERNELS_ARCHS="{archs}"']
     flags["nvcc"] = ["-O3", "-lineinfo", "-std=c++17", "-Xptxas=-v", *(["-G", "-g"] if debug else ["-DNDEBUG"])]
-    return [CUDAExtension("resnet_kernels._C", sources + sorted(glob("csrc/cuda/*.cu")),
-                          include_dirs=[str(Path("csrc").resolve())],
-                          extra_compile_args=flags, extra_link_args=["-fopenmp"])]
+    return [
+        CUDAExtension(
+            "resnet_kernels._C",
+            sources + sorted(glob("csrc/cuda/*.cu")),
+            include_dirs=[str(Path("csrc").resolve())],
+            extra_compile_args=flags,
+            extra_link_args=["-fopenmp"],
+        )
+    ]
 
 
 def command_classes() -> dict:

@@ -30,9 +30,16 @@ def check_then_time(benchmark):
         rate = flops / benchmark.stats.stats.median / 1e9
         peak = peak_gflops(x.device.type, x.dtype)
         benchmark.extra_info.update(
-            provider=name, dtype=str(x.dtype), batch=x.shape[0], gflops=round(rate, 1), peak_gflops=round(peak, 1),
-            share_of_peak=round(rate / peak, 3), images_per_second=round(x.shape[0] / benchmark.stats.stats.median, 2),
-            torch=torch.__version__, threads=torch.get_num_threads(),
-            device=torch.cuda.get_device_name() if x.is_cuda else torch.backends.cpu.get_cpu_capability())
+            provider=name,
+            dtype=str(x.dtype),
+            batch=x.shape[0],
+            gflops=round(rate, 1),
+            peak_gflops=round(peak, 1),
+            share_of_peak=round(rate / peak, 3),
+            images_per_second=round(x.shape[0] / benchmark.stats.stats.median, 2),
+            torch=torch.__version__,
+            threads=torch.get_num_threads(),
+            device=torch.cuda.get_device_name() if x.is_cuda else torch.backends.cpu.get_cpu_capability(),
+        )
 
     return run

@@ -56,8 +56,7 @@ def peak_gflops(device: str, dtype: torch.dtype) -> float:
     images = 256 if device == "cuda" else 4
     x = torch.randn(images, 256, 28, 28, device=device).to(dtype, memory_format=torch.channels_last)
     w = torch.randn(256, 256, 3, 3, device=device).to(dtype, memory_format=torch.channels_last)
-    work = {2 * n**3: lambda: a @ b,
-            2 * images * 28 * 28 * 9 * 256**2: lambda: nn.functional.conv2d(x, w, padding=1)}
+    work = {2 * n**3: lambda: a @ b, 2 * images * 28 * 28 * 9 * 256**2: lambda: nn.functional.conv2d(x, w, padding=1)}
     best = 0.0
     with torch.no_grad():
         for flops, run in work.items():
@@ -71,7 +70,9 @@ def peak_gflops(device: str, dtype: torch.dtype) -> float:
     return best
 
 
-def interleaved(runs: dict[str, Callable[[], object]], rounds: int, after: Callable[[], None]) -> dict[str, dict[str, float]]:
+def interleaved(
+    runs: dict[str, Callable[[], object]], rounds: int, after: Callable[[], None]
+) -> dict[str, dict[str, float]]:
     """Seconds of each run as median, p20 and p80, over rounds in which every run has its turn, in rotating order."""
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}

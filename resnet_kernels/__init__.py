@@ -1,4 +1,4 @@
-"""Fused residual blocks for PyTorch: torchvision's ResNets, the same weights and results, fewer trips through memory."""
+"""Fused residual blocks for PyTorch: torchvision's ResNets, same weights, same results, fewer trips through memory."""
 
 from . import nn, ops
 from .backends.contract import BackendUnavailable

@@ -33,10 +33,14 @@ def _version(package: str) -> str:
 
 def info(console: Console, args: argparse.Namespace) -> int:
     table = Table("what", "found", title="resnet_kernels")
-    table.add_row("versions", ", ".join(f"{p} {_version(p)}" for p in ("resnet_kernels", "torch", "torchvision", "triton")))
+    table.add_row(
+        "versions", ", ".join(f"{p} {_version(p)}" for p in ("resnet_kernels", "torch", "torchvision", "triton"))
+    )
     table.add_row("python", f"{platform.python_version()} on {platform.platform()}")
     table.add_row("torch's CUDA", torch.version.cuda or "none: a CPU-only build, so no CUDA extension either")
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
     table.add_row("GPUs", ", ".join(gpus) or "none that torch sees")
     table.add_row("CPU", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
     module, reason = extension.load()
@@ -44,7 +48,11 @@ def info(console: Console, args: argparse.Namespace) -> int:
         table.add_row("extension", f"none: {reason}")
     else:
         built = module.build_info()
-        cuda = f"CUDA {built['cuda'] // 1000}.{built['cuda'] % 1000 // 10} for {built['archs']}" if built["cuda"] else "no CUDA"
+        cuda = (
+            f"CUDA {built['cuda'] // 1000}.{built['cuda'] % 1000 // 10} for {built['archs']}"
+            if built["cuda"]
+            else "no CUDA"
+        )
         table.add_row("extension", f"built for torch {built['torch']}, C++, {cuda}")
     table.add_row("named backend", select.named() or "none: automatic choice")
     console.print(table)
@@ -69,8 +77,17 @@ def verify(console: Console, args: argparse.Namespace) -> int:
     device = torch.device(args.device)
     with console.status(f"{args.model} in {args.dtype} on {device}, against fp64"):
         results = run(model.to(device, dtype), images[: args.batch].to(device, dtype))
-    table = Table("", "rms", "eager's", "allowed", "max", "eager's", "allowed", "",
-                  title=f"{args.model}, {args.dtype}, {device}: errors against fp64; allowed is twice eager's and a floor")
+    table = Table(
+        "",
+        "rms",
+        "eager's",
+        "allowed",
+        "max",
+        "eager's",
+        "allowed",
+        "",
+        title=f"{args.model}, {args.dtype}, {device}: errors against fp64; allowed is twice eager's and a floor",
+    )
 
     def row(name: str, e: Errors) -> None:
         figures = (e.rms, e.eager_rms, e.allowed_rms, e.max, e.eager_max, e.allowed_max)
@@ -81,14 +98,19 @@ def verify(console: Console, args: argparse.Namespace) -> int:
         row(name, errors)
     console.print(table)
     wrong = [name for name, e in results.items() if not e.ok]
-    console.print(f"{len(results) - len(wrong)} of {len(results)} within the rule" + (f"; wrong: {', '.join(wrong)}" if wrong else ""))
+    console.print(
+        f"{len(results) - len(wrong)} of {len(results)} within the rule"
+        + (f"; wrong: {', '.join(wrong)}" if wrong else "")
+    )
     return 1 if wrong else 0
 
 
 def explain(console: Console, args: argparse.Namespace) -> int:
     images = torch.zeros(args.batch, 3, args.size, args.size, dtype=DTYPES[args.dtype], device=args.device)
     with torch.device(args.device):
-        model = classifier(args.model, args.weights, torch.zeros(1, 3, 64, 64)) if args.weights else _untrained(args.model)
+        model = (
+            classifier(args.model, args.weights, torch.zeros(1, 3, 64, 64)) if args.weights else _untrained(args.model)
+        )
     model = model.to(DTYPES[args.dtype])
     rk.replace_blocks(model)
     console.print(str(rk.explain(model, images)), markup=False, highlight=False)
@@ -138,7 +160,12 @@ def parser() -> argparse.ArgumentParser:
 
     command(info, "versions, GPU, what was built for which architectures, which backends run and why the others do not")
     command(demo, "a photograph through torchvision's model, the replaced and the frozen one", "model")
-    command(verify, "every block and the logits, replaced and frozen, against fp64; exit code 1 if one is wrong", "model", "input")
+    command(
+        verify,
+        "every block and the logits, replaced and frozen, against fp64; exit code 1 if one is wrong",
+        "model",
+        "input",
+    )
     command(explain, "which backend runs each block, and why each other candidate does not", "model", "input")
     return top
 

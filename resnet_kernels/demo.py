@@ -46,8 +46,11 @@ def _chart(path: Path, title: str, rates: dict[str, float]) -> None:
     bars = axes.barh(list(rates), list(rates.values()), color=["#9aa5b1", "#9aa5b1", "#3b7dd8", "#1f4e9c"])
     best = _best_of_torchvision(rates)
     axes.bar_label(bars, [f"{rate:.1f}  ({rate / best:.2f}x)" for rate in rates.values()], padding=4)
-    axes.set(xlabel="images per second (and against the better of torchvision's)", title=title,
-             xlim=(0, 1.3 * max(rates.values())))
+    axes.set(
+        xlabel="images per second (and against the better of torchvision's)",
+        title=title,
+        xlim=(0, 1.3 * max(rates.values())),
+    )
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
@@ -83,8 +86,10 @@ def demo(name: str, weights: Path | None, out: Path, batch: int, console: Consol
 
     console.print(str(report))
     if weights is None:
-        console.print("Weights: random, batch norms calibrated on the photographs. The class names below mean nothing "
-                      "until --weights FILE brings a trained checkpoint; agreement and speed are real.")
+        console.print(
+            "Weights: random, batch norms calibrated on the photographs. The class names below mean nothing "
+            "until --weights FILE brings a trained checkpoint; agreement and speed are real."
+        )
     top = {how: y[:2].topk(5).indices.tolist() for how, y in logits.items()}
     categories = ResNet50_Weights.DEFAULT.meta["categories"]
     agree = all(t == top["torchvision"] for t in top.values())

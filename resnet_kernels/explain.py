@@ -12,7 +12,7 @@ from .backends import select
 from .backends.contract import Call
 from .inference import FrozenModel, FrozenTrunk
 from .nn import BasicBlock, Bottleneck
-from .nn.fusable import Parts, parts, why_plain
+from .nn.fusable import Parts, geometry, parts, why_plain
 from .ops import block as block_op
 from .ops import residual_block
 
@@ -63,7 +63,7 @@ def _explain_block(name: str, block: nn.Module, x: Tensor) -> Explanation:
     if not isinstance(p, Parts) or not all(isinstance(c, nn.Conv2d) for c in p.convs):
         return Explanation(name, PLAIN, reason, {}, False)
     weights = [tuple(c.weight.shape) for c in p.convs]
-    geometries = [block_op.same_padding(c.weight, c.stride[0], c.dilation[0], c.groups) for c in p.convs]
+    geometries = [geometry(c) for c in p.convs]
     return _explain_call(name, block_op.call_of_block(x.device, x.dtype, weights, geometries, p.shortcut), x, reason)
 
 
@@ -94,13 +94,17 @@ def explain(module_or_op: Any, *inputs: Any, **keywords: Any) -> Explanations:
         def hook(module: nn.Module, args: tuple) -> None:
             if isinstance(module, FrozenTrunk):
                 found.extend(
-                    Explanation(f"{name}: {step.name}", step.backend.NAME, None, {}, False) for step in module.steps)
+                    Explanation(f"{name}: {step.name}", step.backend.NAME, None, {}, False) for step in module.steps
+                )
             else:
                 found.append(_explain_block(name or type(module).__name__, module, args[0]))
+
         return hook
 
     kinds = (BasicBlock, Bottleneck, FrozenTrunk)
-    hooks = [m.register_forward_pre_hook(before(name)) for name, m in module_or_op.named_modules() if isinstance(m, kinds)]
+    hooks = [
+        m.register_forward_pre_hook(before(name)) for name, m in module_or_op.named_modules() if isinstance(m, kinds)
+    ]
     # In training mode the batch norms would take the call for a step.
     buffers = [(b, b.clone()) for b in module_or_op.buffers()] if module_or_op.training else []
     try:

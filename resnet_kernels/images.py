@@ -23,9 +23,13 @@ def photographs(count: int, size: int) -> Tensor:
     try:
         from sklearn.datasets import load_sample_images
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("photographs need scikit-learn and pillow: pip install 'resnet_kernels[demo]'") from error
+        raise ModuleNotFoundError(
+            "photographs need scikit-learn and pillow: pip install 'resnet_kernels[demo]'"
+        ) from error
     mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
-    whole = [(torch.from_numpy(image.copy()).permute(2, 0, 1) / 255 - mean) / std for image in load_sample_images().images]
+    whole = [
+        (torch.from_numpy(image.copy()).permute(2, 0, 1) / 255 - mean) / std for image in load_sample_images().images
+    ]
     generator = torch.Generator().manual_seed(0)
     crops = []
     for i in range(count):
@@ -33,8 +37,10 @@ def photographs(count: int, size: int) -> Tensor:
         side = min(image.shape[1:])
         if i >= len(whole):
             side = int(torch.randint(side // 2, side + 1, (), generator=generator))
-        corner = [(n - side) // 2 if i < len(whole) else int(torch.randint(n - side + 1, (), generator=generator))
-                  for n in image.shape[1:]]
+        corner = [
+            (n - side) // 2 if i < len(whole) else int(torch.randint(n - side + 1, (), generator=generator))
+            for n in image.shape[1:]
+        ]
         crop = image[None, :, corner[0] : corner[0] + side, corner[1] : corner[1] + side]
         crops.append(nn.functional.interpolate(crop, (size, size), mode="bilinear", antialias=True))
     return torch.cat(crops)
@@ -42,8 +48,11 @@ def photographs(count: int, size: int) -> Tensor:
 
 def residual_networks() -> list[str]:
     """Names of torchvision's classifiers made of residual blocks."""
-    return [name for name in torchvision.models.list_models(torchvision.models)
-            if name.startswith(("resnet", "resnext", "wide_resnet"))]
+    return [
+        name
+        for name in torchvision.models.list_models(torchvision.models)
+        if name.startswith(("resnet", "resnext", "wide_resnet"))
+    ]
 
 
 def classifier(name: str, weights: Path | None, images: Tensor) -> resnet.ResNet:
@@ -57,7 +66,7 @@ def classifier(name: str, weights: Path | None, images: Tensor) -> resnet.ResNet
     torch.manual_seed(0)
     model = torchvision.models.get_model(name, weights=None)
     if weights is None:
-        return calibrate_(model, images).eval()  # type: ignore[return-value]
+        return calibrate_(model, images).eval()
     if not weights.is_file():
         raise ValueError(f"weights: expected a torchvision checkpoint of {name}, got {weights}, which is no file")
     try:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
+import functools
 import itertools
 import threading
 from collections.abc import Callable
@@ -47,14 +48,14 @@ class Step:
     shortcut: str | None = None
     pool: Pool | None = None
 
-    def walk(self, size: tuple[int, int, int]) -> tuple[list[tuple[int, int, int]], tuple[int, int, int]]:
-        """(C, H, W) of every convolution's operand and of the step's result."""
-        operands, (K, H, W) = block_op.walk(size, [w.shape for w in self.weights], self.geometries, self.shortcut)
+    def walk(self, size: tuple[int, int, int]) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
+        """(C, H, W) of every convolution's operand, and of the activations that follow each other, the result last."""
+        operands, maps = block_op.walk(size, [w.shape for w in self.weights], self.geometries, self.shortcut)
         if self.pool is not None:
-            operands.append((K, H, W))
+            K, H, W = maps[-1]
             g = Geometry(self.pool.stride, self.pool.padding)
-            H, W = g.output_size(H, self.pool.kernel), g.output_size(W, self.pool.kernel)
-        return operands, (K, H, W)
+            maps.append((K, g.output_size(H, self.pool.kernel), g.output_size(W, self.pool.kernel)))
+        return operands, maps
 
     def run(self, x: Tensor, packed: list[Packed], overwrite: bool) -> Tensor:
         if self.pool is not None:
@@ -84,12 +85,12 @@ class FrozenTrunk(nn.Module):
         smaller, take more images at a time: as many as a whole number of passes of the run before."""
         size, operands, limits = (x.shape[1], x.shape[2], x.shape[3]), [], []
         for step in self.steps:
-            inner, after = step.walk(size)
-            chain = inner[:-1] if step.shortcut == "projection" else inner
-            limits.append(step.backend.images_per_pass(self.dtype.itemsize * block_op.largest_pair([*chain, after])))
+            inner, maps = step.walk(size)
+            limits.append(step.backend.images_per_pass(self.dtype.itemsize * block_op.largest_pair(maps)))
             operands.append(inner)
-            size = after
-        images, N = [], x.shape[0]
+            size = maps[-1]
+        images: list[int] = []
+        N = x.shape[0]
         for limit in reversed(limits):
             N = block_op.pass_size(N, limit)
             images.insert(0, N)
@@ -98,15 +99,22 @@ class FrozenTrunk(nn.Module):
         with self._lock:
             if key not in self._packed:
                 self._packed[key] = [
-                    [backend.pack(*conv, (n, *operand))
-                     for *conv, operand in zip(step.weights, step.scales, step.geometries, inner, strict=False)]
-                    for step, inner, n in zip(self.steps, operands, images, strict=True)]
+                    [
+                        backend.pack(weight, scale, geometry, (n, *operand))
+                        for weight, scale, geometry, operand in zip(
+                            step.weights, step.scales, step.geometries, inner, strict=True
+                        )
+                    ]
+                    for step, inner, n in zip(self.steps, operands, images, strict=True)
+                ]
             self._packed.move_to_end(key)
             packed = self._packed[key]
             while len(self._packed) > self.KEPT:
                 self._packed.popitem(last=False)
         rows = zip(images, self.steps, packed, strict=True)
-        return [(n, [(step, weights) for _, step, weights in run]) for n, run in itertools.groupby(rows, lambda r: r[0])]
+        return [
+            (n, [(step, weights) for _, step, weights in run]) for n, run in itertools.groupby(rows, lambda r: r[0])
+        ]
 
     def forward(self, x: Tensor) -> Tensor:
         C = self.steps[0].weights[0].shape[1] * self.steps[0].geometries[0].groups
@@ -118,8 +126,9 @@ class FrozenTrunk(nn.Module):
         def load(part: Tensor) -> Tensor:
             return part.to(self.dtype).contiguous(memory_format=torch.channels_last)
 
-        def after(run: list[tuple[Step, list[Packed]]], images: int, before: Callable[[Tensor], Tensor],
-                  ours: bool) -> Callable[[Tensor], Tensor]:
+        def after(
+            run: list[tuple[Step, list[Packed]]], images: int, before: Callable[[Tensor], Tensor], ours: bool
+        ) -> Callable[[Tensor], Tensor]:
             """`before`, then the run, that many images at a time. ours: whether the run may reuse its operand."""
 
             def steps(part: Tensor) -> Tensor:
@@ -130,7 +139,8 @@ class FrozenTrunk(nn.Module):
 
             return lambda part: block_op.in_passes(part, images, steps)
 
-        function, ours = load, False
+        function: Callable[[Tensor], Tensor] = load
+        ours = False
         for images, run in self._plan(x):
             function, ours = after(run, images, function, ours), True
         return function(x)
@@ -245,7 +255,9 @@ class _Freezer:
         stages = [getattr(model, f"layer{i}") for i in (1, 2, 3, 4)]
         for i, stage in enumerate(stages):
             whole = type(stage) is nn.Sequential and not fusable.hook_on(stage)
-            steps += [self._block(b, f"{prefix}layer{i + 1}.{n}") for n, b in stage.named_children()] if whole else [None]
+            steps += (
+                [self._block(b, f"{prefix}layer{i + 1}.{n}") for n, b in stage.named_children()] if whole else [None]
+            )
         self.left = left
         if None in steps:
             self._put_stem(model, prefix)
@@ -275,15 +287,20 @@ class _Freezer:
             self.planned.update(id(b) for b in blocks.values())
 
     def _pack(self, name: str, convs: list, norms: list, call: Callable, **kind: Any) -> Step:
-        geometries = tuple(Geometry(c.stride[0], _padding(c), c.dilation[0], c.groups) for c in convs)
+        geometries = tuple(fusable.geometry(c) for c in convs)
         shapes = tuple(tuple(c.weight.shape) for c in convs)
         backend = select.choose(call(self.device, self.dtype, shapes, geometries))
         affines = [[t.to(wide(self.dtype)) for t in affine_of(bn)] for bn in norms]
         return Step(
-            name, backend,
+            name,
+            backend,
             # Copies, so that a later change of the source shows at refresh() and not before.
             tuple(c.weight.detach().to(self.dtype, memory_format=torch.channels_last, copy=True) for c in convs),
-            tuple(a for a, _ in affines), tuple(b for _, b in affines), geometries, **kind)
+            tuple(a for a, _ in affines),
+            tuple(b for _, b in affines),
+            geometries,
+            **kind,
+        )
 
     def _block(self, block: nn.Module, name: str) -> Step | None:
         known = type(block) in (resnet.BasicBlock, resnet.Bottleneck, BasicBlock, Bottleneck)
@@ -297,9 +314,7 @@ class _Freezer:
         p = fusable.parts(block)
         assert isinstance(p, fusable.Parts)
 
-        def call(*metadata: Any) -> Any:
-            return block_op.call_of_block(*metadata, p.shortcut)
-
+        call = functools.partial(block_op.call_of_block, shortcut=p.shortcut)
         return self._pack(name, p.convs, p.norms, call, shortcut=p.shortcut)
 
     def _stem(self, model: nn.Module, prefix: str) -> Step | None:
@@ -309,7 +324,9 @@ class _Freezer:
         reason = fusable.convolution(conv) or fusable.batch_norm(bn)
         if any(fusable.hook_on(m) for m in (conv, bn, relu, pool)) or bn.training or type(relu) is not nn.ReLU:
             return None
-        square = type(pool) is nn.MaxPool2d and all(isinstance(v, int) for v in (pool.kernel_size, pool.stride, pool.padding))
+        square = type(pool) is nn.MaxPool2d and all(
+            isinstance(v, int) for v in (pool.kernel_size, pool.stride, pool.padding)
+        )
         if reason or not square or pool.dilation != 1 or pool.ceil_mode or pool.return_indices:
             return None
 
@@ -317,14 +334,12 @@ class _Freezer:
             return stem_op.call_of_stem(device, dtype, shapes[0], geometries[0])
 
         try:
-            return self._pack(f"{prefix}stem", [conv], [bn], call, pool=Pool(pool.kernel_size, pool.stride, pool.padding))
+            return self._pack(
+                f"{prefix}stem", [conv], [bn], call, pool=Pool(pool.kernel_size, pool.stride, pool.padding)
+            )
         except BackendUnavailable:
             # Named for the blocks, and without a pooling pass: the stem is copied.
             return None
-
-
-def _padding(conv: nn.Conv2d) -> int:
-    return conv.dilation[0] * (conv.kernel_size[0] // 2)
 
 
 def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> FrozenModel:
@@ -343,8 +358,10 @@ def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> FrozenModel:
     Numerics: scale = weight / sqrt(running_var + eps) is multiplied into the convolution's weight in fp32 and rounded
         once to `dtype`. CPUs without 16-bit arithmetic compute 16-bit models in fp32 and round the results.
     """
-    training = next((name for name, m in model.named_modules()
-                     if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training), None)
+    training = next(
+        (name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training),
+        None,
+    )
     if training is not None:
         raise ValueError(f"model: expected it in evaluation mode, got {training!r} in training mode; call model.eval()")
     return FrozenModel(model, dtype)

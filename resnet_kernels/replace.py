@@ -53,8 +53,9 @@ def _left_alone(block: nn.Module) -> str | None:
 def replace_blocks(model: nn.Module, channels_last: bool = False) -> ReplacementReport:
     """Make every torchvision BasicBlock and Bottleneck in the model one of `resnet_kernels.nn`, in place.
 
-    Only the blocks' class changes: names, parameters, buffers, hooks, optimizers' references and the state dict stay. A block whose inner modules cannot be
-    fused as they stand is replaced too, since that is decided again at every call, and noted.
+    Only the blocks' class changes: names, parameters, buffers, hooks, optimizers' references and the state dict stay.
+    A block whose inner modules cannot be fused as they stand is replaced too, since that is decided again at every
+    call, and noted.
 
     Args:
         model: any module; itself a block, or with blocks anywhere below.

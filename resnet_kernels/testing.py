@@ -32,9 +32,9 @@ class BlockCase:
     def __str__(self) -> str:
         return self.name
 
-    def make(self, original: type | None = None) -> nn.Module:
-        """torchvision's block (or `original`), in evaluation mode, with random statistics and affine parameters."""
-        kind = original or (resnet.BasicBlock if self.basic else resnet.Bottleneck)
+    def make(self) -> nn.Module:
+        """torchvision's block, in evaluation mode, with random statistics and affine parameters."""
+        kind: type[resnet.BasicBlock | resnet.Bottleneck] = resnet.BasicBlock if self.basic else resnet.Bottleneck
         shortcut = make_shortcut(self.option, self.inplanes, self.planes * kind.expansion, self.stride)
         block = kind(self.inplanes, self.planes, self.stride, shortcut, self.groups, self.base_width, self.dilation)
         return randomize_(block).eval()
@@ -85,7 +85,7 @@ RESNET_CASES = (
     _bottleneck("r50-layer4", 2048, 512, 7, 7),
 )
 
-# Where kernels go wrong: channels that fill no vector, odd maps with stride, tiny maps and batches, groups, dilation.
+# Where kernels go wrong: channels that fill no vector, odd maps with stride, tiny maps and batches, groups.
 ODD_CASES = (
     _bottleneck("odd-channels", 20, 5, 9, 7),
     _bottleneck("odd-channels-down", 13, 5, 9, 7, 2),
@@ -108,7 +108,7 @@ ODD_CASES = (
 
 
 def randomize_(model: nn.Module) -> nn.Module:
-    """Give every batch norm statistics and affine parameters as a trained model has: of both signs, away from 0 and 1."""
+    """Give every batch norm statistics and affine parameters as a trained model has, away from 0 and 1."""
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             assert m.running_mean is not None and m.running_var is not None
@@ -154,16 +154,19 @@ class Errors:
         return self.misplaced == 0 and self.rms <= self.allowed_rms and self.max <= self.allowed_max
 
     def __str__(self) -> str:
-        text = (f"rms {self.rms:.2e} (eager {self.eager_rms:.2e}, allowed {self.allowed_rms:.2e}), "
-                f"max {self.max:.2e} at {self.worst} (eager {self.eager_max:.2e}, allowed {self.allowed_max:.2e}), "
-                f"values of rms {self.scale:.2e}")
+        text = (
+            f"rms {self.rms:.2e} (eager {self.eager_rms:.2e}, allowed {self.allowed_rms:.2e}), "
+            f"max {self.max:.2e} at {self.worst} (eager {self.eager_max:.2e}, allowed {self.allowed_max:.2e}), "
+            f"values of rms {self.scale:.2e}"
+        )
         return text + (f", {self.misplaced} NaN or Inf missing or misplaced" if self.misplaced else "")
 
 
 def compare(out: Tensor, eager: Tensor, exact: Tensor, reduction: int = 1) -> Errors:
     """The rule: the error against fp64 is at most twice PyTorch's own on the same inputs in the same dtype, as RMS and
     as maximum, plus a floor: eps / 4 of the dtype (what rounding once leaves) and sqrt(reduction) eps / 8 of the
-    accumulator, of the values' own RMS and maximum. NaN and Inf stand where fp64 has them, except where the result or eager itself overflows.
+    accumulator, of the values' own RMS and maximum. NaN and Inf stand where fp64 has them, except where the result or
+    eager itself overflows.
 
     out, eager: results in the dtype under test. exact: the same in fp64. reduction: terms in the longest sum.
     Raises AssertionError where shape or dtype differ.
@@ -189,13 +192,23 @@ def compare(out: Tensor, eager: Tensor, exact: Tensor, reduction: int = 1) -> Er
         return math.sqrt(float(t.square().sum()) / n)
 
     worst = tuple(int(i) for i in torch.unravel_index(do.argmax(), do.shape))
-    return Errors(rms(do), float(do.max()), rms(de), float(de.max()), 2 * rms(de) + unit * rms(v),
-                  2 * float(de.max()) + unit * float(v.max()), rms(v), worst, misplaced)
+    return Errors(
+        rms(do),
+        float(do.max()),
+        rms(de),
+        float(de.max()),
+        2 * rms(de) + unit * rms(v),
+        2 * float(de.max()) + unit * float(v.max()),
+        rms(v),
+        worst,
+        misplaced,
+    )
 
 
-def assert_matches(out: Tensor, eager: Tensor, exact: Tensor, reduction: int = 1, name: str = "result",
-                   maximum: bool = True) -> None:
-    """Raises AssertionError with the errors unless `compare` finds them within the rule; by RMS alone if not `maximum`."""
+def assert_matches(
+    out: Tensor, eager: Tensor, exact: Tensor, reduction: int = 1, name: str = "result", maximum: bool = True
+) -> None:
+    """Raises AssertionError with the errors unless they are within the rule; by RMS alone if not `maximum`."""
     errors = compare(out, eager, exact, reduction)
     ok = errors.ok if maximum else errors.misplaced == 0 and errors.rms <= errors.allowed_rms
     assert ok, f"{name}: {errors}"

@@ -27,8 +27,10 @@ def verify(model: resnet.ResNet, images: Tensor) -> dict[str, Errors]:
     """
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     blocks = {name: m for name, m in model.named_modules() if isinstance(m, (resnet.BasicBlock, resnet.Bottleneck))}
-    hooks = [block.register_forward_hook(lambda m, args, out, name=name: seen.update({name: (args[0].clone(), out)}))
-             for name, block in blocks.items()]
+    hooks = [
+        block.register_forward_hook(lambda m, args, out, name=name: seen.update({name: (args[0].clone(), out)}))
+        for name, block in blocks.items()
+    ]
     want = model(images)
     for hook in hooks:
         hook.remove()

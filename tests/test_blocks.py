@@ -43,7 +43,10 @@ def test_resnet_blocks(case, dtype, backend, poisoned):
 @pytest.mark.parametrize("case", ODD_CASES, ids=str)
 def test_odd_blocks(case, dtype, backend, poisoned):
     if dtype == "fp64" and backend == "cpu":
-        with rk.use_backend("cpu"), pytest.raises(rk.BackendUnavailable, match="expected float32, .* got torch.float64"):
+        with (
+            rk.use_backend("cpu"),
+            pytest.raises(rk.BackendUnavailable, match="expected float32, .* got torch.float64"),
+        ):
             fused(case.make().double())(case.input(torch.float64))
         return
     check(case, DTYPES[dtype], backend)
@@ -98,13 +101,18 @@ def test_gradients_in_evaluation_mode(case, dtype):
 
 
 def test_gradcheck_and_second_derivatives():
-    args = [torch.randn(2, 4, 5, 5), [torch.randn(3, 4, 3, 3), torch.randn(6, 3, 1, 1), torch.randn(6, 4, 1, 1)],
-            [torch.randn(3), torch.randn(6), torch.randn(6)], [torch.randn(3), torch.randn(6), torch.randn(6)]]
+    args = [
+        torch.randn(2, 4, 5, 5),
+        [torch.randn(3, 4, 3, 3), torch.randn(6, 3, 1, 1), torch.randn(6, 4, 1, 1)],
+        [torch.randn(3), torch.randn(6), torch.randn(6)],
+        [torch.randn(3), torch.randn(6), torch.randn(6)],
+    ]
     flat = [t.double().requires_grad_() for a in args for t in (a if isinstance(a, list) else [a])]
 
     def op(x, *rest):
-        return rk.ops.residual_block(x, list(rest[:3]), list(rest[3:6]), list(rest[6:]), [2, 1, 2], [1, 1, 1], [1, 1, 1],
-                                     "projection")
+        return rk.ops.residual_block(
+            x, list(rest[:3]), list(rest[3:6]), list(rest[6:]), [2, 1, 2], [1, 1, 1], [1, 1, 1], "projection"
+        )
 
     torch.autograd.gradcheck(op, flat)
     torch.autograd.gradgradcheck(op, flat)
@@ -155,8 +163,12 @@ def test_any_layout_of_input(layout):
     case = next(c for c in ODD_CASES if c.name == "dilation-2")
     block = case.make()
     x = torch.relu(torch.randn(4, 80, 11, 11))
-    x = {"nchw": x[:2, :64].contiguous(), "sliced": x[1:3, 8:72, 1:10, 2:],
-         "expanded": x[:1, :64].expand(3, -1, -1, -1), "transposed": x[:, :64].transpose(2, 3)}[layout]
+    x = {
+        "nchw": x[:2, :64].contiguous(),
+        "sliced": x[1:3, 8:72, 1:10, 2:],
+        "expanded": x[:1, :64].expand(3, -1, -1, -1),
+        "transposed": x[:, :64].transpose(2, 3),
+    }[layout]
     with torch.no_grad():
         torch.testing.assert_close(fused(block)(x), block(x), rtol=1e-4, atol=1e-4)
 
@@ -172,20 +184,31 @@ def test_same_inputs_same_bits():
 @pytest.mark.parametrize("shortcut", ["identity", "projection", "zero_pad"])
 def test_opcheck(shortcut, device):
     K = 8 if shortcut == "identity" else 12
-    weights = [torch.randn(5, 8, 3, 3), torch.randn(K, 5, 1, 1)] + [torch.randn(K, 8, 1, 1)] * (shortcut == "projection")
+    weights = [torch.randn(5, 8, 3, 3), torch.randn(K, 5, 1, 1)] + [torch.randn(K, 8, 1, 1)] * (
+        shortcut == "projection"
+    )
     stride = 1 if shortcut == "identity" else 2
     n = len(weights)
     affine = [[torch.randn(w.shape[0]) for w in weights] for _ in range(2)]
     tensors = [torch.randn(2, 8, 7, 7).contiguous(memory_format=torch.channels_last), weights, *affine]
     tensors = torch.utils._pytree.tree_map(lambda t: t.to(device).requires_grad_(), tensors)
-    args = (*tensors, [stride] + [1] * (n - 1 - (shortcut == "projection")) + [stride] * (shortcut == "projection"),
-            [1] * n, [1] * n, shortcut)
+    args = (
+        *tensors,
+        [stride] + [1] * (n - 1 - (shortcut == "projection")) + [stride] * (shortcut == "projection"),
+        [1] * n,
+        [1] * n,
+        shortcut,
+    )
     torch.library.opcheck(torch.ops.resnet_kernels.residual_block.default, args)
 
 
 BAD = {
     "x-3d": (dict(x=torch.randn(4, 5, 5)), ValueError, r"x: expected \(N, C, H, W\), got \(4, 5, 5\)"),
-    "x-int": (dict(x=torch.ones(2, 4, 5, 5, dtype=torch.int32)), TypeError, "x: expected a floating dtype, got torch.int32"),
+    "x-int": (
+        dict(x=torch.ones(2, 4, 5, 5, dtype=torch.int32)),
+        TypeError,
+        "x: expected a floating dtype, got torch.int32",
+    ),
     "channels": (dict(x=torch.randn(2, 6, 5, 5)), ValueError, "does not fit 6 channels"),
     "mixed-dtype": (dict(x=torch.randn(2, 4, 5, 5).double()), TypeError, "expected torch.float64 .* got torch.float32"),
     "mixed-device": (dict(x=torch.randn(2, 4, 5, 5, device="meta")), ValueError, "expected it on meta, as x, got cpu"),
@@ -200,15 +223,30 @@ BAD = {
 
 @pytest.mark.parametrize("change, error, says", BAD.values(), ids=BAD)
 def test_the_op_names_what_is_wrong(change, error, says):
-    good = dict(x=torch.randn(2, 4, 5, 5), weights=[torch.randn(4, 4, 3, 3)] * 2, scales=[torch.ones(4)] * 2,
-                shifts=[torch.ones(4)] * 2, strides=[1, 1], dilations=[1, 1], groups=[1, 1])
+    good = dict(
+        x=torch.randn(2, 4, 5, 5),
+        weights=[torch.randn(4, 4, 3, 3)] * 2,
+        scales=[torch.ones(4)] * 2,
+        shifts=[torch.ones(4)] * 2,
+        strides=[1, 1],
+        dilations=[1, 1],
+        groups=[1, 1],
+    )
     rk.ops.residual_block(**good)
     with pytest.raises(error, match=says):
         rk.ops.residual_block(**good | change)
 
 
-@pytest.mark.parametrize("x", [torch.randn(64, 9, 9), torch.randn(2, 63, 9, 9), torch.randn(2, 64, 9, 9).double(),
-                               torch.randn(2, 64, 9, 9, device="meta")], ids=["3d", "channels", "dtype", "device"])
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.randn(64, 9, 9),
+        torch.randn(2, 63, 9, 9),
+        torch.randn(2, 64, 9, 9).double(),
+        torch.randn(2, 64, 9, 9, device="meta"),
+    ],
+    ids=["3d", "channels", "dtype", "device"],
+)
 def test_a_block_raises_what_torchvisions_raises(x):
     case = next(c for c in ODD_CASES if c.name == "dilation-2")
     block = case.make()

@@ -90,13 +90,17 @@ def test_conv_with_packed_weights_and_two_products(backend, device):
     weight_s = torch.randn(24, 16, 1, 1, device=device) * 0.25
     scale_s = torch.randn(24, device=device)
     packed = backend.pack(weight, scale, g, x.shape), backend.pack(weight_s, scale_s, gs, x.shape)
-    y, _ = backend.conv([Product(Operand(x), packed[0], g), Product(Operand(x), packed[1], gs)],
-                        Epilogue(shift, relu=True))
-    want, _ = reference.conv([Product(Operand(x), weight, g, scale), Product(Operand(x), weight_s, gs, scale_s)],
-                             Epilogue(shift, relu=True))
+    y, _ = backend.conv(
+        [Product(Operand(x), packed[0], g), Product(Operand(x), packed[1], gs)], Epilogue(shift, relu=True)
+    )
+    want, _ = reference.conv(
+        [Product(Operand(x), weight, g, scale), Product(Operand(x), weight_s, gs, scale_s)], Epilogue(shift, relu=True)
+    )
     double = [t.double() for t in (x, weight, scale, weight_s, scale_s, shift)]
-    exact, _ = reference.conv([Product(Operand(double[0]), double[1], g, double[2]),
-                               Product(Operand(double[0]), double[3], gs, double[4])], Epilogue(double[5], relu=True))
+    exact, _ = reference.conv(
+        [Product(Operand(double[0]), double[1], g, double[2]), Product(Operand(double[0]), double[3], gs, double[4])],
+        Epilogue(double[5], relu=True),
+    )
     assert_matches(y, want, exact, 160)
 
 
@@ -129,8 +133,9 @@ def test_nan_and_inf_go_through_conv_and_relu(backend, device, dtype, value):
     x[0, 3, 5, 5] = value
     residual = torch.randn_like(x)
     residual[1, 7, 0, 0] = value
-    y, _ = backend.conv([Product(Operand(x), weight, Geometry(padding=1), scale)],
-                        Epilogue(shift, Operand(residual), relu=True))
+    y, _ = backend.conv(
+        [Product(Operand(x), weight, Geometry(padding=1), scale)], Epilogue(shift, Operand(residual), relu=True)
+    )
     want = eager(x, weight, scale, shift, Geometry(padding=1), residual, True)
     assert torch.equal(y.isnan(), want.isnan()) and torch.equal(y.isinf(), want.isinf())
     if value != -float("inf"):
@@ -162,6 +167,7 @@ def test_bn_pass(backend, device, terms, dtype, pool, poisoned):
 
 # The reference's own definition of the lazy operand, masks, reductions and gradients, against autograd.
 
+
 @pytest.mark.parametrize("name", CONVS)
 def test_reference_gradients_are_autograds(name):
     x, weight, scale, _ = (t.double() for t in draw(name, torch.float64))
@@ -187,7 +193,7 @@ def test_reference_lazy_operand_mask_and_reductions():
     want = F.conv2d(v, weight) * mask
     y, stats = reference.conv([Product(operand, weight)], Epilogue(mask=mask, reduce="stats"))
     torch.testing.assert_close(y, want)
-    assert stats.count == 18
+    assert stats.rows == 18
     torch.testing.assert_close(stats.mean, want.mean((0, 2, 3)))
     torch.testing.assert_close(stats.M2 / 18, want.var((0, 2, 3), unbiased=False))
     xhat = torch.randn_like(want)
@@ -197,7 +203,7 @@ def test_reference_lazy_operand_mask_and_reductions():
 
 
 def test_a_bottleneck_trains_by_the_primitives_alone():
-    """Forward and backward of an identity bottleneck in training mode, conv3's output never formed, against autograd."""
+    """An identity bottleneck in training mode, forward and backward, conv3's output never formed, against autograd."""
     N, K, J, H, eps = 3, 16, 6, 5, 1e-5
     x = torch.relu(torch.randn(N, K, H, H)).double()
     w1, w2, w3 = torch.randn(J, K, 1, 1).double(), torch.randn(J, J, 3, 3).double(), torch.randn(K, J, 1, 1).double()
@@ -232,20 +238,22 @@ def test_a_bottleneck_trains_by_the_primitives_alone():
     g = Operand(dy, mask=~(y <= 0))
     sg = reference.bn_pass(g, Epilogue())[0].sum((0, 2, 3))
     G = reference.wgrad(g, h2, (1, 1), Geometry())[:, :, 0, 0]
-    dw3, dgamma3, dbeta3, A, B, v = reference.finalize_tail_grad(sg, G, torch.zeros(J).double(), moments,
-                                                                 w3[:, :, 0, 0], n3)
+    dw3, dgamma3, dbeta3, A, B, v = reference.finalize_tail_grad(
+        sg, G, torch.zeros(J).double(), moments, w3[:, :, 0, 0], n3
+    )
     h2_value = reference.bn_pass(h2, Epilogue())[0]
     xhat2 = Operand(c2, (n2.rstd, -n2.mean * n2.rstd))
     products = [Product(g, A.T[:, :, None, None].contiguous()), Product(h2, B.T[:, :, None, None].contiguous())]
     gh2, sums2 = reference.conv(products, Epilogue(v, mask=~(h2_value <= 0), reduce=xhat2))
-    al, be, const, dgamma2, dbeta2 = reference.finalize_bn_grad(sums2, s2.count, n2)
+    al, be, const, dgamma2, dbeta2 = reference.finalize_bn_grad(sums2, s2.rows, n2)
     dc2 = Operand(gh2, (al, const), (c2, be))
     dw2 = reference.wgrad(dc2, h1, (3, 3), pad)
     h1_value = reference.bn_pass(h1, Epilogue())[0]
     xhat1 = Operand(c1, (n1.rstd, -n1.mean * n1.rstd))
-    gh1, sums1 = reference.conv([Product(dc2, w2, pad, data_grad_size=(H, H))],
-                                Epilogue(mask=~(h1_value <= 0), reduce=xhat1))
-    al, be, const, dgamma1, dbeta1 = reference.finalize_bn_grad(sums1, s1.count, n1)
+    gh1, sums1 = reference.conv(
+        [Product(dc2, w2, pad, data_grad_size=(H, H))], Epilogue(mask=~(h1_value <= 0), reduce=xhat1)
+    )
+    al, be, const, dgamma1, dbeta1 = reference.finalize_bn_grad(sums1, s1.rows, n1)
     dc1 = Operand(gh1, (al, const), (c1, be))
     dw1 = reference.wgrad(dc1, Operand(x), (1, 1), Geometry())
     dx, _ = reference.conv([Product(dc1, w1, data_grad_size=(H, H))], Epilogue(residual=g))
@@ -264,10 +272,16 @@ def test_a_bottleneck_trains_by_the_primitives_alone():
         (lambda x, w: ([Product(Operand(x), w.double())], Epilogue()), TypeError, "expected a weight in torch.float32"),
         (lambda x, w: ([Product(Operand(x), w)], Epilogue(torch.ones(3))), ValueError, "expected 4 shifts, got"),
         (lambda x, w: ([Product(Operand(x), w)], Epilogue(residual=Operand(x))), ValueError, "expected a residual of"),
-        (lambda x, w: ([Product(Operand(x), w), Product(Operand(x), w, Geometry(2))], Epilogue()), ValueError,
-         "expected products of equal sizes"),
-        (lambda x, w: ([Product(Operand(x[:, :, :1]), w.expand(4, 8, 3, 3))], Epilogue()), ValueError,
-         "does not fit a map of 1x6"),
+        (
+            lambda x, w: ([Product(Operand(x), w), Product(Operand(x), w, Geometry(2))], Epilogue()),
+            ValueError,
+            "expected products of equal sizes",
+        ),
+        (
+            lambda x, w: ([Product(Operand(x[:, :, :1]), w.expand(4, 8, 3, 3))], Epilogue()),
+            ValueError,
+            "does not fit a map of 1x6",
+        ),
     ],
 )
 @pytest.mark.parametrize("backend", [reference, aten, cpu], ids=lambda b: b.NAME)
@@ -300,7 +314,11 @@ def test_engines_of_the_cpu_backend(engine, name, residual, overwrite, poisoned,
     g = CONVS[name][2]
     conv = C.pack_conv(weight, scale, g, [max(1, x.shape[0]), *x.shape[1:]], engine)
     assert conv.engine == engine
-    r = torch.randn_like(eager(x, weight, scale, shift, g, None, False)).contiguous(memory_format=NHWC) if residual else None
+    r = (
+        torch.randn_like(eager(x, weight, scale, shift, g, None, False)).contiguous(memory_format=NHWC)
+        if residual
+        else None
+    )
     want = eager(x, weight, scale, shift, g, r, True)
     exact = eager(*(t.double() for t in (x, weight, scale, shift)), g, r.double() if residual else None, True)
     before = r.clone() if residual else None
@@ -331,13 +349,16 @@ def test_winograd_leaves_inputs_it_would_spoil_to_another_engine(value):
     torch.testing.assert_close(y, want, equal_nan=True)
 
 
-@pytest.mark.parametrize("engine, sizes, geometry, says", [
-    ("winograd", (16, 8, 3, 3), (2, 1, 1, 1), "expected a 3x3 filter of stride 1"),
-    ("winograd", (16, 8, 1, 1), (1, 0, 1, 1), "expected a 3x3 filter of stride 1"),
-    ("direct", (15, 8, 1, 1), (1, 0, 1, 1), "output channels a multiple of 16"),
-    ("direct", (16, 4, 1, 1), (1, 0, 1, 2), "expected one group"),
-    ("cudnn", (16, 8, 1, 1), (1, 0, 1, 1), "expected auto, onednn, direct or winograd, got cudnn"),
-])
+@pytest.mark.parametrize(
+    "engine, sizes, geometry, says",
+    [
+        ("winograd", (16, 8, 3, 3), (2, 1, 1, 1), "expected a 3x3 filter of stride 1"),
+        ("winograd", (16, 8, 1, 1), (1, 0, 1, 1), "expected a 3x3 filter of stride 1"),
+        ("direct", (15, 8, 1, 1), (1, 0, 1, 1), "output channels a multiple of 16"),
+        ("direct", (16, 4, 1, 1), (1, 0, 1, 2), "expected one group"),
+        ("cudnn", (16, 8, 1, 1), (1, 0, 1, 1), "expected auto, onednn, direct or winograd, got cudnn"),
+    ],
+)
 def test_engines_say_what_they_cannot_compute(engine, sizes, geometry, says):
     with pytest.raises(RuntimeError, match=says):
         engine_module(engine).pack_conv(torch.randn(sizes), torch.ones(sizes[0]), geometry, [1, 8, 8, 8], engine)

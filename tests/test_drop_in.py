@@ -56,7 +56,10 @@ def test_blocks_are_torchvisions_by_type_name_and_parameter(pair):
 
 
 def test_torchvisions_constructor_takes_our_blocks():
-    for block, theirs, layers in ((rk.nn.Bottleneck, resnet.Bottleneck, [1, 1, 1, 1]), (rk.nn.BasicBlock, resnet.BasicBlock, [1] * 4)):
+    for block, theirs, layers in (
+        (rk.nn.Bottleneck, resnet.Bottleneck, [1, 1, 1, 1]),
+        (rk.nn.BasicBlock, resnet.BasicBlock, [1] * 4),
+    ):
         ours, model = resnet.ResNet(block, layers).eval(), resnet.ResNet(theirs, layers).eval()
         assert not rk.replace_blocks(ours).replaced
         model.load_state_dict(ours.state_dict(), strict=True)
@@ -193,7 +196,9 @@ def test_old_spectral_norm(pair):
     same(ours, model, x)
 
 
-@pytest.mark.parametrize("norm", [parametrizations.spectral_norm, parametrizations.weight_norm, parametrizations.orthogonal])
+@pytest.mark.parametrize(
+    "norm", [parametrizations.spectral_norm, parametrizations.weight_norm, parametrizations.orthogonal]
+)
 def test_parametrizations_are_read_through_weight(pair, norm):
     model, ours, x = pair
     for m in (model, ours):
@@ -233,7 +238,9 @@ def test_global_module_hooks(pair):
 def test_a_replaced_inner_module(pair):
     model, ours, x = pair
     swaps = {
-        "relu": nn.LeakyReLU(0.1), "conv2": nn.Conv2d(64, 64, 3, padding=1, bias=True), "bn1": nn.GroupNorm(8, 64),
+        "relu": nn.LeakyReLU(0.1),
+        "conv2": nn.Conv2d(64, 64, 3, padding=1, bias=True),
+        "bn1": nn.GroupNorm(8, 64),
         "conv1": nn.Conv2d(64, 64, 3, padding=1, padding_mode="reflect", bias=False),
         "bn2": nn.BatchNorm2d(64, track_running_stats=False),
         "downsample": nn.Sequential(nn.AvgPool2d(1), nn.Conv2d(64, 256, 1, bias=False), nn.BatchNorm2d(256)),
@@ -254,7 +261,9 @@ def test_functional_transforms(pair):
     def loss(m):
         params = dict(m.named_parameters())
         buffers = dict(m.named_buffers())
-        return torch.func.grad(lambda p, t: torch.func.functional_call(m, (p, buffers), (t,)).square().mean())(params, x)
+        return torch.func.grad(lambda p, t: torch.func.functional_call(m, (p, buffers), (t,)).square().mean())(
+            params, x
+        )
 
     for (name, a), b in zip(loss(model).items(), loss(ours).values(), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4, msg=name)
@@ -318,7 +327,9 @@ def test_compile_and_export_hold_the_op(pair, mode):
         else:
             program = torch.export.export(ours, (x,), dynamic_shapes=({0: torch.export.Dim("N", min=2, max=64)},))
             y, code = program.module()(x), str(program.graph)
-            torch.testing.assert_close(program.module()(torch.cat([x, x])), ours(torch.cat([x, x])), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                program.module()(torch.cat([x, x])), ours(torch.cat([x, x])), rtol=1e-4, atol=1e-4
+            )
         assert code.count("resnet_kernels.residual_block") == 5
         torch.testing.assert_close(y, ours(x), rtol=1e-4, atol=1e-4)
 
@@ -429,7 +440,10 @@ def test_named_backends():
     with rk.use_backend("eager"):
         model(torch.randn(2, 3, 64, 64))
         assert "'eager' was named" in rk.explain(model.eval(), x)[0].why_plain
-    with rk.use_backend("cuda"), pytest.raises(rk.BackendUnavailable, match="'cuda' was named .* expected tensors on cuda, got cpu"):
+    with (
+        rk.use_backend("cuda"),
+        pytest.raises(rk.BackendUnavailable, match="'cuda' was named .* expected tensors on cuda, got cpu"),
+    ):
         model(x)
     with pytest.raises(ValueError, match="expected a backend named cpu, cuda, aten, reference, eager, got 'cudnn'"):
         rk.use_backend("cudnn")

@@ -149,8 +149,11 @@ def test_freeze_leaves_the_source_alone(model):
 def test_frozen_copies_pickles_and_saves(model, tmp_path):
     frozen, x = rk.freeze(model), torch.randn(2, 3, 64, 64)
     torch.save(frozen, tmp_path / "frozen.pt")
-    for other in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen)),
-                  torch.load(tmp_path / "frozen.pt", weights_only=False)):
+    for other in (
+        copy.deepcopy(frozen),
+        pickle.loads(pickle.dumps(frozen)),
+        torch.load(tmp_path / "frozen.pt", weights_only=False),
+    ):
         assert torch.equal(other(x), frozen(x))
 
 
@@ -220,8 +223,10 @@ def test_blocks_that_cannot_be_folded_are_copied_with_their_reason(model):
     source.layer2[1].conv2.register_forward_hook(lambda m, i, o: seen.append(1))
     source.layer3[0].bn2 = nn.GroupNorm(8, 256)
     frozen, x = rk.freeze(source), torch.randn(2, 3, 64, 64)
-    assert frozen.left == {"layer2.1": "conv2 carries a forward hook",
-                           "layer3.0": "bn2: expected one of BatchNorm2d, SyncBatchNorm, FrozenBatchNorm2d, got GroupNorm"}
+    assert frozen.left == {
+        "layer2.1": "conv2 carries a forward hook",
+        "layer3.0": "bn2: expected one of BatchNorm2d, SyncBatchNorm, FrozenBatchNorm2d, got GroupNorm",
+    }
     assert frozen.fused == ("stem", "layer1.0", "layer2.0", "layer4.0")
     close(frozen(x), reference(source, x))
     assert len(seen) == 2

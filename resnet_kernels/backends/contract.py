@@ -140,17 +140,17 @@ class Epilogue:
 
 
 class Stats(NamedTuple):
-    """Per channel: count, mean, and the sum of squared deviations from it."""
+    """Per channel: rows, mean, and the sum of squared deviations from it."""
 
-    count: int
+    rows: int
     mean: Tensor
     M2: Tensor
 
 
 class Moments(NamedTuple):
-    """Of rows h: count, mean (J) and M2 = sum of (h - mean)(h - mean)^T (J, J)."""
+    """Of rows h: how many, mean (J) and M2 = sum of (h - mean)(h - mean)^T (J, J)."""
 
-    count: int
+    rows: int
     mean: Tensor
     M2: Tensor
 
@@ -268,7 +268,7 @@ class Backend(Protocol):
     def finalize_moments(self, m: Moments, weight: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Affine:
         """The same for c = h W^T (weight (K, J)), from h's moments: mean = W mu, var = diag(W Cov W^T)."""
 
-    def finalize_bn_grad(self, sums: tuple[Tensor, Tensor], count: int, affine: Affine) -> tuple[Tensor, ...]:
+    def finalize_bn_grad(self, sums: tuple[Tensor, Tensor], rows: int, affine: Affine) -> tuple[Tensor, ...]:
         """From sum(g), sum(g*xhat): (al, be, const, dgamma, dbeta) with dL/dc = al*g + be*c + const."""
 
     def finalize_tail_grad(

@@ -84,7 +84,11 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
 
 
 def residual_block(
-    x: Tensor, weights: Sequence[Packed], shifts: Sequence[Tensor], geometries: Sequence[Geometry], shortcut: str,
+    x: Tensor,
+    weights: Sequence[Packed],
+    shifts: Sequence[Tensor],
+    geometries: Sequence[Geometry],
+    shortcut: str,
     overwrite: bool,
 ) -> Tensor:
     """A whole block in one call, x in the compute dtype and channels_last."""

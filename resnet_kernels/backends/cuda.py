@@ -1,4 +1,4 @@
-"""NVIDIA GPUs: cuDNN's convolution, then scale, shift, residual and ReLU in one pass of our own (csrc/cuda/bn_pass.cuh).
+"""NVIDIA GPUs: cuDNN's convolution, then scale, shift, residual and ReLU in one pass (csrc/cuda/bn_pass.cuh).
 
 The weight stays exact: the scale is applied to the accumulator's rounded result, in fp32. No GPU has run these kernels
 yet, so they are chosen only by name.

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 from .contract import (
     Affine,
@@ -112,8 +113,10 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
         else:
             # conv_transpose2d leaves the size open by stride - 1 rows: the operand's.
             R, S = w.shape[2:]
-            extra = [n + 2 * g.padding - g.dilation * (k - 1) - 1 - (m - 1) * g.stride
-                     for n, m, k in ((H, x.shape[2], R), (W, x.shape[3], S))]
+            extra = [
+                n + 2 * g.padding - g.dilation * (k - 1) - 1 - (m - 1) * g.stride
+                for n, m, k in ((H, x.shape[2], R), (W, x.shape[3], S))
+            ]
             t = F.conv_transpose2d(x, w, None, g.stride, g.padding, extra, g.groups, g.dilation)
         if scale is not None:
             t = t * _per_channel(scale)
@@ -125,7 +128,7 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
 def wgrad(g: Operand, x: Operand, kernel: tuple[int, int], geometry: Geometry) -> Tensor:
     gv, xv = (_value(o).to(wide(o.tensor.dtype)) for o in (g, x))
     sizes = (gv.shape[1], xv.shape[1] // geometry.groups, *kernel)
-    return torch.nn.grad.conv2d_weight(xv, sizes, gv, *geometry)
+    return conv2d_weight(xv, sizes, gv, *geometry)
 
 
 def moments(h: Operand) -> Moments:
@@ -141,7 +144,7 @@ def bn_pass(x: Operand, epilogue: Epilogue, pool: Pool | None = None) -> tuple[T
 
 
 def finalize_stats(stats: Stats, gamma: Tensor, beta: Tensor, eps: float) -> Affine:
-    rstd = torch.rsqrt(stats.M2 / stats.count + eps)
+    rstd = torch.rsqrt(stats.M2 / stats.rows + eps)
     a = gamma * rstd
     return Affine(a, beta - stats.mean * a, stats.mean, rstd)
 
@@ -150,19 +153,19 @@ def finalize_moments(m: Moments, weight: Tensor, gamma: Tensor, beta: Tensor, ep
     w = weight.to(m.mean.dtype)
     # Rounding can leave a variance of zero slightly negative.
     M2 = ((w @ m.M2) * w).sum(1).clamp_min(0)
-    return finalize_stats(Stats(m.count, w @ m.mean, M2), gamma, beta, eps)
+    return finalize_stats(Stats(m.rows, w @ m.mean, M2), gamma, beta, eps)
 
 
-def finalize_bn_grad(sums: tuple[Tensor, Tensor], count: int, affine: Affine) -> tuple[Tensor, ...]:
+def finalize_bn_grad(sums: tuple[Tensor, Tensor], rows: int, affine: Affine) -> tuple[Tensor, ...]:
     dbeta, dgamma = sums
-    be = -affine.a * affine.rstd * dgamma / count
-    return affine.a, be, -affine.a * dbeta / count - be * affine.mean, dgamma, dbeta
+    be = -affine.a * affine.rstd * dgamma / rows
+    return affine.a, be, -affine.a * dbeta / rows - be * affine.mean, dgamma, dbeta
 
 
 def finalize_tail_grad(
     sg: Tensor, G: Tensor, centre: Tensor, m: Moments, weight: Tensor, affine: Affine
 ) -> tuple[Tensor, ...]:
-    w, M = weight.to(sg.dtype), m.count
+    w, M = weight.to(sg.dtype), m.rows
     a = affine.a[:, None]
     dgamma = affine.rstd * ((G * w).sum(1) + sg * (w @ centre - affine.mean))
     m1, m2 = sg / M, dgamma / M

@@ -27,9 +27,15 @@ def fused_forward(block: nn.Module, x: Tensor) -> Tensor:
     # Under autocast x is in its dtype already, the weights may not be.
     weights = [conv.weight.to(x.dtype) for conv in p.convs]
     return residual_block(
-        x, weights, [a for a, _ in affines], [b for _, b in affines],
-        [conv.stride[0] for conv in p.convs], [conv.dilation[0] for conv in p.convs],
-        [conv.groups for conv in p.convs], p.shortcut)
+        x,
+        weights,
+        [a for a, _ in affines],
+        [b for _, b in affines],
+        [conv.stride[0] for conv in p.convs],
+        [conv.dilation[0] for conv in p.convs],
+        [conv.groups for conv in p.convs],
+        p.shortcut,
+    )
 
 
 class _Fused:
@@ -53,15 +59,15 @@ class BasicBlock(_Fused, resnet.BasicBlock):
     """y = relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)), both convolutions 3x3, stride on the first.
 
     The arguments, attributes and state dict of `torchvision.models.resnet.BasicBlock`.
-    x: (N, inplanes, H, W) fp64|fp32|bf16|fp16 -> (N, planes, ceil(H/stride), ceil(W/stride)), channels_last when fused.
+    x: (N, inplanes, H, W) fp64|fp32|bf16|fp16 -> (N, planes, ceil(H/stride), ceil(W/stride)), channels_last if fused.
     downsample: None, Sequential(Conv2d 1x1, batch norm), `ZeroPadShortcut`, or any module (then not fused).
     """
 
 
 class Bottleneck(_Fused, resnet.Bottleneck):
-    """y = relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x)), 1x1, 3x3 (stride, dilation, groups), 1x1.
+    """y = relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x)): 1x1, 3x3 (strided, dilated, grouped), 1x1.
 
     The arguments, attributes and state dict of `torchvision.models.resnet.Bottleneck`.
-    x: (N, inplanes, H, W) fp64|fp32|bf16|fp16 -> (N, 4*planes, ceil(H/stride), ceil(W/stride)), channels_last when fused.
+    x: (N, inplanes, H, W) fp64|fp32|bf16|fp16 -> (N, 4*planes, ceil(H/stride), ceil(W/stride)), channels_last if fused.
     downsample: None, Sequential(Conv2d 1x1, batch norm), `ZeroPadShortcut`, or any module (then not fused).
     """

@@ -5,7 +5,7 @@ could change what those would do sends the block down the plain chain, with the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrize
 from torchvision.ops import FrozenBatchNorm2d
 
+from ..backends.contract import Geometry
 from ..ops.block import same_padding
 from .shortcuts import ZeroPadShortcut
 
@@ -21,7 +22,8 @@ BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 
 
 class Parts(NamedTuple):
-    """A block taken apart. `convs` and `norms` end with the projection's when there is one."""
+    """A block taken apart. `convs` and `norms` end with the projection's when there is one; what they are is for
+    `structure` to say."""
 
     convs: list[nn.Conv2d]
     norms: list[nn.Module]
@@ -39,7 +41,8 @@ def parts(block: nn.Module) -> Parts | str:
     if type(downsample) is ZeroPadShortcut:
         return Parts(convs, norms, "zero_pad")
     if type(downsample) is nn.Sequential and len(downsample) == 2:
-        return Parts([*convs, downsample[0]], [*norms, downsample[1]], "projection")
+        conv, bn = downsample
+        return Parts([*convs, cast(nn.Conv2d, conv)], [*norms, bn], "projection")
     return f"downsample: expected None, Sequential(Conv2d, BatchNorm2d) or ZeroPadShortcut, got {_name(downsample)}"
 
 
@@ -53,9 +56,9 @@ def inner_modules(block: nn.Module, p: Parts) -> Iterator[tuple[str, nn.Module]]
     for i in range(n):
         yield f"conv{i + 1}", p.convs[i]
         yield f"bn{i + 1}", p.norms[i]
-    yield "relu", block.relu
+    yield "relu", block.get_submodule("relu")
     if block.downsample is not None:
-        yield "downsample", block.downsample
+        yield "downsample", block.get_submodule("downsample")
     if p.shortcut == "projection":
         yield "downsample.0", p.convs[-1]
         yield "downsample.1", p.norms[-1]
@@ -93,6 +96,11 @@ def structure(block: nn.Module) -> str | None:
     return None
 
 
+def geometry(conv: nn.Conv2d) -> Geometry:
+    """Of a convolution that passed `convolution`."""
+    return same_padding(conv.weight, conv.stride[0], conv.dilation[0], conv.groups)
+
+
 def convolution(conv: nn.Module) -> str | None:
     """Why the convolution is not one that is computed here, or None."""
     base = parametrize.type_before_parametrizations(conv)
@@ -107,8 +115,10 @@ def convolution(conv: nn.Module) -> str | None:
     same = conv.stride[0] == conv.stride[1] and conv.dilation[0] == conv.dilation[1]
     padding = conv.dilation[0] * (conv.kernel_size[0] // 2)
     if not same or conv.padding not in ((padding, padding), padding):
-        return (f"expected equal strides and dilations and padding {padding}, got stride {conv.stride}, "
-                f"dilation {conv.dilation}, padding {conv.padding}")
+        return (
+            f"expected equal strides and dilations and padding {padding}, got stride {conv.stride}, "
+            f"dilation {conv.dilation}, padding {conv.padding}"
+        )
     return None
 
 
@@ -145,14 +155,18 @@ def context(x: Tensor) -> str | None:
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
-    if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks or nn_module._global_backward_hooks \
-            or nn_module._global_backward_pre_hooks:
+    if (
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    ):
         return "a global module hook is registered"
     return None
 
 
 def tensors(block: nn.Module, x: Tensor) -> str | None:
-    """Why these tensors cannot be fused, or None. Wrong ones are left to the plain chain, which raises torch's error."""
+    """Why these tensors cannot be fused, or None. Wrong ones are left to the plain chain, for torch to raise its error."""
     p = parts(block)
     assert isinstance(p, Parts)
     compiling = torch.compiler.is_compiling()
@@ -167,7 +181,7 @@ def tensors(block: nn.Module, x: Tensor) -> str | None:
         dtype = torch.get_autocast_dtype(x.device.type)
         if x.dtype != dtype:
             return f"x: expected {dtype} under autocast, got {x.dtype}"
-    channels, sizes = x.shape[1], x.shape[2:]
+    channels, sizes = x.shape[1], list(x.shape[2:])
     for i, (conv, bn) in enumerate(zip(p.convs, p.norms, strict=True)):
         weight = conv.weight
         if not compiling and type(weight) not in (Tensor, nn.Parameter):
@@ -182,8 +196,7 @@ def tensors(block: nn.Module, x: Tensor) -> str | None:
             return f"expected {weight.shape[1] * conv.groups} channels, got {expected}"
         channels = weight.shape[0]
         if not projection:
-            g = same_padding(weight, conv.stride[0], conv.dilation[0], conv.groups)
-            sizes = tuple(g.output_size(n, weight.shape[2]) for n in sizes)
+            sizes = [geometry(conv).output_size(n, weight.shape[2]) for n in sizes]
     if p.shortcut == "identity" and (p.convs[-1].weight.shape[0], *sizes) != tuple(x.shape[1:]):
         return f"identity shortcut: expected a result of {tuple(x.shape[1:])}"
     return None

@@ -29,7 +29,10 @@ class ZeroPadShortcut(nn.Module):
 
 
 def make_shortcut(
-    option: str, in_channels: int, out_channels: int, stride: int = 1,
+    option: str,
+    in_channels: int,
+    out_channels: int,
+    stride: int = 1,
     norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
 ) -> nn.Module | None:
     """The `downsample` of a block from in_channels to out_channels with this stride.

@@ -12,12 +12,12 @@ def affine_of(bn: nn.Module) -> tuple[Tensor, Tensor]:
     bn: a BatchNorm2d, SyncBatchNorm or FrozenBatchNorm2d with running statistics. Differentiable in weight and bias.
     Returns: a, b: (C,) fp32 (fp64 for fp64 statistics).
     """
-    mean, var = bn.running_mean, bn.running_var
+    mean, var, weight, bias = (getattr(bn, name) for name in ("running_mean", "running_var", "weight", "bias"))
     dtype = torch.float64 if var.dtype == torch.float64 else torch.float32
     a = torch.rsqrt(var.to(dtype) + bn.eps)
-    if bn.weight is not None:
-        a = bn.weight.to(dtype) * a
+    if weight is not None:
+        a = weight.to(dtype) * a
     b = -mean.to(dtype) * a
-    if bn.bias is not None:
-        b = bn.bias.to(dtype) + b
+    if bias is not None:
+        b = bias.to(dtype) + b
     return a, b

@@ -40,7 +40,10 @@ def _total_stride(geometries: Sequence[Geometry]) -> int:
 
 
 def call_of_block(
-    device: torch.device, dtype: torch.dtype, weights: Sequence[tuple[int, ...]], geometries: Sequence[Geometry],
+    device: torch.device,
+    dtype: torch.dtype,
+    weights: Sequence[tuple[int, ...]],
+    geometries: Sequence[Geometry],
     shortcut: str,
 ) -> Call:
     """What a backend must be able to do to run the block; metadata for `select`."""
@@ -49,8 +52,13 @@ def call_of_block(
 
 
 def run(
-    backend: Backend, x: Tensor, weights: Sequence[Packed], shifts: Sequence[Tensor],
-    geometries: Sequence[Geometry], shortcut: str, overwrite: bool = False,
+    backend: Backend,
+    x: Tensor,
+    weights: Sequence[Packed],
+    shifts: Sequence[Tensor],
+    geometries: Sequence[Geometry],
+    shortcut: str,
+    overwrite: bool = False,
 ) -> Tensor:
     """The block by a backend's primitives. `overwrite`: y may take x's memory."""
     whole = getattr(backend, "residual_block", None)
@@ -92,24 +100,26 @@ def in_passes(x: Tensor, size: int, function: Callable[[Tensor], Tensor]) -> Ten
         n = min(n, N - size)
         part = function(x[n : n + size])
         if y is None:
-            y = torch.empty((N, *part.shape[1:]), dtype=part.dtype, device=part.device,
-                            memory_format=torch.channels_last)
+            y = torch.empty(
+                (N, *part.shape[1:]), dtype=part.dtype, device=part.device, memory_format=torch.channels_last
+            )
         y[n : n + size].copy_(part)
     assert y is not None
     return y
 
 
-def walk(size: Sequence[int], weights: Sequence[Sequence[int]], geometries: Sequence[Geometry],
-         shortcut: str | None) -> tuple[list[tuple[int, int, int]], tuple[int, int, int]]:
-    """(C, H, W) of every convolution's operand, and of the result, for an input of `size` = (C, H, W)."""
+def walk(
+    size: Sequence[int], weights: Sequence[Sequence[int]], geometries: Sequence[Geometry], shortcut: str | None
+) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
+    """For an input of `size` = (C, H, W): the sizes of every convolution's operand, and of the activations that follow
+    each other, from the input to the result. They differ by the projection, whose operand is the input again."""
     C, H, W = size
-    operands = []
-    for w, g in list(zip(weights, geometries, strict=True))[: len(weights) - (shortcut == "projection")]:
-        operands.append((C, H, W))
-        C, H, W = w[0], g.output_size(H, w[2]), g.output_size(W, w[3])
-    if shortcut == "projection":
-        operands.append(tuple(size))  # type: ignore[arg-type]
-    return operands, (C, H, W)
+    maps = [(C, H, W)]
+    n = len(weights) - (shortcut == "projection")
+    for w, g in zip(weights[:n], geometries[:n], strict=True):
+        _, H, W = maps[-1]
+        maps.append((w[0], g.output_size(H, w[2]), g.output_size(W, w[3])))
+    return maps[:n] + [maps[0]] * (len(weights) - n), maps
 
 
 def largest_pair(sizes: Sequence[tuple[int, int, int]]) -> int:
@@ -118,25 +128,33 @@ def largest_pair(sizes: Sequence[tuple[int, int, int]]) -> int:
     return max(a + b for a, b in zip(counts, counts[1:], strict=False))
 
 
-def _geometries(weights: Sequence[Tensor], strides: Sequence[int], dilations: Sequence[int],
-                groups: Sequence[int]) -> list[Geometry]:
+def _geometries(
+    weights: Sequence[Tensor], strides: Sequence[int], dilations: Sequence[int], groups: Sequence[int]
+) -> list[Geometry]:
     return [same_padding(w, *sdg) for w, *sdg in zip(weights, strides, dilations, groups, strict=True)]
 
 
 def _forward(
-    x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], shifts: Sequence[Tensor],
-    strides: Sequence[int], dilations: Sequence[int], groups: Sequence[int], shortcut: str,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    strides: Sequence[int],
+    dilations: Sequence[int],
+    groups: Sequence[int],
+    shortcut: str,
 ) -> Tensor:
     geometries = _geometries(weights, strides, dilations, groups)
     shapes = [tuple(w.shape) for w in weights]
     backend = select.choose(call_of_block(x.device, x.dtype, shapes, geometries, shortcut))
     dtype = backend.compute_dtype(x.dtype)
-    operands, y_size = walk(x.shape[1:], shapes, geometries, shortcut)
-    n = len(weights) - (shortcut == "projection")
-    size = pass_size(x.shape[0], backend.images_per_pass(dtype.itemsize * largest_pair([*operands[:n], y_size])))
+    operands, maps = walk(x.shape[1:], shapes, geometries, shortcut)
+    size = pass_size(x.shape[0], backend.images_per_pass(dtype.itemsize * largest_pair(maps)))
     with torch.autocast(x.device.type, enabled=False):
-        packed = [backend.pack(w, a, g, (size, *operand))
-                  for w, a, g, operand in zip(weights, scales, geometries, operands, strict=True)]
+        packed = [
+            backend.pack(w, a, g, (size, *operand))
+            for w, a, g, operand in zip(weights, scales, geometries, operands, strict=True)
+        ]
         shifts = [b.to(wide(dtype)) for b in shifts]
 
         def block(part: Tensor) -> Tensor:
@@ -147,12 +165,18 @@ def _forward(
 
 
 def _fake(
-    x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], shifts: Sequence[Tensor],
-    strides: Sequence[int], dilations: Sequence[int], groups: Sequence[int], shortcut: str,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    strides: Sequence[int],
+    dilations: Sequence[int],
+    groups: Sequence[int],
+    shortcut: str,
 ) -> Tensor:
     geometries = _geometries(weights, strides, dilations, groups)
-    _, size = walk(x.shape[1:], [w.shape for w in weights], geometries, shortcut)
-    return x.new_empty((x.shape[0], *size)).to(memory_format=torch.channels_last)
+    _, maps = walk(x.shape[1:], [w.shape for w in weights], geometries, shortcut)
+    return x.new_empty((x.shape[0], *maps[-1])).to(memory_format=torch.channels_last)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -167,8 +191,18 @@ def _conv_grad(
     """Of z = a * c + b, c = conv(h, w): dh and (dw, da, db)."""
     folded = (w.to(a.dtype) * a[:, None, None, None]).to(w.dtype)
     dh, G, _ = torch.ops.aten.convolution_backward(
-        dz.contiguous(memory_format=torch.channels_last), h, folded, None, [g.stride] * 2, [g.padding] * 2,
-        [g.dilation] * 2, False, [0, 0], g.groups, [True, True, False])
+        dz.contiguous(memory_format=torch.channels_last),
+        h,
+        folded,
+        None,
+        [g.stride] * 2,
+        [g.padding] * 2,
+        [g.dilation] * 2,
+        False,
+        [0, 0],
+        g.groups,
+        [True, True, False],
+    )
     dw = (G.to(a.dtype) * a[:, None, None, None]).to(w.dtype)
     wide_dz = dz.to(a.dtype)
     return dh, (dw, (wide_dz * c).sum((0, 2, 3)), wide_dz.sum((0, 2, 3)))
@@ -217,8 +251,14 @@ torch.library.register_autograd("resnet_kernels::residual_block", _backward, set
 
 
 def residual_block(
-    x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], shifts: Sequence[Tensor],
-    strides: Sequence[int], dilations: Sequence[int], groups: Sequence[int], shortcut: str = "identity",
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    strides: Sequence[int],
+    dilations: Sequence[int],
+    groups: Sequence[int],
+    shortcut: str = "identity",
 ) -> Tensor:
     """y = relu(a_n * conv(... relu(a_1 * conv(x, W_1) + b_1) ..., W_n) + b_n + shortcut(x))
 
@@ -244,8 +284,16 @@ def residual_block(
     return op(x, weights, scales, shifts, strides, dilations, groups, shortcut)
 
 
-def check(x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], shifts: Sequence[Tensor],
-           strides: Sequence[int], dilations: Sequence[int], groups: Sequence[int], shortcut: str = "identity") -> None:
+def check(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    strides: Sequence[int],
+    dilations: Sequence[int],
+    groups: Sequence[int],
+    shortcut: str = "identity",
+) -> None:
     """Raises TypeError or ValueError unless the arguments of `residual_block` fit each other."""
     if shortcut not in SHORTCUTS:
         raise ValueError(f"shortcut: expected one of {', '.join(SHORTCUTS)}, got {shortcut!r}")
@@ -253,8 +301,10 @@ def check(x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], shifts
     least = 2 if shortcut == "projection" else 1
     if len(lengths) != 1 or lengths.pop() < least:
         got = [len(v) for v in (weights, scales, shifts, strides, dilations, groups)]
-        raise ValueError(f"expected one weight, scale, shift, stride, dilation and groups per convolution, "
-                         f"at least {least}, got {got}")
+        raise ValueError(
+            f"expected one weight, scale, shift, stride, dilation and groups per convolution, "
+            f"at least {least}, got {got}"
+        )
     if x.dim() != 4:
         raise ValueError(f"x: expected (N, C, H, W), got {tuple(x.shape)}")
     if not x.dtype.is_floating_point:
@@ -264,14 +314,19 @@ def check(x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], shifts
         projection = shortcut == "projection" and i == len(weights) - 1
         if w.dim() != 4 or w.shape[2] != w.shape[3] or w.shape[2] % 2 == 0:
             raise ValueError(f"weights[{i}]: expected (K, C, R, R) with R odd, got {tuple(w.shape)}")
-        for name, t, dtype in ((f"weights[{i}]", w, x.dtype), (f"scales[{i}]", a, wide(x.dtype)),
-                               (f"shifts[{i}]", b, wide(x.dtype))):
+        for name, t, dtype in (
+            (f"weights[{i}]", w, x.dtype),
+            (f"scales[{i}]", a, wide(x.dtype)),
+            (f"shifts[{i}]", b, wide(x.dtype)),
+        ):
             if t.dtype != dtype:
                 raise TypeError(f"{name}: expected {dtype} beside x in {x.dtype}, got {t.dtype}")
             if t.device != x.device:
                 raise ValueError(f"{name}: expected it on {x.device}, as x, got {t.device}")
         if a.shape != w.shape[:1] or b.shape != w.shape[:1]:
-            raise ValueError(f"scales[{i}], shifts[{i}]: expected ({w.shape[0]},), got {tuple(a.shape)}, {tuple(b.shape)}")
+            raise ValueError(
+                f"scales[{i}], shifts[{i}]: expected ({w.shape[0]},), got {tuple(a.shape)}, {tuple(b.shape)}"
+            )
         C, H, W = (x.shape if projection else sizes)[1:]
         if C != w.shape[1] * groups[i] or w.shape[0] % groups[i]:
             raise ValueError(f"weights[{i}]: {tuple(w.shape)} with groups={groups[i]} does not fit {C} channels")
