@@ -166,7 +166,7 @@ def context(x: Tensor) -> str | None:
 
 
 def tensors(block: nn.Module, x: Tensor) -> str | None:
-    """Why these tensors cannot be fused, or None. Wrong ones are left to the plain chain, for torch to raise its error."""
+    """Why these tensors cannot be fused, or None. Wrong ones are left to the plain chain, which raises for them."""
     p = parts(block)
     assert isinstance(p, Parts)
     compiling = torch.compiler.is_compiling()
