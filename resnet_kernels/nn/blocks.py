@@ -65,7 +65,7 @@ class BasicBlock(_Fused, resnet.BasicBlock):
 
 
 class Bottleneck(_Fused, resnet.Bottleneck):
-    """y = relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x)), filters 1x1, 3x3 and 1x1, stride on the 3x3.
+    """y = relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x)): 1x1, 3x3 with the stride, 1x1.
 
     The arguments, attributes and state dict of `torchvision.models.resnet.Bottleneck`.
     x: (N, inplanes, H, W) fp64|fp32|bf16|fp16 -> (N, 4*planes, ceil(H/stride), ceil(W/stride)), channels_last if fused.
