@@ -47,7 +47,6 @@ ifeq ($(INSTALL),-e .)
 	RESNET_KERNELS_BUILD=none $(BIN)/python -m pip install --quiet $(CONSTRAINTS) --no-build-isolation -e '.[test,lint]'
 	$(BIN)/python setup.py --quiet build_ext --inplace
 else
-	$(BIN)/python -m pip install --quiet --no-build-isolation --force-reinstall --no-deps .
-	$(BIN)/python -m pip install --quiet '.[test,lint]'
+	$(BIN)/python -m pip install --quiet --no-build-isolation '.[test,lint]'
 endif
 	touch $@
