@@ -50,7 +50,7 @@ def extensions() -> list:
     with_cuda = build == "cuda" or (build == "auto" and not missing)
 
     debug = os.environ.get("RESNET_KERNELS_DEBUG") == "1"
-    flags = {"cxx": ["-O0" if debug else "-O3", "-g" if debug else "-g0", "-fopenmp", "-std=c++17"]}
+    flags = {"cxx": ["-O0" if debug else "-O3", "-g" if debug else "-g0", "-fopenmp"]}
     sources = ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
     if not with_cuda:
         return [
@@ -64,7 +64,7 @@ def extensions() -> list:
         ]
     archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
     flags["cxx"] += ["-DRESNET_KERNELS_CUDA", f'-DRESNET_KERNELS_ARCHS="{archs}"']
-    flags["nvcc"] = ["-O3", "-lineinfo", "-std=c++17", "-Xptxas=-v", *(["-G", "-g"] if debug else ["-DNDEBUG"])]
+    flags["nvcc"] = ["-O3", "-lineinfo", *(["-G", "-g"] if debug else ["-DNDEBUG"])]
     return [
         CUDAExtension(
             "resnet_kernels._C",
