@@ -106,13 +106,15 @@ def explain(module_or_op: Any, *inputs: Any, **keywords: Any) -> Explanations:
         m.register_forward_pre_hook(before(name)) for name, m in module_or_op.named_modules() if isinstance(m, kinds)
     ]
     # In training mode the batch norms would take the call for a step.
-    buffers = [(b, b.clone()) for b in module_or_op.buffers()] if module_or_op.training else []
+    training = any(m.training for m in module_or_op.modules())
+    buffers = [(b, b.clone()) for b in module_or_op.buffers()] if training else []
     try:
         with torch.no_grad():
             module_or_op(*inputs, **keywords)
+    finally:
+        with torch.no_grad():
             for buffer, before_call in buffers:
                 buffer.copy_(before_call)
-    finally:
         for hook in hooks:
             hook.remove()
     if isinstance(module_or_op, FrozenModel):

@@ -1,11 +1,11 @@
 """freeze: a model for inference only, its residual blocks folded, packed and run depth first.
 
-What is fused: every torchvision residual block (or ours) and, in a torchvision ResNet or a backbone cut out of one,
-the stem. A whole ResNet's trunk becomes one `FrozenTrunk`; elsewhere each stage does. Everything else is copied.
+What is fused: every torchvision residual block (or ours), a Sequential of nothing but blocks in one `FrozenTrunk`, the
+stem of a backbone cut out by torchvision, and a whole torchvision ResNet's stem and stages in one trunk, beside its
+stages, which stay for whoever calls them. Everything else is copied.
 
 A trunk runs its blocks depth first over a few images at a time, so the activations in flight are those of a few
-images, whatever the batch. They come from the allocator and are gone at the end of the call: the model holds only
-weights that never change, and may be called from several threads.
+images, whatever the batch. The model holds only weights that never change, and may be called from several threads.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from .ops import stem as stem_op
 from .ops.batch_norm import affine_of
 
 STEM = ("conv1", "bn1", "relu", "maxpool")
+BLOCKS = (resnet.BasicBlock, resnet.Bottleneck)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +41,17 @@ class Step:
     """A stem or block of a trunk: its weights with their batch norms' scales and shifts, and how they go together."""
 
     name: str
-    backend: Backend
+    backend_name: str
     weights: tuple[Tensor, ...]
     scales: tuple[Tensor, ...]
     shifts: tuple[Tensor, ...]
     geometries: tuple[Geometry, ...]
     shortcut: str | None = None
     pool: Pool | None = None
+
+    @property
+    def backend(self) -> Backend:
+        return select.BY_NAME[self.backend_name]
 
     def walk(self, size: tuple[int, int, int]) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
         """(C, H, W) of every convolution's operand, and of the activations that follow each other, the result last."""
@@ -77,8 +82,19 @@ class FrozenTrunk(nn.Module):
         super().__init__()
         self.steps = steps
         self.dtype = dtype
+        self._forget_packed()
+
+    def _forget_packed(self) -> None:
         self._packed: collections.OrderedDict[object, list[list[Packed]]] = collections.OrderedDict()
         self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Packed weights belong to this process: a copy or an unpickled trunk packs its own.
+        return {name: value for name, value in self.__dict__.items() if name not in ("_packed", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget_packed()
 
     def _plan(self, x: Tensor) -> list[tuple[int, list[tuple[Step, list[Packed]]]]]:
         """Runs of steps, each with its images per pass and its weights packed for that. Later steps, whose maps are
@@ -146,7 +162,20 @@ class FrozenTrunk(nn.Module):
         return function(x)
 
     def extra_repr(self) -> str:
-        return f"{', '.join(s.name for s in self.steps)}; {self.steps[0].backend.NAME}, {self.dtype}"
+        return f"{', '.join(s.name for s in self.steps)}; {self.steps[0].backend_name}, {self.dtype}"
+
+
+class FrozenResNet(resnet.ResNet):
+    """A ResNet's copy whose trunk runs from the image through the stem and the first stages, usually all, in one."""
+
+    trunk: FrozenTrunk
+    after_trunk: tuple[str, ...]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.trunk(x)
+        for name in self.after_trunk:
+            x = getattr(self, name)(x)
+        return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
 class FrozenModel(nn.Module):
@@ -157,6 +186,7 @@ class FrozenModel(nn.Module):
 
     def __init__(self, source: nn.Module, dtype: torch.dtype | None) -> None:
         super().__init__()
+        self.training = False
         # In a tuple, so that the source is no submodule: its weights are not this model's.
         self._source = (source,)
         self._asked = dtype
@@ -166,7 +196,8 @@ class FrozenModel(nn.Module):
         """Fold and pack the source model's weights and statistics as they are now. A call that is running in
         another thread finishes with the old ones."""
         built = _Freezer(self._source[0], self._asked)
-        self.fused, self.left, self.dtype = tuple(built.fused), built.left, built.dtype
+        self.fused, self.left = tuple(built.fused), built.left
+        self.dtype, self.compute_dtype, self.device = built.dtype, built.compute_dtype, built.device
         self.net = built.net
 
     def train(self, mode: bool = True) -> FrozenModel:
@@ -175,25 +206,12 @@ class FrozenModel(nn.Module):
         return super().train(False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+            raise RuntimeError("a frozen model cannot be traced or exported; export the model it was made from")
         cast = _caster(self.compute_dtype)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             args, kwargs = pytree.tree_map(cast, (args, kwargs))
             return pytree.tree_map(_caster(self.dtype), self.net(*args, **kwargs))
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        return next((m.dtype for m in self.net.modules() if isinstance(m, FrozenTrunk)), self.dtype)
-
-    @property
-    def device(self) -> torch.device:
-        return next(m.steps[0].shifts[0].device for m in self.net.modules() if isinstance(m, FrozenTrunk))
-
-    def __reduce__(self) -> tuple[Callable, tuple]:
-        # Packed weights belong to this process; a copy or an unpickled model packs its own.
-        return FrozenModel, (self._source[0], self._asked)
-
-    def __deepcopy__(self, memo: dict) -> FrozenModel:
-        return FrozenModel(copy.deepcopy(self._source[0], memo), self._asked)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> FrozenModel:
         raise RuntimeError("a frozen model cannot be moved or cast; move the model it was made from and freeze that")
@@ -207,93 +225,90 @@ class _Freezer:
     """Builds the frozen copy of a model. Copying is `copy.deepcopy`'s, told beforehand what stands for what."""
 
     def __init__(self, source: nn.Module, dtype: torch.dtype | None) -> None:
-        parameter = next(source.parameters(), None)
-        if parameter is None:
-            raise ValueError(f"model: expected a module with parameters, got {type(source).__name__}")
-        self.dtype = dtype or parameter.dtype
+        weight = next((m.conv1.weight for m in source.modules() if isinstance(m, BLOCKS)), None)
+        if weight is None:
+            raise ValueError(
+                f"model: expected torchvision residual blocks in it, found none in {type(source).__name__}"
+            )
+        self.dtype = dtype or weight.dtype
         if not self.dtype.is_floating_point:
             raise TypeError(f"dtype: expected a floating dtype, got {self.dtype}")
-        self.device = parameter.device
+        self.device = weight.device
         self.fused: list[str] = []
         self.left: dict[str, str] = {}
         self.memo: dict[int, Any] = {}  # id of a module -> what stands for it in the copy, as deepcopy wants it
-        self.planned: set[int] = set()  # ids of modules below one that is in memo
         self.compute_dtype = self.dtype
+        counts = collections.Counter(id(m) for _, m in source.named_modules(remove_duplicate=False))
+        self.shared = {i for i, count in counts.items() if count > 1}  # registered in more than one place
         with torch.no_grad():
             self._plan(source)
             if not self.fused:
-                reasons = "".join(f"; {name}: {reason}" for name, reason in self.left.items())
-                raise ValueError(f"model: expected torchvision residual blocks that can be folded, found none{reasons}")
-            self.net = copy.deepcopy(source, self.memo).eval()
+                reasons = "; ".join(f"{name}: {reason}" for name, reason in self.left.items())
+                raise ValueError(f"model: expected residual blocks that can be folded, found none; {reasons}")
+            self.net = copy.deepcopy(source, self.memo)
+            for name, module in source.named_modules():
+                if type(module) is resnet.ResNet:
+                    self._join(module, f"{name}." if name else "")
             # All that is not a trunk (whose weights are no parameters) computes in the same dtype as the trunks.
             self.net.to(self.compute_dtype)
 
     def _plan(self, source: nn.Module) -> None:
+        inside: set[int] = set()  # ids of blocks below a Sequential that is folded as one
         for name, module in source.named_modules():
-            if id(module) in self.memo or id(module) in self.planned:
-                continue
             prefix = f"{name}." if name else ""
-            if type(module) is resnet.ResNet and not fusable.hook_on(module):
-                self._trunk(module, prefix)
-            elif type(module) is IntermediateLayerGetter:
-                self._put_stem(module, prefix)
-            if type(module) is nn.Sequential and not fusable.hook_on(module):
-                self._sequence(module, name, prefix)
-            elif isinstance(module, (resnet.BasicBlock, resnet.Bottleneck)):
-                step = self._block(module, name)
-                if step:
-                    self.memo[id(module)] = self._make([step])
+            if type(module) is IntermediateLayerGetter:
+                self._stem_of(module, prefix)
+            elif type(module) is nn.Sequential and module._modules and not fusable.hook_on(module):
+                # Not named_children(), which names a block that stands there twice once.
+                blocks = {n: b for n, b in module._modules.items() if isinstance(b, BLOCKS)}
+                if len(blocks) == len(module._modules) and not any(map(self._why_left, blocks.values())):
+                    self.memo[id(module)] = self._trunk([self._block(b, prefix + n) for n, b in blocks.items()])
+                    inside.update(id(b) for b in blocks.values())
+            elif isinstance(module, BLOCKS) and id(module) not in inside:
+                reason = self._why_left(module)
+                if reason:
+                    self.left[name] = reason
+                else:
+                    self.memo[id(module)] = self._trunk([self._block(module, name)])
 
-    def _make(self, steps: list[Step]) -> FrozenTrunk:
-        self.fused += [step.name for step in steps]
+    def _trunk(self, steps: list[Step]) -> FrozenTrunk:
+        self.fused += [step.name for step in steps if step.name not in self.fused]
         self.compute_dtype = steps[0].backend.compute_dtype(self.dtype)
         return FrozenTrunk(steps, self.compute_dtype)
 
-    def _trunk(self, model: resnet.ResNet, prefix: str) -> None:
-        """Stem and all stages in one, if every block of every stage can be; the stem alone otherwise."""
-        steps, left = [self._stem(model, prefix)], dict(self.left)
-        stages = [getattr(model, f"layer{i}") for i in (1, 2, 3, 4)]
-        for i, stage in enumerate(stages):
-            whole = type(stage) is nn.Sequential and not fusable.hook_on(stage)
-            steps += (
-                [self._block(b, f"{prefix}layer{i + 1}.{n}") for n, b in stage.named_children()] if whole else [None]
-            )
-        self.left = left
-        if None in steps:
-            self._put_stem(model, prefix)
+    def _join(self, model: resnet.ResNet, prefix: str) -> None:
+        """Give the copy of a ResNet a trunk of its own. Its stem and stages stay, for whoever calls them."""
+        stem, twin = self._stem(model, prefix), self.memo[id(model)]
+        if stem is None or fusable.hook_on(model):
             return
-        self.memo[id(model.conv1)] = self._make([step for step in steps if step])
-        for module in (model.bn1, model.relu, model.maxpool, *stages):
-            self.memo[id(module)] = nn.Identity()
-            self.planned.update(id(m) for m in module.modules())
+        names = [f"layer{i}" for i in (1, 2, 3, 4)]
+        folded = list(itertools.takewhile(lambda name: isinstance(getattr(twin, name), FrozenTrunk), names))
+        twin.__class__ = FrozenResNet
+        twin.trunk = self._trunk([stem, *(step for name in folded for step in getattr(twin, name).steps)])
+        twin.after_trunk = tuple(names[len(folded) :])
 
-    def _put_stem(self, model: nn.Module, prefix: str) -> None:
-        step = self._stem(model, prefix)
-        if step:
-            self.memo[id(model.conv1)] = self._make([step])
-            for name in STEM[1:]:
-                self.memo[id(getattr(model, name))] = nn.Identity()
-
-    def _sequence(self, module: nn.Sequential, name: str, prefix: str) -> None:
-        """A Sequential of nothing but blocks becomes one trunk."""
-        blocks = dict(module.named_children())
-        if not blocks or not all(isinstance(b, (resnet.BasicBlock, resnet.Bottleneck)) for b in blocks.values()):
+    def _stem_of(self, getter: IntermediateLayerGetter, prefix: str) -> None:
+        """Fold the stem of a backbone, which runs its children in order, if nobody else sees what is inside it."""
+        first = list(getter.items())[: len(STEM)]
+        seen = set(getter.return_layers) & set(STEM[:-1]) or any(id(module) in self.shared for _, module in first)
+        if tuple(name for name, _ in first) != STEM or seen or fusable.hook_on(getter):
             return
-        left = dict(self.left)
-        steps = [self._block(b, prefix + n) for n, b in blocks.items()]
-        self.left = left
-        if None not in steps:
-            self.memo[id(module)] = self._make([step for step in steps if step])
-            self.planned.update(id(b) for b in blocks.values())
+        step = self._stem(getter, prefix)
+        if step is not None:
+            self.memo[id(getter.conv1)] = self._trunk([step])
+            self.memo.update({id(module): nn.Identity() for _, module in first[1:]})
 
     def _pack(self, name: str, convs: list, norms: list, call: Callable, **kind: Any) -> Step:
+        devices = {t.device for c, bn in zip(convs, norms, strict=True) for t in (c.weight, bn.running_mean)}
+        if devices != {self.device}:
+            raise ValueError(f"{name}: expected it on {self.device}, as the first block, got {devices}")
         geometries = tuple(fusable.geometry(c) for c in convs)
         shapes = tuple(tuple(c.weight.shape) for c in convs)
         backend = select.choose(call(self.device, self.dtype, shapes, geometries))
         affines = [[t.to(wide(self.dtype)) for t in affine_of(bn)] for bn in norms]
         return Step(
             name,
-            backend,
+            backend.NAME,
             # Copies, so that a later change of the source shows at refresh() and not before.
             tuple(c.weight.detach().to(self.dtype, memory_format=torch.channels_last, copy=True) for c in convs),
             tuple(a for a, _ in affines),
@@ -302,18 +317,16 @@ class _Freezer:
             **kind,
         )
 
-    def _block(self, block: nn.Module, name: str) -> Step | None:
-        known = type(block) in (resnet.BasicBlock, resnet.Bottleneck, BasicBlock, Bottleneck)
-        reason = None if known else f"{type(block).__qualname__} is a subclass and may compute something else"
+    @staticmethod
+    def _why_left(block: nn.Module) -> str | None:
+        if type(block) not in (resnet.BasicBlock, resnet.Bottleneck, BasicBlock, Bottleneck):
+            return f"{type(block).__qualname__} is a subclass and may compute something else"
         hook = fusable.hook_on(block)
-        reason = reason or (f"it carries {hook}" if hook else None)
-        reason = reason or fusable.structure(block) or fusable.statistics(block)
-        if reason:
-            self.left[name] = reason
-            return None
+        return f"it carries {hook}" if hook else fusable.structure(block) or fusable.statistics(block)
+
+    def _block(self, block: nn.Module, name: str) -> Step:
         p = fusable.parts(block)
         assert isinstance(p, fusable.Parts)
-
         call = functools.partial(block_op.call_of_block, shortcut=p.shortcut)
         return self._pack(name, p.convs, p.norms, call, shortcut=p.shortcut)
 

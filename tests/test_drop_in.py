@@ -418,6 +418,58 @@ def test_tensor_subclasses_see_the_plain_chain(pair):
     assert isinstance(ours(x.as_subclass(Tagged)), Tagged)
 
 
+def test_parametrizations_in_training_mode_run_plain(pair):
+    model, ours, x = pair
+    for m in (model, ours):
+        torch.manual_seed(0)
+        parametrizations.spectral_norm(m.layer1[0].conv2)
+        m.train()
+        for bn in m.modules():
+            if isinstance(bn, nn.BatchNorm2d):
+                bn.eval()
+    assert "parametrization in training mode" in rk.explain(ours, x)[0].why_plain
+    model.load_state_dict(ours.state_dict())
+    same(ours, model, x)
+
+
+def test_backward_under_an_autocast_the_forward_did_not_have(pair):
+    model, ours, x = pair
+    gradients = []
+    for m in (model, ours):
+        h = x.clone().requires_grad_()
+        y = m(h)
+        with torch.autocast("cpu", torch.bfloat16):
+            gradients.append(torch.autograd.grad(y.sum(), h)[0])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4)
+
+
+def test_frozen_batch_norms_that_widen_run_plain():
+    model = small(norm_layer=FrozenBatchNorm2d)
+    ours = copy.deepcopy(model)
+    rk.replace_blocks(ours)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        want, got = (m.layer1[0](torch.randn(1, 64, 8, 8).bfloat16()) for m in (model, ours))
+    assert got.dtype == want.dtype == torch.float32
+
+
+def test_shortcuts_that_do_not_fit_are_told():
+    block = rk.nn.BasicBlock(16, 32, 2, rk.nn.ZeroPadShortcut(16, 64, 3)).eval()
+    reason = why_plain(block, torch.randn(1, 16, 8, 8))
+    assert reason.startswith(
+        "downsample: ZeroPadShortcut(16, 64, stride=3) does not fit 16 channels to 32 with stride 2"
+    )
+    assert "None does not fit 16 channels to 32" in why_plain(rk.nn.BasicBlock(16, 32).eval(), torch.randn(1, 16, 8, 8))
+
+
+def test_an_input_off_its_alignment():
+    block = randomize_(rk.nn.Bottleneck(64, 16)).eval()
+    memory = bytearray(2 * 64 * 6 * 6 * 4 + 2)
+    x = torch.frombuffer(memory, dtype=torch.float32, offset=2).view(2, 6, 6, 64).permute(0, 3, 1, 2)
+    x.normal_()
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), block(x.clone()))
+
+
 def test_explain_leaves_a_training_model_as_it_was(pair):
     _, ours, x = pair
     before = copy.deepcopy(ours.train().state_dict())

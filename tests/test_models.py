@@ -118,7 +118,7 @@ def test_frozen_results_are_not_overwritten_by_the_next_call(model):
 
 def test_frozen_forgets_old_sizes(model):
     frozen = rk.freeze(model)
-    trunk = frozen.net.conv1
+    trunk = frozen.net.trunk
     for size in range(32, 32 * 8, 32):
         x = torch.randn(1, 3, size, 32)
         close(frozen(x), reference(model, x))
@@ -208,9 +208,9 @@ def test_frozen_is_for_inference_and_says_so(model):
 def test_freeze_names_what_it_cannot_take(model):
     with pytest.raises(ValueError, match="expected it in evaluation mode, got 'bn1' in training mode"):
         rk.freeze(copy.deepcopy(model).train())
-    with pytest.raises(ValueError, match="expected torchvision residual blocks .* found none"):
+    with pytest.raises(ValueError, match="expected torchvision residual blocks in it, found none in Sequential"):
         rk.freeze(nn.Sequential(nn.Conv2d(3, 3, 1)))
-    with pytest.raises(ValueError, match="expected a module with parameters, got ReLU"):
+    with pytest.raises(ValueError, match="found none in ReLU"):
         rk.freeze(nn.ReLU())
     with pytest.raises(TypeError, match="expected a floating dtype, got torch.int8"):
         rk.freeze(model, torch.int8)
@@ -227,10 +227,111 @@ def test_blocks_that_cannot_be_folded_are_copied_with_their_reason(model):
         "layer2.1": "conv2 carries a forward hook",
         "layer3.0": "bn2: expected one of BatchNorm2d, SyncBatchNorm, FrozenBatchNorm2d, got GroupNorm",
     }
-    assert frozen.fused == ("stem", "layer1.0", "layer2.0", "layer4.0")
+    assert set(frozen.fused) == {"stem", "layer1.0", "layer2.0", "layer4.0"}
     close(frozen(x), reference(source, x))
     assert len(seen) == 2
     assert "conv2 carries a forward hook" in str(rk.explain(frozen, x))
+
+
+def features(r, x):
+    """As an encoder's owner does: the ResNet's parts one by one."""
+    stem = r.relu(r.bn1(r.conv1(x)))
+    first = r.layer1(r.maxpool(stem))
+    return {"stem": stem, "layer1": first, "layer2": r.layer2(first)}
+
+
+def same_features(got, want):
+    assert got.keys() == want.keys()
+    for name in want:
+        close(got[name], want[name])
+
+
+class Encoder(nn.Module):
+    def __init__(self, r):
+        super().__init__()
+        self.r = r
+
+    def forward(self, x):
+        return features(self.r, x)
+
+
+def test_a_resnet_whose_owner_calls_its_parts(model):
+    source, x = Encoder(copy.deepcopy(model)), torch.randn(2, 3, 64, 64)
+    same_features(rk.freeze(source.eval())(x), reference(source, x))
+    frozen = rk.freeze(model)
+    with torch.no_grad():
+        same_features(features(frozen.net, x), features(model, x))
+
+
+@pytest.mark.parametrize(
+    "layers", [{"relu": "s", "layer2": "a"}, {"bn1": "s", "layer1": "a"}, {"maxpool": "s", "layer4": "a"}]
+)
+def test_backbones_that_return_a_part_of_the_stem(model, layers):
+    from torchvision.models._utils import IntermediateLayerGetter
+
+    source, x = IntermediateLayerGetter(copy.deepcopy(model), layers), torch.randn(1, 3, 64, 64)
+    same_features(rk.freeze(source)(x), reference(source, x))
+
+
+def test_modules_that_stand_in_several_places():
+    x = torch.randn(2, 3, 32, 32)
+    twice = randomize_(resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1])).eval()
+    twice.layer1 = nn.Sequential(twice.layer1[0], twice.layer1[0])
+    twice.fc = nn.Sequential(nn.Linear(512, 16), twice.relu, nn.Linear(16, 8))
+    close(rk.freeze(twice)(x), reference(twice, x))
+    first, second = (randomize_(resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1])).eval() for _ in range(2))
+    second.conv1, second.bn1 = first.conv1, first.bn1
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.nets = nn.ModuleList([first, second])
+
+        def forward(self, x):
+            return torch.stack([net(x) for net in self.nets])
+
+    close(rk.freeze(Both().eval())(x), reference(Both(), x))
+
+
+def test_overridden_forwards_and_dropout_are_kept(model):
+    source, x = copy.deepcopy(model), torch.randn(1, 3, 64, 64)
+    source._forward_impl = lambda x: source.layer1(source.maxpool(source.relu(source.bn1(source.conv1(x)))))
+    close(rk.freeze(source)(x), reference(source, x))
+    source = copy.deepcopy(model)
+    source.fc = nn.Sequential(nn.Dropout(0.5).train(), source.fc)
+    frozen = rk.freeze(source)
+    assert not torch.equal(frozen(x), frozen(x)) and not frozen.training
+
+
+def test_copies_of_a_frozen_model_hold_its_weights_and_not_the_sources(model):
+    source, x = copy.deepcopy(model), torch.randn(1, 3, 64, 64)
+    frozen = rk.freeze(source)
+    source.train().layer1[0].conv1.weight.data.zero_()
+    for other in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
+        assert torch.equal(other(x), frozen(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_frozen_model_refuses_to_be_traced(model):
+    with pytest.raises(RuntimeError, match="cannot be traced or exported"):
+        torch.jit.trace(rk.freeze(model), torch.randn(1, 3, 64, 64))
+
+
+def test_dtype_and_device_are_the_blocks():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+            self.net = randomize_(resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1]))
+
+        def forward(self, x):
+            return self.net(x)
+
+    source, x = Mixed().eval(), torch.randn(1, 3, 32, 32)
+    close(rk.freeze(source)(x), reference(source, x))
+    source.net.layer4.to("meta")
+    with pytest.raises(ValueError, match="layer4.0: expected it on cpu, as the first block, got"):
+        rk.freeze(source)
 
 
 def test_hooks_on_stages_survive(model):

@@ -18,6 +18,10 @@ inline void check_nhwc(const at::Tensor& t, const char* name) {
               t.sizes(), " with strides ", t.strides());
 }
 
+inline void check_cpu(const at::Tensor& t, const char* name) {
+  TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor, got one on ", t.device());
+}
+
 inline void check_per_channel(const at::Tensor& t, int64_t channels, const char* name) {
   TORCH_CHECK(t.scalar_type() == at::kFloat, name, ": expected float32, got ", t.scalar_type());
   TORCH_CHECK(t.dim() == 1 && t.size(0) == channels && t.is_contiguous(), name, ": expected ", channels,

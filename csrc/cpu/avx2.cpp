@@ -36,13 +36,14 @@ constexpr int64_t kDirectBytes = 384 * 1024, kWinogradBytes = 128 * 1024;
 // out[r][0:16] = finish(sum over taps and k of a[tap * kRows + r][k] * b[tap][k][0:16]).
 struct Finish {
   const float* shift;     // 16 values or null
-  const float* residual;  // laid out as out, or null
+  const float* residual;  // null, or laid out as what begins at `base` and `out` points into
+  const float* base;
   bool relu;
 };
 
 template <int R>
 RK_AVX2 void tile(int64_t taps, int64_t depth, const float* const* a, const float* b, float* const* out,
-                  int64_t residual_offset, const Finish& f) {
+                  const Finish& f) {
   __m256 acc[R][2];
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_ps();
@@ -65,14 +66,14 @@ RK_AVX2 void tile(int64_t taps, int64_t depth, const float* const* a, const floa
     for (int h = 0; h < 2; ++h) {
       __m256 t = acc[r][h];
       if (f.shift) t = _mm256_add_ps(t, _mm256_loadu_ps(f.shift + 8 * h));
-      if (f.residual) t = _mm256_add_ps(t, _mm256_loadu_ps(out[r] + residual_offset + 8 * h));
+      if (f.residual) t = _mm256_add_ps(t, _mm256_loadu_ps(f.residual + (out[r] - f.base) + 8 * h));
       if (f.relu) t = _mm256_max_ps(_mm256_setzero_ps(), t);
       _mm256_storeu_ps(out[r] + 8 * h, t);
     }
   }
 }
 
-using Tile = void (*)(int64_t, int64_t, const float* const*, const float*, float* const*, int64_t, const Finish&);
+using Tile = void (*)(int64_t, int64_t, const float* const*, const float*, float* const*, const Finish&);
 constexpr Tile kTile[kRows + 1] = {nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>};
 
 struct AlignedFree {
@@ -180,7 +181,7 @@ RK_AVX2 void winograd_block(float* y, const float* x, const float* packed, const
           a[r] = V + (p * count + t + r) * g.C;
           out[r] = M + (p * count + t + r) * kColumns;
         }
-        kTile[rows](1, g.C, a, panel + p * g.C * kColumns, out, 0, Finish{nullptr, nullptr, false});
+        kTile[rows](1, g.C, a, panel + p * g.C * kColumns, out, Finish{nullptr, nullptr, nullptr, false});
       }
     }
     for (int64_t t = 0; t < count; ++t) {
@@ -214,7 +215,6 @@ void direct(const at::Tensor& y, const at::Tensor& x, const at::Tensor& packed, 
   const float* in = x.const_data_ptr<float>();
   const float* b = packed.const_data_ptr<float>();
   float* const result = y.mutable_data_ptr<float>();
-  const int64_t residual_offset = residual ? residual - result : 0;
   const std::vector<float> zeros(depth);
   const int64_t rows_per_block = block_size(M, C * sizeof(float) * std::min(taps, win.stride * win.stride), kDirectBytes);
   at::parallel_for(0, (M + rows_per_block - 1) / rows_per_block, 1, [&](int64_t first, int64_t last) {
@@ -232,12 +232,12 @@ void direct(const at::Tensor& y, const at::Tensor& x, const at::Tensor& packed, 
         }
       }
       for (int64_t k = 0; k < K; k += kColumns) {
-        const Finish finish{shift ? shift + k : nullptr, residual, relu};
+        const Finish finish{shift ? shift + k : nullptr, residual, result, relu};
         for (int64_t m = begin; m < end; m += kRows) {
           const int rows = static_cast<int>(std::min<int64_t>(kRows, end - m));
           float* out[kRows];
           for (int r = 0; r < rows; ++r) out[r] = result + (m + r) * K + k;
-          kTile[rows](taps, depth, rows_of.data() + (m - begin) * taps, b + k * taps * depth, out, residual_offset, finish);
+          kTile[rows](taps, depth, rows_of.data() + (m - begin) * taps, b + k * taps * depth, out, finish);
         }
       }
     }

@@ -78,6 +78,7 @@ Conv pack_conv(const at::Tensor& weight, const at::Tensor& scale, const Geometry
   TORCH_CHECK(name == "auto" || name == "onednn" || name == "direct" || name == "winograd",
               "engine: expected auto, onednn, direct or winograd, got ", name);
   RK_CHECK_EQ(weight.dim(), 4, "weight: dimensions");
+  check_cpu(weight, "weight");
   check_per_channel(scale, weight.size(0), "scale");
   Engine engine = name == "direct" ? Engine::kDirect : name == "winograd" ? Engine::kWinograd : Engine::kOneDnn;
   if (name == "auto") engine = preferred(weight, g);
@@ -89,7 +90,10 @@ Conv pack_conv(const at::Tensor& weight, const at::Tensor& scale, const Geometry
   const auto reason = why_not(engine, weight, g);
   TORCH_CHECK(reason.empty(), "engine ", name, ": ", reason, ", got a weight of ", weight.sizes());
   conv.packed = avx2_pack(weight, scale, engine == Engine::kWinograd);
-  if (engine == Engine::kWinograd) {
+  if (engine == Engine::kWinograd && name == "auto" && !avx2_all_moderate(conv.packed)) {
+    conv.engine = Engine::kDirect;
+    conv.packed = avx2_pack(weight, scale, false);
+  } else if (engine == Engine::kWinograd) {
     conv.plain = weight;
     conv.scale = scale;
   }
@@ -100,6 +104,7 @@ at::Tensor cpu_conv(const at::Tensor& x, const Conv& conv, const std::optional<a
                     const std::optional<at::Tensor>& residual, bool overwrite, bool relu) {
   at::AutoDispatchBelowADInplaceOrView guard;
   const auto& g = conv.geometry;
+  check_cpu(x, "x");
   check_nhwc(x, "x");
   RK_CHECK_EQ(x.size(1), conv.shape[1] * g.groups, "x: channels");
   const auto sizes = output_sizes(x, conv);
@@ -134,6 +139,9 @@ at::Tensor cpu_conv(const at::Tensor& x, const Conv& conv, const std::optional<a
 at::Tensor cpu_residual_block(const at::Tensor& x, const std::vector<const Conv*>& convs,
                               const std::vector<at::Tensor>& shifts, const std::string& shortcut, bool overwrite) {
   const bool projection = shortcut == "projection";
+  TORCH_CHECK(convs.size() >= (projection ? 3 : 2) && shifts.size() == convs.size(),
+              "residual block: expected two convolutions at least and a shift for each, got ", convs.size(), " and ",
+              shifts.size());
   const size_t last = convs.size() - (projection ? 2 : 1);
   at::Tensor h = x;
   for (size_t i = 0; i < last; ++i) h = cpu_conv(h, *convs[i], shifts[i], std::nullopt, false, true);

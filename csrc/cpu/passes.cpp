@@ -91,6 +91,7 @@ void max_pool_rows(scalar_t* y, const scalar_t* x, int64_t N, int64_t H, int64_t
 
 at::Tensor cpu_bn_pass(const at::Tensor& x, const std::optional<at::Tensor>& scale,
                        const std::optional<at::Tensor>& shift, const std::optional<at::Tensor>& residual, bool relu) {
+  check_cpu(x, "x");
   check_nhwc(x, "x");
   const int64_t C = x.size(1), rows = x.numel() / std::max<int64_t>(C, 1);
   const auto fp32 = x.options().dtype(at::kFloat);
@@ -119,6 +120,7 @@ at::Tensor cpu_bn_pass(const at::Tensor& x, const std::optional<at::Tensor>& sca
 }
 
 at::Tensor cpu_max_pool_relu(const at::Tensor& x, int64_t kernel, int64_t stride, int64_t padding) {
+  check_cpu(x, "x");
   check_nhwc(x, "x");
   TORCH_CHECK(padding >= 0 && 2 * padding <= kernel && stride > 0, "max pool: expected 2 * padding <= kernel, got kernel ",
               kernel, ", stride ", stride, ", padding ", padding);

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrize
+from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
 from ..backends.contract import Geometry
-from ..ops.block import same_padding
+from ..ops.block import same_padding, total_stride
 from .shortcuts import ZeroPadShortcut
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
@@ -32,7 +33,7 @@ class Parts(NamedTuple):
 
 def parts(block: nn.Module) -> Parts | str:
     """The block's parts, or why its structure cannot be fused."""
-    names = ["1", "2", "3"] if hasattr(block, "conv3") else ["1", "2"]
+    names = ["1", "2", "3"] if isinstance(block, resnet.Bottleneck) else ["1", "2"]
     convs = [getattr(block, f"conv{n}") for n in names]
     norms = [getattr(block, f"bn{n}") for n in names]
     downsample = block.downsample
@@ -72,7 +73,7 @@ def hook_on(module: nn.Module) -> str | None:
         return "a forward hook"
     if module._backward_hooks or module._backward_pre_hooks:
         return "a backward hook"
-    if "forward" in module.__dict__:
+    if any(name in module.__dict__ for name in ("forward", "_forward_impl", "_conv_forward")):
         return "a forward of its own"
     return None
 
@@ -86,6 +87,8 @@ def structure(block: nn.Module) -> str | None:
         hook = hook_on(module)
         if hook:
             return f"{name} carries {hook}"
+        if module.training and parametrize.is_parametrized(module):
+            return f"{name} has a parametrization in training mode, which may change each time it is read"
     if type(block.relu) is not nn.ReLU:
         return f"relu: expected ReLU, got {_name(block.relu)}"
     for i, (conv, bn) in enumerate(zip(p.convs, p.norms, strict=True)):
@@ -93,6 +96,20 @@ def structure(block: nn.Module) -> str | None:
         for name, reason in ((f"conv{i + 1}", convolution(conv)), (f"bn{i + 1}", batch_norm(bn))):
             if reason:
                 return f"{'downsample' if projection else name}: {reason}"
+    return _shortcut(block, p)
+
+
+def _shortcut(block: nn.Module, p: Parts) -> str | None:
+    """Why the shortcut does not fit the chain, or None. A projection's sizes are for `tensors`."""
+    chain = p.convs[:-1] if p.shortcut == "projection" else p.convs
+    stride = total_stride([geometry(conv) for conv in chain])
+    C, K = chain[0].in_channels, chain[-1].out_channels
+    if p.shortcut == "identity" and (stride, C) != (1, K):
+        return f"downsample: None does not fit {C} channels to {K} with stride {stride}"
+    if p.shortcut == "zero_pad":
+        d = cast(ZeroPadShortcut, block.downsample)
+        if (d.in_channels, d.out_channels, d.stride) != (C, K, stride):
+            return f"downsample: {d} does not fit {C} channels to {K} with stride {stride}"
     return None
 
 
@@ -112,6 +129,8 @@ def convolution(conv: nn.Module) -> str | None:
         return f"expected padding_mode 'zeros', got {conv.padding_mode!r}"
     if conv.kernel_size[0] != conv.kernel_size[1] or conv.kernel_size[0] % 2 == 0:
         return f"expected an odd square filter, got {conv.kernel_size}"
+    if not isinstance(conv.stride, tuple) or not isinstance(conv.dilation, tuple):
+        return f"expected stride and dilation as pairs, got {conv.stride} and {conv.dilation}"
     same = conv.stride[0] == conv.stride[1] and conv.dilation[0] == conv.dilation[1]
     padding = conv.dilation[0] * (conv.kernel_size[0] // 2)
     if not same or conv.padding not in ((padding, padding), padding):
@@ -190,6 +209,8 @@ def tensors(block: nn.Module, x: Tensor) -> str | None:
             return f"expected weights and statistics on {x.device}, as x, got {weight.device}"
         if weight.dtype != dtype and not (torch.is_autocast_enabled(x.device.type) and weight.is_floating_point()):
             return f"expected weights in {dtype}, as x, got {weight.dtype}"
+        if isinstance(bn, FrozenBatchNorm2d) and bn.weight.dtype != dtype:
+            return f"a FrozenBatchNorm2d in {bn.weight.dtype} gives its own dtype, expected {dtype}"
         projection = p.shortcut == "projection" and i == len(p.convs) - 1
         expected = x.shape[1] if projection else channels
         if weight.shape[1] * conv.groups != expected:
@@ -197,8 +218,8 @@ def tensors(block: nn.Module, x: Tensor) -> str | None:
         channels = weight.shape[0]
         if not projection:
             sizes = [geometry(conv).output_size(n, weight.shape[2]) for n in sizes]
-    if p.shortcut == "identity" and (p.convs[-1].weight.shape[0], *sizes) != tuple(x.shape[1:]):
-        return f"identity shortcut: expected a result of {tuple(x.shape[1:])}"
+    if min(sizes) < 1:
+        return f"x: expected a larger map, got {tuple(x.shape)}"
     return None
 
 

@@ -32,7 +32,7 @@ def zero_pad(x: Tensor, stride: int, channels: int) -> Tensor:
     return F.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, 0, channels - x.shape[1]))
 
 
-def _total_stride(geometries: Sequence[Geometry]) -> int:
+def total_stride(geometries: Sequence[Geometry]) -> int:
     stride = 1
     for g in geometries:
         stride *= g.stride
@@ -74,7 +74,7 @@ def run(
         products.append(Product(Operand(x), weights[-1], geometries[-1]))
         shift = shift + shifts[-1]
     elif shortcut == "zero_pad":
-        residual = Operand(zero_pad(x, _total_stride(geometries), shift.shape[0]))
+        residual = Operand(zero_pad(x, total_stride(geometries), shift.shape[0]))
     else:
         residual = Operand(x)
     y, _ = backend.conv(products, Epilogue(shift, residual, relu=True, overwrite=overwrite))
@@ -209,6 +209,12 @@ def _conv_grad(
 
 
 def _backward(ctx, dy: Tensor):  # type: ignore[no-untyped-def]
+    # In the dtypes of the forward, whatever autocast says by now.
+    with torch.autocast(dy.device.type, enabled=False):
+        return _chain_rule(ctx, dy)
+
+
+def _chain_rule(ctx, dy: Tensor):  # type: ignore[no-untyped-def]
     """Recomputes the chain from x (only x and y are kept), then the chain rule, in differentiable torch ops."""
     count, strides, dilations, groups, shortcut = ctx.meta
     x, y, *rest = ctx.saved_tensors
@@ -227,7 +233,7 @@ def _backward(ctx, dy: Tensor):  # type: ignore[no-untyped-def]
         grads.append(grad)
     elif shortcut == "zero_pad":
         dx = torch.zeros_like(x)
-        s = _total_stride(geometries)
+        s = total_stride(geometries)
         dx[:, :, ::s, ::s] = d[:, : x.shape[1]]
     else:
         dx = d
