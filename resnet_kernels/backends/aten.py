@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .contract import Call, Epilogue, Geometry, Operand, Packed, Pool, Product, check_conv, wide
+from .contract import Call, Epilogue, Geometry, Operand, Packed, Pool, Product, beyond, check_conv, wide
 
 NAME = "aten"
 SUPPORTS = frozenset({"conv", "residual", "two_products", "bn_pass", "pool"})
@@ -20,12 +20,7 @@ PACKS_FOR_SIZE = False
 
 
 def why_not(call: Call) -> str | None:
-    missing = call.needs - SUPPORTS
-    if missing:
-        return f"not implemented here: {', '.join(sorted(missing))}"
-    if not call.dtype.is_floating_point:
-        return f"expected a floating dtype, got {call.dtype}"
-    return None
+    return beyond(call, SUPPORTS, None, None)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -179,6 +179,21 @@ class Call:
     weights: tuple[tuple[tuple[int, ...], Geometry], ...] = field(default=())
 
 
+def beyond(
+    call: Call, supports: frozenset[str], device: str | None, dtypes: Sequence[torch.dtype] | None
+) -> str | None:
+    """Why a call is beyond a backend of these primitives and features, device type and dtypes (None: any), or None."""
+    missing = call.needs - supports
+    if missing:
+        return f"not implemented here: {', '.join(sorted(missing))}"
+    if device is not None and call.device.type != device:
+        return f"expected tensors on {device}, got {call.device}"
+    if not call.dtype.is_floating_point or (dtypes is not None and call.dtype not in dtypes):
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes) if dtypes else "a floating dtype"
+        return f"expected {names}, got {call.dtype}"
+    return None
+
+
 def call_of(products: Sequence[Product], epilogue: Epilogue) -> Call:
     """The metadata of a `conv`."""
     operands = [p.operand for p in products] + ([epilogue.residual] if epilogue.residual else [])

@@ -1,8 +1,9 @@
-"""CPUs: convolutions through oneDNN with packed weights, and vectorised passes of our own.
+"""CPUs: fp32 convolutions of our own where there is AVX2 and no AVX-512, oneDNN's for the rest, and vectorised passes
+(csrc/cpu).
 
-A batch runs in chunks small enough for the activations of a few images to stay in cache (`images_per_pass`). That is
-also what keeps them under the size from which malloc maps and zeroes fresh pages on every call: on 2 Zen 3 cores the
-64 -> 256 1x1 convolution on 56x56 runs at 166 GFLOP/s for 4 images at a time and at 37 for 16.
+A batch runs a few images at a time, so that their activations stay in cache (`images_per_pass`). That also keeps them
+under the size from which malloc maps and zeroes fresh pages on every call: on 2 Zen 3 cores oneDNN's 64 -> 256 1x1
+convolution on 56x56 runs at 166 GFLOP/s for 4 images at a time and at 37 for 16.
 
 16-bit activations are computed in fp32 where the processor has no such instructions (and fp16 always): more accurate,
 and far faster than emulation.
@@ -18,27 +19,22 @@ import torch
 from torch import Tensor
 
 from . import extension
-from .contract import Call, Epilogue, Geometry, Operand, Packed, Pool, Product, check_conv, wide
+from .contract import Call, Epilogue, Geometry, Operand, Packed, Pool, Product, beyond, check_conv, wide
 
 NAME = "cpu"
 SUPPORTS = frozenset({"conv", "residual", "two_products", "bn_pass", "pool"})
 PACKS_FOR_SIZE = True
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Bytes of activations to keep in flight. Measured on 2 Zen 3 cores with 32 MB of L3.
 PASS_BYTES = 24 * 2**20
 
 
 def why_not(call: Call) -> str | None:
-    missing = call.needs - SUPPORTS
-    if missing:
-        return f"not implemented here: {', '.join(sorted(missing))}"
-    if call.device.type != "cpu":
-        return f"expected tensors on cpu, got {call.device}"
-    if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"expected float32, bfloat16 or float16, got {call.dtype}"
-    if not torch.backends.mkldnn.is_available():
-        return "this torch was built without oneDNN"
-    return extension.load()[1]
+    reason = beyond(call, SUPPORTS, "cpu", DTYPES)
+    if reason is None and not torch.backends.mkldnn.is_available():
+        reason = "this torch was built without oneDNN"
+    return reason or extension.load()[1]
 
 
 @functools.cache

@@ -14,21 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import extension
-from .contract import Call, Epilogue, Geometry, Operand, Packed, Pool, Product, check_conv
+from .contract import Call, Epilogue, Geometry, Operand, Packed, Pool, Product, beyond, check_conv
 
 NAME = "cuda"
 SUPPORTS = frozenset({"conv", "residual", "two_products", "bn_pass"})
 PACKS_FOR_SIZE = False
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def why_not(call: Call) -> str | None:
-    missing = call.needs - SUPPORTS
-    if missing:
-        return f"not implemented here: {', '.join(sorted(missing))}"
-    if call.device.type != "cuda":
-        return f"expected tensors on cuda, got {call.device}"
-    if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"expected float32, bfloat16 or float16, got {call.dtype}"
+    reason = beyond(call, SUPPORTS, "cuda", DTYPES)
+    if reason:
+        return reason
     module, reason = extension.load()
     if reason is None and module.build_info()["cuda"] is None:
         return "the extension was built without CUDA"

@@ -25,6 +25,7 @@ from .contract import (
     Pool,
     Product,
     Stats,
+    beyond,
     check_conv,
     wide,
 )
@@ -37,9 +38,7 @@ PACKS_FOR_SIZE = False
 
 
 def why_not(call: Call) -> str | None:
-    if not call.dtype.is_floating_point:
-        return f"expected a floating dtype, got {call.dtype}"
-    return None
+    return beyond(call, SUPPORTS, None, None)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
