@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "common/checks.h"
+#include "cpu/pool.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -132,21 +133,26 @@ RK_AVX2 inline void transform_products(const float* m, int64_t position_stride, 
   }
 }
 
-// U = G g G^T of one filter times s.
-void transform_filter(const float* g, float s, double* u) {
-  double t[4][3];
+// U = G g G^T of 16 filters at once, of one input channel and a panel's output channels: g[9][16] -> u, whose taps lie
+// `tap_stride` floats apart.
+RK_AVX2 void transform_filters(const double (&g)[9][kColumns], float* u, int64_t tap_stride) {
+  double t[4][3][kColumns];
   for (int j = 0; j < 3; ++j) {
-    const double g0 = g[j] * static_cast<double>(s), g1 = g[3 + j] * static_cast<double>(s), g2 = g[6 + j] * static_cast<double>(s);
-    t[0][j] = g0;
-    t[1][j] = (g0 + g1 + g2) / 2;
-    t[2][j] = (g0 - g1 + g2) / 2;
-    t[3][j] = g2;
+    for (int k = 0; k < kColumns; ++k) {
+      t[0][j][k] = g[j][k];
+      t[1][j][k] = (g[j][k] + g[3 + j][k] + g[6 + j][k]) / 2;
+      t[2][j][k] = (g[j][k] - g[3 + j][k] + g[6 + j][k]) / 2;
+      t[3][j][k] = g[6 + j][k];
+    }
   }
   for (int i = 0; i < 4; ++i) {
-    u[4 * i] = t[i][0];
-    u[4 * i + 1] = (t[i][0] + t[i][1] + t[i][2]) / 2;
-    u[4 * i + 2] = (t[i][0] - t[i][1] + t[i][2]) / 2;
-    u[4 * i + 3] = t[i][2];
+    float* const row = u + 4 * i * tap_stride;
+    for (int k = 0; k < kColumns; ++k) {
+      row[k] = static_cast<float>(t[i][0][k]);
+      row[tap_stride + k] = static_cast<float>((t[i][0][k] + t[i][1][k] + t[i][2][k]) / 2);
+      row[2 * tap_stride + k] = static_cast<float>((t[i][0][k] - t[i][1][k] + t[i][2][k]) / 2);
+      row[3 * tap_stride + k] = static_cast<float>(t[i][2][k]);
+    }
   }
 }
 
@@ -264,22 +270,23 @@ at::Tensor avx2_pack(const at::Tensor& weight, const at::Tensor& scale, bool win
   const auto plain = weight.contiguous(), scales = scale.to(at::kFloat).contiguous();
   const float* w = plain.const_data_ptr<float>();
   const float* a = scales.const_data_ptr<float>();
-  auto packed = at::empty({K / kColumns, taps, C, kColumns}, plain.options());
+  // From the pool: a replaced model packs at every call.
+  auto packed = pooled_nhwc({1, K * taps * C, 1, 1}, plain.options());
   float* const out = packed.mutable_data_ptr<float>();
   at::parallel_for(0, K / kColumns, 1, [&](int64_t first, int64_t last) {
     for (int64_t panel = first; panel < last; ++panel) {
       for (int64_t c = 0; c < C; ++c) {
         float* const to = out + (panel * taps * C + c) * kColumns;
-        for (int64_t k = 0; k < kColumns; ++k) {
-          const float* const g = w + ((panel * kColumns + k) * C + c) * R * S;
-          const float s = a[panel * kColumns + k];
-          if (winograd) {
-            double u[16];
-            transform_filter(g, s, u);
-            for (int64_t tap = 0; tap < 16; ++tap) to[tap * C * kColumns + k] = static_cast<float>(u[tap]);
-          } else {
-            for (int64_t tap = 0; tap < taps; ++tap) to[tap * C * kColumns + k] = g[tap] * s;
-          }
+        const float* const g = w + (panel * kColumns * C + c) * R * S;  // of the panel's first output channel
+        const float* const s = a + panel * kColumns;
+        if (winograd) {
+          double scaled[9][kColumns];
+          for (int64_t k = 0; k < kColumns; ++k)
+            for (int64_t tap = 0; tap < 9; ++tap) scaled[tap][k] = static_cast<double>(g[k * C * 9 + tap]) * s[k];
+          transform_filters(scaled, to, C * kColumns);
+        } else {
+          for (int64_t k = 0; k < kColumns; ++k)
+            for (int64_t tap = 0; tap < taps; ++tap) to[tap * C * kColumns + k] = g[k * C * taps + tap] * s[k];
         }
       }
     }

@@ -1,4 +1,4 @@
-// Memory of activations, kept between calls.
+// Memory of activations and of weights packed for one call, kept between calls.
 //
 // A batch of activations is tens of megabytes, which malloc maps afresh and the kernel zeroes page by page on every
 // call: 5 % of a ResNet-50's forward (Zen 3, 2 cores). Blocks freed here wait for the next tensor of their size.
