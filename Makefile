@@ -7,8 +7,8 @@ VENV := .venv
 CONSTRAINTS := -c constraints.txt
 INSTALL := -e .
 else
-# Another torch gets an environment of its own, with the package installed into it: an editable build would
-# overwrite the extension of the first. pip picks the torchvision that belongs to it.
+# Another torch (the exact version: 2.13.0 is not 2.13.0+cpu, whose torchvision is another) gets an environment of its
+# own, with the package installed into it: an editable build would overwrite the extension of the first.
 VENV := .venv-torch$(TORCH)
 CONSTRAINTS :=
 INSTALL := .
@@ -39,7 +39,7 @@ clean:
 $(VENV)/packages: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=64" wheel
-	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) torch==$(TORCH) torchvision pybind11 ninja
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) torch===$(TORCH) torchvision pybind11 ninja
 	touch $@
 
 $(VENV)/built: $(VENV)/packages $(SOURCES)
