@@ -7,7 +7,7 @@ import contextlib
 import importlib.metadata
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -143,7 +143,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"resnet_kernels {rk.__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(function, text: str, *options: str) -> None:  # type: ignore[no-untyped-def]
+    def command(function: Callable[[Console, argparse.Namespace], int], text: str, *options: str) -> None:
         p = commands.add_parser(function.__name__, help=text, description=text)
         p.set_defaults(run=function)
         p.add_argument("--backend", help="name the backend (default: automatic)")

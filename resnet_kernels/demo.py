@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -82,7 +83,7 @@ def demo(name: str, weights: Path | None, out: Path, batch: int, console: Consol
         for _ in range(ROUNDS):
             for how, m in runs.items():
                 progress.update(task, advance=1, description=f"timing {how}")
-                times[how].append(_seconds(lambda m=m: m(images), device))  # type: ignore[misc]
+                times[how].append(_seconds(functools.partial(m, images), device))
 
     console.print(str(report))
     if weights is None:

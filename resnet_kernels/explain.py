@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ def explain(module_or_op: Any, *inputs: Any, **keywords: Any) -> Explanations:
     if not isinstance(module_or_op, nn.Module):
         raise TypeError(f"expected a module or ops.residual_block, got {type(module_or_op).__name__}")
 
-    def before(name: str):  # type: ignore[no-untyped-def]
+    def before(name: str) -> Callable[[nn.Module, tuple], None]:
         def hook(module: nn.Module, args: tuple) -> None:
             if isinstance(module, FrozenTrunk):
                 found.extend(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,12 +59,12 @@ class BlockCase:
         return 2 * self.N * (macs + projected * P * Q * C * K)
 
 
-def _basic(name: str, *shape: int, **rest: object) -> BlockCase:
-    return BlockCase(name, True, *shape, **rest)  # type: ignore[arg-type]
+def _basic(name: str, *shape: Any, **rest: Any) -> BlockCase:
+    return BlockCase(name, True, *shape, **rest)
 
 
-def _bottleneck(name: str, *shape: int, **rest: object) -> BlockCase:
-    return BlockCase(name, False, *shape, **rest)  # type: ignore[arg-type]
+def _bottleneck(name: str, *shape: Any, **rest: Any) -> BlockCase:
+    return BlockCase(name, False, *shape, **rest)
 
 
 # Every distinct block of ResNet-18/34 and ResNet-50/101/152 at 224 x 224.

@@ -251,6 +251,7 @@ def test_a_block_raises_what_torchvisions_raises(x):
     case = next(c for c in ODD_CASES if c.name == "dilation-2")
     block = case.make()
     with torch.no_grad():
+        # Whatever torch raises, ours must raise the same.
         with pytest.raises(Exception) as theirs:  # noqa: B017
             block(x)
         with pytest.raises(type(theirs.value)) as ours:

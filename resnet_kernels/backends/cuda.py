@@ -47,8 +47,9 @@ def pack(weight: Tensor, scale: Tensor, geometry: Geometry, size: Sequence[int])
 
 def _pass(x: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
     C, _ = extension.load()
-    nhwc = (None if t is None else t.contiguous(memory_format=torch.channels_last) for t in (x, residual))
-    x, residual = nhwc  # type: ignore[assignment]
+    x = x.contiguous(memory_format=torch.channels_last)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last)
     per_channel = [None if t is None else t.float().contiguous() for t in (scale, shift)]
     return C.cuda_bn_pass(x, *per_channel, residual, relu)
 

@@ -51,6 +51,7 @@ class _Fused:
             elif name and reason:
                 raise BackendUnavailable(f"backend {name!r} was named and this block cannot run fused: {reason}")
         if reason:
+            # torchvision's, which the checker does not see from a mixin.
             return super().forward(x)  # type: ignore[misc]
         return fused_forward(self, x)
 

@@ -11,6 +11,7 @@ statistics (`batch_norm.affine_of`), whose own gradients autograd derives.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -179,7 +180,7 @@ def _fake(
     return x.new_empty((x.shape[0], *maps[-1])).to(memory_format=torch.channels_last)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, weights, scales, shifts, strides, dilations, groups, shortcut = inputs
     ctx.save_for_backward(x, output, *weights, *scales, *shifts)
     ctx.meta = len(weights), strides, dilations, groups, shortcut
@@ -208,13 +209,13 @@ def _conv_grad(
     return dh, (dw, (wide_dz * c).sum((0, 2, 3)), wide_dz.sum((0, 2, 3)))
 
 
-def _backward(ctx, dy: Tensor):  # type: ignore[no-untyped-def]
+def _backward(ctx: Any, dy: Tensor) -> tuple:
     # In the dtypes of the forward, whatever autocast says by now.
     with torch.autocast(dy.device.type, enabled=False):
         return _chain_rule(ctx, dy)
 
 
-def _chain_rule(ctx, dy: Tensor):  # type: ignore[no-untyped-def]
+def _chain_rule(ctx: Any, dy: Tensor) -> tuple:
     """Recomputes the chain from x (only x and y are kept), then the chain rule, in differentiable torch ops."""
     count, strides, dilations, groups, shortcut = ctx.meta
     x, y, *rest = ctx.saved_tensors
