@@ -18,7 +18,7 @@ import resnet_kernels as rk
 
 from .backends import extension, select
 from .backends.contract import Call, Geometry
-from .images import classifier, photographs, residual_networks
+from .images import classifier, photographs
 from .testing import Errors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -107,22 +107,10 @@ def verify(console: Console, args: argparse.Namespace) -> int:
 
 def explain(console: Console, args: argparse.Namespace) -> int:
     images = torch.zeros(args.batch, 3, args.size, args.size, dtype=DTYPES[args.dtype], device=args.device)
-    with torch.device(args.device):
-        model = (
-            classifier(args.model, args.weights, torch.zeros(1, 3, 64, 64)) if args.weights else _untrained(args.model)
-        )
-    model = model.to(DTYPES[args.dtype])
+    model = classifier(args.model, args.weights, None).to(args.device, DTYPES[args.dtype])
     rk.replace_blocks(model)
     console.print(str(rk.explain(model, images)), markup=False, highlight=False)
     return 0
-
-
-def _untrained(name: str) -> torch.nn.Module:
-    import torchvision
-
-    if name not in residual_networks():
-        raise ValueError(f"model: expected one of {', '.join(residual_networks())}, got {name!r}")
-    return torchvision.models.get_model(name, weights=None).eval()
 
 
 def demo(console: Console, args: argparse.Namespace) -> int:

@@ -55,9 +55,9 @@ def residual_networks() -> list[str]:
     ]
 
 
-def classifier(name: str, weights: Path | None, images: Tensor) -> resnet.ResNet:
+def classifier(name: str, weights: Path | None, images: Tensor | None) -> resnet.ResNet:
     """torchvision's model in evaluation mode, with a checkpoint's weights, or random ones whose batch norms hold the
-    images' statistics.
+    images' statistics, if there are any.
 
     Raises ValueError for a name that is no residual network's, and for a file that is no checkpoint of it.
     """
@@ -66,7 +66,7 @@ def classifier(name: str, weights: Path | None, images: Tensor) -> resnet.ResNet
     torch.manual_seed(0)
     model = torchvision.models.get_model(name, weights=None)
     if weights is None:
-        return calibrate_(model, images).eval()
+        return (model if images is None else calibrate_(model, images)).eval()
     if not weights.is_file():
         raise ValueError(f"weights: expected a torchvision checkpoint of {name}, got {weights}, which is no file")
     try:
