@@ -23,8 +23,12 @@ def _reduction(module: nn.Module) -> int:
 def verify(model: resnet.ResNet, images: Tensor) -> dict[str, Errors]:
     """Compare our blocks and models with the model, in the images' dtype. The model is not changed.
 
+    The model runs in channels_last, as ours do: an engine's error may differ twofold between layouts.
+
     Returns errors by name: every block for its own input, then the logits of the replaced and of the frozen model.
     """
+    model = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    images = images.contiguous(memory_format=torch.channels_last)
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     blocks = {name: m for name, m in model.named_modules() if isinstance(m, (resnet.BasicBlock, resnet.Bottleneck))}
     hooks = [
