@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .contract import Call, Epilogue, Geometry, Operand, Packed, Pool, Product, beyond, check_conv, wide
+from .contract import Call, Epilogue, Geometry, Operand, Packed, Pool, Product, beyond, check_conv, fold, wide
 
 NAME = "aten"
 SUPPORTS = frozenset({"conv", "residual", "two_products", "bn_pass", "pool"})
@@ -31,12 +31,7 @@ def images_per_pass(image_bytes: int) -> int | None:
     return None
 
 
-def fold(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """weight times scale per output channel, computed in `wide` and rounded once."""
-    return (weight.to(wide(dtype)) * scale[:, None, None, None]).to(dtype)
-
-
-def pack(weight: Tensor, scale: Tensor, geometry: Geometry, size: Sequence[int]) -> Packed:
+def pack(weight: Tensor, scale: Tensor, geometry: Geometry, size: Sequence[int], keep: bool = True) -> Packed:
     folded = fold(weight, scale, weight.dtype).contiguous(memory_format=torch.channels_last)
     return Packed(folded, None, tuple(weight.shape))
 

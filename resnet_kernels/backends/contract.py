@@ -74,10 +74,6 @@ class Operand:
     mask: Tensor | None = None
     stride: int = 1
 
-    @property
-    def plain(self) -> bool:
-        return self.affine is None and self.second is None and not self.relu and self.mask is None and self.stride == 1
-
 
 @dataclass(frozen=True)
 class Product:
@@ -169,7 +165,7 @@ class Call:
     """Metadata of a call, all that `why_not` may look at.
 
     needs: names of what is asked for: a primitive ("conv", "wgrad", "moments", "bn_pass", "finalize") and features
-        ("residual", "two_products", "lazy", "mask", "reduce", "data_grad", "pool").
+        ("residual", "two_products", "lazy", "two_tensors", "mask", "reduce", "data_grad", "pool").
     weights: (K, C/groups, R, S) and geometry of each product.
     """
 
@@ -201,8 +197,9 @@ def call_of(products: Sequence[Product], epilogue: Epilogue) -> Call:
         "conv": True,
         "two_products": len(products) > 1,
         "residual": epilogue.residual is not None,
-        "lazy": not all(o.plain for o in operands),
-        "mask": epilogue.mask is not None,
+        "lazy": any(o.affine is not None or o.relu or o.stride > 1 for o in operands),
+        "two_tensors": any(o.second is not None for o in operands),
+        "mask": epilogue.mask is not None or any(o.mask is not None for o in operands),
         "reduce": epilogue.reduce is not None,
         "data_grad": any(p.data_grad_size for p in products),
     }
@@ -241,9 +238,15 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def fold(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight (K, ...) times scale per output channel, computed in `wide` and rounded once."""
+    return (weight.to(wide(dtype)) * scale[:, None, None, None]).to(dtype)
+
+
 class Backend(Protocol):
     """A backend is a module with these names. A primitive may be called where `why_not` of its call is None, and need
-    not exist elsewhere. One more is optional, `residual_block`: what `ops.block.run` composes, in one call.
+    not exist elsewhere. Two more are optional: `residual_block` and `stem`, what `ops.block.run` and `ops.stem.run`
+    compose, in one call.
 
     PACKS_FOR_SIZE: whether `pack` depends on the operand's size.
     """
@@ -262,8 +265,10 @@ class Backend(Protocol):
         """How many images to run through a sequence of blocks at a time, when the largest pair of an image's
         activations takes `image_bytes`; None for the whole batch."""
 
-    def pack(self, weight: Tensor, scale: Tensor, geometry: Geometry, size: Sequence[int]) -> Packed:
-        """Prepare a weight for operands of `size` (N, C, H, W)."""
+    def pack(
+        self, weight: Tensor, scale: Tensor, geometry: Geometry, size: Sequence[int], keep: bool = True
+    ) -> Packed:
+        """Prepare a weight for operands of `size` (N, C, H, W). keep: for many calls, so that work here pays."""
 
     def conv(self, products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
         """(t, reduced): t (N, K, P, Q) = epilogue(sum of products), channels_last; reduced as `Epilogue.reduce`."""

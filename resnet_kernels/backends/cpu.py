@@ -48,7 +48,7 @@ def images_per_pass(image_bytes: int) -> int | None:
     return max(1, PASS_BYTES // max(1, image_bytes))
 
 
-def pack(weight: Tensor, scale: Tensor, geometry: Geometry, size: Sequence[int]) -> Packed:
+def pack(weight: Tensor, scale: Tensor, geometry: Geometry, size: Sequence[int], keep: bool = True) -> Packed:
     C, _ = extension.load()
     weight = weight.to(compute_dtype(weight.dtype))
     conv = C.pack_conv(weight, scale.contiguous(), geometry, [max(1, size[0]), *size[1:]], "auto")

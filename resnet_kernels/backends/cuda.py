@@ -40,7 +40,7 @@ def images_per_pass(image_bytes: int) -> int | None:
     return None
 
 
-def pack(weight: Tensor, scale: Tensor, geometry: Geometry, size: Sequence[int]) -> Packed:
+def pack(weight: Tensor, scale: Tensor, geometry: Geometry, size: Sequence[int], keep: bool = True) -> Packed:
     nhwc = weight.contiguous(memory_format=torch.channels_last)
     return Packed(nhwc, scale.float().contiguous(), tuple(weight.shape))
 

@@ -32,7 +32,7 @@ from .contract import (
 
 NAME = "reference"
 SUPPORTS = frozenset(
-    "conv wgrad moments bn_pass finalize residual two_products lazy mask reduce data_grad pool".split()
+    "conv wgrad moments bn_pass finalize residual two_products lazy two_tensors mask reduce data_grad pool".split()
 )
 PACKS_FOR_SIZE = False
 
@@ -49,7 +49,7 @@ def images_per_pass(image_bytes: int) -> int | None:
     return None
 
 
-def pack(weight: Tensor, scale: Tensor, geometry: Geometry, size: Sequence[int]) -> Packed:
+def pack(weight: Tensor, scale: Tensor, geometry: Geometry, size: Sequence[int], keep: bool = True) -> Packed:
     return Packed(weight, scale, tuple(weight.shape))
 
 

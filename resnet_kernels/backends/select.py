@@ -11,14 +11,15 @@ import os
 from contextlib import AbstractContextManager
 from typing import cast
 
-from . import aten, cpu, cuda, reference
+from . import aten, cpu, cuda, reference, triton
 from .contract import Backend, BackendUnavailable, Call
 
-CANDIDATES: tuple[Backend, ...] = tuple(cast(Backend, module) for module in (cpu, cuda, aten, reference))
+CANDIDATES: tuple[Backend, ...] = tuple(cast(Backend, module) for module in (cpu, triton, cuda, aten, reference))
 BY_NAME = {backend.NAME: backend for backend in CANDIDATES}
 
 # Never chosen unasked, whatever their why_not says.
 ONLY_BY_NAME = {
+    "triton": "chosen only by name: no GPU has proved its kernels",
     "cuda": "chosen only by name: no GPU has proved its kernels",
     "reference": "chosen only by name: it defines the result, slowly",
 }

@@ -153,7 +153,7 @@ def _forward(
     size = pass_size(x.shape[0], backend.images_per_pass(dtype.itemsize * largest_pair(maps)))
     with torch.autocast(x.device.type, enabled=False):
         packed = [
-            backend.pack(w, a, g, (size, *operand))
+            backend.pack(w, a, g, (size, *operand), keep=False)
             for w, a, g, operand in zip(weights, scales, geometries, operands, strict=True)
         ]
         shifts = [b.to(wide(dtype)) for b in shifts]

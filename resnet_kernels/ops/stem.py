@@ -14,6 +14,9 @@ def call_of_stem(device: torch.device, dtype: torch.dtype, weight: tuple[int, ..
 
 def run(backend: Backend, x: Tensor, weight: Packed, shift: Tensor, geometry: Geometry, pool: Pool) -> Tensor:
     """ReLU moves behind the convolution into the pooling pass: one pass less over the largest map of the network."""
+    whole = getattr(backend, "stem", None)
+    if whole is not None:
+        return whole(x, weight, shift, geometry, pool)
     c, _ = backend.conv([Product(Operand(x), weight, geometry)], Epilogue(shift))
     y, _ = backend.bn_pass(Operand(c), Epilogue(relu=True), pool)
     return y

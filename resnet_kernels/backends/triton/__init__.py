@@ -1,0 +1,95 @@
+"""NVIDIA GPUs from sm_80: Triton kernels for convolutions with everything around them fused, and for passes.
+
+    boxes.py    convolutions whose operands the tensor copy engine brings (sm_90 and up); 1x1 as matrix products
+    gather.py   convolutions by pointers: any filter, stride, dilation, groups, channels, map
+    tail.py     a bottleneck's 3x3 and last 1x1 in one (sm_90 and up)
+    stem.py     convolution, ReLU and max pooling of a network's stem in one
+    passes.py   batch norm, residual, ReLU and pooling alone
+    configs.py  tiles, warps and stages per architecture
+    launch.py   a launch as data: run, or recorded
+    offline.py  compiles what was recorded without a GPU, and reads it
+
+No GPU has run these kernels: they are chosen by name, or where a measured table says so. With TRITON_INTERPRET=1 they
+run on CPUs, slowly.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..contract import Call, Epilogue, Geometry, Operand, Packed, Pool, Product, beyond
+
+NAME = "triton"
+SUPPORTS = frozenset({"conv", "residual", "two_products", "lazy", "bn_pass", "pool"})
+PACKS_FOR_SIZE = False
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def _kernels() -> tuple[Any, str | None]:
+    """(the module that runs them, None), or (None, why there is none)."""
+    try:
+        return importlib.import_module(".run", __name__), None
+    except ImportError as error:
+        return None, f"triton does not load: {error}"
+
+
+def why_not(call: Call) -> str | None:
+    run, reason = _kernels()
+    if reason:
+        return reason
+    reason = beyond(call, SUPPORTS, "cpu" if run.INTERPRETING else "cuda", DTYPES)
+    if reason:
+        return reason + ("" if run.INTERPRETING or call.device.type == "cuda" else " (or TRITON_INTERPRET=1)")
+    if run.INTERPRETING and call.dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies bfloat16 wrongly"
+    if call.device.type == "cuda" and torch.cuda.is_available() and run.arch_of(call.device) < 80:
+        return f"expected a GPU from sm_80, got sm_{run.arch_of(call.device)}"
+    if "two_products" in call.needs and call.weights:
+        (_, _, R, S), geometry = call.weights[-1]
+        if (R, S, geometry.padding, geometry.groups) != (1, 1, 0, 1):
+            return f"expected a second product that is an ungrouped 1x1, got {R}x{S} with {geometry}"
+    return None
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return dtype
+
+
+def images_per_pass(image_bytes: int) -> int | None:
+    return None
+
+
+def pack(weight: Tensor, scale: Tensor, geometry: Geometry, size: Sequence[int], keep: bool = True) -> Packed:
+    return _kernels()[0].pack(weight, scale, geometry, keep)
+
+
+def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
+    return _kernels()[0].conv(products, epilogue), None
+
+
+def bn_pass(x: Operand, epilogue: Epilogue, pool: Pool | None = None) -> tuple[Tensor, Any]:
+    return _kernels()[0].bn_pass(x, epilogue, pool), None
+
+
+def residual_block(
+    x: Tensor,
+    weights: Sequence[Packed],
+    shifts: Sequence[Tensor],
+    geometries: Sequence[Geometry],
+    shortcut: str,
+    overwrite: bool,
+) -> Tensor:
+    """A whole block: its 3x3 and last 1x1 in one kernel where that is possible."""
+    return _kernels()[0].residual_block(x, weights, shifts, geometries, shortcut)
+
+
+def stem(x: Tensor, weight: Packed, shift: Tensor, geometry: Geometry, pool: Pool) -> Tensor:
+    """The stem in one kernel where that is possible."""
+    return _kernels()[0].stem(x, weight, shift, geometry, pool)

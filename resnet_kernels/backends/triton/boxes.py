@@ -1,0 +1,301 @@
+"""Convolution by boxes: an implicit matrix product whose operands come by the bulk tensor copy engine (sm_90 and up).
+
+One program owns BOX_N x BOX_H x BOX_W = BLOCK_M output positions of BLOCK_N channels at a time. For each slice of
+BLOCK_K channels and each tap of the filter it copies the box of x that the tap sees, shifted as a whole: what lies
+outside the map arrives as zeros, which is the padding. Taps are the inner loop.
+
+A stride s is no gather either. x (N, H, W, C) is described as [N, H/s, s, W/s, s*C]: rows s*i + u are (i, u), columns
+s*j + v are (j, v*C), so each tap is a dense box of one (u, v). A 1x1 convolution of stride 1 is the same with all rows
+of the matrix in one line: [1, 1, 1, N*H*W, C].
+
+A second product (a projection shortcut) runs the same way over its own operand, into the same accumulator.
+
+Moves: x once from device memory (once per tap, and per tile of output channels, from L2), the weights once per tile of
+positions from L2, the residual once, y once. Tiles of one box follow each other over the output channels, so that x
+is still in L2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .configs import LEAST_FILLED, Config, box, filled
+from .convolution import Convolution
+from .device import affine, lazy, relu
+from .launch import Launch, descriptor, nhwc_strides, precision, processors_of
+
+
+@triton.jit
+def tap_origin(tap, S: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr):
+    """(row, row parity, column, column parity) of a tap in x as described, for the box at the origin."""
+    # Kept positive by a multiple of the stride: division of negative numbers truncates.
+    u = (tap // S) * DILATION - PADDING + STRIDE * PADDING
+    v = (tap % S) * DILATION - PADDING + STRIDE * PADDING
+    return u // STRIDE - PADDING, u % STRIDE, v // STRIDE - PADDING, v % STRIDE
+
+
+@triton.jit
+def accumulate(
+    acc,
+    x,
+    w,
+    n0,
+    p0,
+    q0,
+    k0,
+    c_first,
+    C,
+    H,
+    W,
+    pixel,
+    a_ptr,
+    b_ptr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    DILATION: tl.constexpr,
+    LAZY: tl.constexpr,
+    LAZY_RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BOX_N: tl.constexpr,
+    BOX_H: tl.constexpr,
+    BOX_W: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """acc += conv(x, w) of the box at output position (n0, p0, q0), output channels from k0, input channels c_first to
+    c_first + C. pixel: elements from a column of x to the next."""
+    BLOCK_M: tl.constexpr = BOX_N * BOX_H * BOX_W
+    for step in range(R * S * tl.cdiv(C, BLOCK_K)):
+        tap = step % (R * S)
+        c = step // (R * S) * BLOCK_K
+        i, u, j, v = tap_origin(tap, S, STRIDE, PADDING, DILATION)
+        a = x.load([n0, p0 + i, u, q0 + j, v * pixel + c_first + c]).reshape(BLOCK_M, BLOCK_K)
+        if LAZY:
+            row = tl.arange(0, BLOCK_M)
+            h = (p0 + i + row // BOX_W % BOX_H) * STRIDE + u
+            s = (q0 + j + row % BOX_W) * STRIDE + v
+            channel = c + tl.arange(0, BLOCK_K)
+            inside = (h >= 0) & (h < H) & (s >= 0) & (s < W)
+            a = lazy(a, a_ptr, b_ptr, (c_first + channel, channel < C), inside, LAZY_RELU)
+        b = w.load([k0, tap, c]).reshape(BLOCK_N, BLOCK_K)
+        acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _conv_box_kernel(
+    x,
+    w,
+    x2,
+    w2,
+    residual,
+    y,
+    scale_ptr,
+    shift_ptr,
+    a_ptr,
+    b_ptr,
+    tiles,
+    k_tiles,
+    q_tiles,
+    p_tiles,
+    C,
+    K,
+    H,
+    W,
+    pixel,
+    k_group,
+    C2,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    DILATION: tl.constexpr,
+    SCALE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    SECOND: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
+    LAZY: tl.constexpr,
+    LAZY_RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    BOX_N: tl.constexpr,
+    BOX_H: tl.constexpr,
+    BOX_W: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    first = tl.program_id(0)
+    if PERSISTENT:
+        last = tiles
+    else:
+        last = first + 1
+    for tile in tl.range(first, last, tl.num_programs(0), flatten=PERSISTENT):
+        k0 = tile % k_tiles * BLOCK_N
+        box = tile // k_tiles
+        q0 = box % q_tiles * BOX_W
+        p0 = box // q_tiles % p_tiles * BOX_H
+        n0 = box // q_tiles // p_tiles * BOX_N
+        acc = tl.zeros((BOX_N * BOX_H * BOX_W, BLOCK_N), tl.float32)
+        acc = accumulate(
+            acc, x, w, n0, p0, q0, k0, k0 // k_group * C, C, H, W, pixel, a_ptr, b_ptr, R, S, STRIDE, PADDING, DILATION,
+            LAZY, LAZY_RELU, PRECISION, BOX_N, BOX_H, BOX_W, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        channels = k0 + tl.arange(0, BLOCK_N)
+        acc = affine(acc, scale_ptr, shift_ptr, channels, channels < K, SCALE, SHIFT)
+        if SECOND:
+            acc = accumulate(
+                acc, x2, w2, n0, p0, q0, k0, 0, C2, 0, 0, 0, a_ptr, b_ptr, 1, 1, 1, 0, 1,
+                False, False, PRECISION, BOX_N, BOX_H, BOX_W, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        if RESIDUAL:
+            acc += residual.load([n0, p0, q0, k0]).reshape(BOX_N * BOX_H * BOX_W, BLOCK_N).to(tl.float32)
+        if RELU:
+            acc = relu(acc)
+        y.store([n0, p0, q0, k0], acc.to(y.dtype).reshape(BOX_N, BOX_H, BOX_W, BLOCK_N))
+
+
+def _line(t: Tensor) -> bool:
+    """Whether the positions of all images follow each other at one distance, so that a map is one line."""
+    n, h, w = nhwc_strides(t)
+    N, _, H, W = t.shape
+    return (W == 1 or H == 1 or h == W * w) and (N == 1 or n == H * W * w)
+
+
+def _aligned(t: Tensor) -> bool:
+    size = t.element_size()
+    return t.data_ptr() % 16 == 0 and all(s * size % 16 == 0 for s in nhwc_strides(t))
+
+
+def in_line(c: Convolution) -> bool:
+    """Whether the convolution is a plain matrix product, whose box is a run of rows."""
+    K, R, S, _ = c.weight.shape
+    maps = [c.x] + ([c.second[0]] if c.second else []) + ([c.residual] if c.residual is not None else [])
+    return (R, S, c.geometry.stride) == (1, 1, 1) and all(map(_line, maps))
+
+
+def box_of(c: Convolution, rows: int) -> tuple[int, int, int]:
+    N, _, P, Q = c.output_sizes
+    return (1, 1, rows) if in_line(c) else box(N, P, Q, rows)
+
+
+def why_not(c: Convolution, arch: int, config: Config) -> str | None:
+    """Why the convolution cannot run by boxes so, or None. A function of metadata and addresses."""
+    if arch < 90:
+        return f"sm_{arch} has no tensor copy engine (sm_90)"
+    K, R, S, C = c.weight.shape
+    size = c.x.element_size()
+    _, _, H, W = c.x.shape
+    for name, t in (("x", c.x), ("x2", c.second and c.second[0]), ("residual", c.residual)):
+        if t is not None and not _aligned(t):
+            return f"{name} and its strides are not aligned to 16 bytes"
+    if C * size % 16 or K * size % 16 or (c.second and c.second[0].shape[1] * size % 16):
+        return f"channels are not a multiple of {16 // size}"
+    if c.residual is not None and c.residual.shape[1] != K:
+        return "the residual has fewer channels"
+    if c.geometry.groups > 1 and K // c.geometry.groups % config.BLOCK_N:
+        return f"{K // c.geometry.groups} channels per group are no whole tiles of {config.BLOCK_N}"
+    stride = c.geometry.stride
+    if stride > 1 and (H % stride or W % stride or C % config.BLOCK_K):
+        return f"stride {stride} needs a map it divides and whole slices of channels, got {C} of {H}x{W}"
+    N, _, P, Q = c.output_sizes
+    share = 1.0 if in_line(c) else filled(N, P, Q, box_of(c, config.BLOCK_M))
+    if share < LEAST_FILLED:
+        return f"boxes of {config.BLOCK_M} positions would be {share:.0%} full"
+    return None
+
+
+def describe_map(t: Tensor, block: tuple[int, int, int, int]) -> TensorDescriptor:
+    """(N, K, P, Q) as [N, P, Q, K]."""
+    N, K, P, Q = t.shape
+    return descriptor(t, (N, P, Q, K), (*nhwc_strides(t), 1), block)
+
+
+def describe_strided(t: Tensor, stride: int, block: tuple[int, int, int, int]) -> TensorDescriptor:
+    """(N, C, H, W) as [N, H/s, s, W/s, s*C]."""
+    N, C, H, W = t.shape
+    n, h, w = nhwc_strides(t)
+    shape = (N, H // stride, stride, W // stride, (stride - 1) * w + C)
+    bn, bh, bw, bc = block
+    return descriptor(t, shape, (n, stride * h, h, stride * w, 1), (bn, bh, 1, bw, bc))
+
+
+def describe_weight(weight: Tensor, block: tuple[int, int]) -> TensorDescriptor:
+    """(K, R, S, C) as [K, R*S, C]."""
+    K, R, S, C = weight.shape
+    return descriptor(weight, (K, R * S, C), (R * S * C, C, 1), (block[0], 1, block[1]))
+
+
+def as_line(t: Tensor | None) -> Tensor | None:
+    """(N, C, H, W) as (1, C, 1, N*H*W)."""
+    if t is None:
+        return None
+    N, C, H, W = t.shape
+    w = t.stride(3) if W > 1 else t.stride(2) if H > 1 else t.stride(0)
+    return t.as_strided((1, C, 1, N * H * W), (N * H * W * w, 1, N * H * W * w, w))
+
+
+def launch(c: Convolution, config: Config, y: Tensor) -> Launch:
+    """y: (N, K, P, Q) channels_last, to be written. Only where `why_not` is None."""
+    K, R, S, C = c.weight.shape
+    g = c.geometry
+    BLOCK_M, BLOCK_N, BLOCK_K = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K
+    shape = box_of(c, BLOCK_M)
+    x, residual, out = c.x, c.residual, y
+    x2, w2 = c.second or (None, None)
+    if in_line(c):
+        x, x2, residual, out = (as_line(t) for t in (x, x2, residual, out))
+    N, _, P, Q = out.shape
+    n_tiles, p_tiles, q_tiles = (-(-n // s) for n, s in zip((N, P, Q), shape, strict=True))
+    k_tiles = -(-K // BLOCK_N)
+    tiles = n_tiles * p_tiles * q_tiles * k_tiles
+    a, b, lazy_relu = c.lazy or (None, None, False)
+    arguments = dict(
+        x=describe_strided(x, g.stride, (*shape, BLOCK_K)),
+        w=describe_weight(c.weight, (BLOCK_N, BLOCK_K)),
+        x2=None if x2 is None else describe_strided(x2, 1, (*shape, BLOCK_K)),
+        w2=None if w2 is None else describe_weight(w2, (BLOCK_N, BLOCK_K)),
+        residual=None if residual is None else describe_map(residual, (*shape, BLOCK_N)),
+        y=describe_map(out, (*shape, BLOCK_N)),
+        scale_ptr=c.scale,
+        shift_ptr=c.shift,
+        a_ptr=a,
+        b_ptr=b,
+        tiles=tiles,
+        k_tiles=k_tiles,
+        q_tiles=q_tiles,
+        p_tiles=p_tiles,
+        C=C,
+        K=K,
+        H=x.shape[2],
+        W=x.shape[3],
+        pixel=x.stride(3),
+        k_group=K // g.groups,
+        C2=0 if x2 is None else x2.shape[1],
+        R=R,
+        S=S,
+        STRIDE=g.stride,
+        PADDING=g.padding,
+        DILATION=g.dilation,
+        SCALE=c.scale is not None,
+        SHIFT=c.shift is not None,
+        SECOND=x2 is not None,
+        RESIDUAL=residual is not None,
+        RELU=c.relu,
+        LAZY=c.lazy is not None,
+        LAZY_RELU=lazy_relu,
+        PRECISION=precision(),
+        PERSISTENT=config.persistent,
+        BOX_N=shape[0],
+        BOX_H=shape[1],
+        BOX_W=shape[2],
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=BLOCK_K,
+    )
+    grid = min(tiles, processors_of(c.x.device)) if config.persistent else tiles
+    return Launch(_conv_box_kernel, grid, arguments, config.options, c.bytes, c.flops, str(c))

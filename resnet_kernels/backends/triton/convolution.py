@@ -1,0 +1,71 @@
+"""A fused convolution as the kernels here take it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+from ..contract import Geometry
+from .launch import nbytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    """y = [relu](scale * conv([lazy] x, weight) + shift + conv1x1(x2, weight2) + residual)
+
+    x: (N, C, H, W), any strides with channels next to each other. weight: (K, R, S, C/groups), contiguous.
+    lazy: (a, b, relu) of relu(a*x + b). second: (x2 (N, C2, P, Q), weight2 (K, 1, 1, C2)).
+    residual: (N, up to K, P, Q), of any such strides; channels it lacks are zero.
+    """
+
+    x: Tensor
+    weight: Tensor
+    geometry: Geometry
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    lazy: tuple[Tensor, Tensor, bool] | None = None
+    second: tuple[Tensor, Tensor] | None = None
+    residual: Tensor | None = None
+    relu: bool = False
+
+    @property
+    def output_sizes(self) -> tuple[int, int, int, int]:
+        K, R, S, _ = self.weight.shape
+        N, _, H, W = self.x.shape
+        return N, K, self.geometry.output_size(H, R), self.geometry.output_size(W, S)
+
+    @property
+    def rows(self) -> int:
+        N, _, P, Q = self.output_sizes
+        return N * P * Q
+
+    @property
+    def bytes(self) -> int:
+        """Every operand and result once."""
+        x2, w2 = self.second or (None, None)
+        result = self.rows * self.weight.shape[0] * self.x.element_size()
+        return nbytes(self.x, self.weight, x2, w2, self.residual) + result
+
+    @property
+    def flops(self) -> int:
+        """Of the sums as they are written, without a tile's padding or the zeros between joined groups."""
+        K, R, S, C = self.weight.shape
+        terms = R * S * C + (self.second[0].shape[1] if self.second else 0)
+        return 2 * self.rows * K * terms
+
+    def __str__(self) -> str:
+        K, R, S, C = self.weight.shape
+        N, _, H, W = self.x.shape
+        g = self.geometry
+        parts = [f"{R}x{S} {self.x.shape[1]}->{K} {H}x{W}"]
+        parts += [f"/{g.stride}"] * (g.stride > 1) + [f"dilation {g.dilation}"] * (g.dilation > 1)
+        parts += [f"groups {g.groups}"] * (g.groups > 1) + ["lazy"] * (self.lazy is not None)
+        parts += [f"+ 1x1 {self.second[0].shape[1]}->{K}"] if self.second else []
+        parts += ["+ residual"] * (self.residual is not None)
+        return " ".join(parts)
+
+
+def channels_last_strides(t: Tensor) -> bool:
+    """Whether channels are next to each other; other strides may be any."""
+    return t.shape[1] == 1 or t.stride(1) == 1

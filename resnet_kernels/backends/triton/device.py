@@ -1,0 +1,39 @@
+"""What every kernel here shares."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def relu(t):
+    # The default of tl.maximum drops NaN on a GPU.
+    return tl.maximum(t, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def lazy(v, a_ptr, b_ptr, channels, inside, RELU: tl.constexpr):
+    """relu(fma(a, v, b)) rounded to v's dtype where `inside` (a row of booleans), else 0: padding is zero after it.
+
+    v [BLOCK_M, BLOCK_K]; channels [BLOCK_K], those beyond the last masked by the second of the pair.
+    """
+    c, known = channels
+    a = tl.load(a_ptr + c, known, 0.0)
+    b = tl.load(b_ptr + c, known, 0.0)
+    t = tl.fma(v.to(tl.float32), a[None, :].broadcast_to(v.shape), b[None, :].broadcast_to(v.shape))
+    if RELU:
+        t = relu(t)
+    return tl.where(inside[:, None], t, 0.0).to(v.dtype)
+
+
+@triton.jit
+def affine(acc, scale_ptr, shift_ptr, channels, known, SCALE: tl.constexpr, SHIFT: tl.constexpr):
+    """acc * scale + shift per column, fp32. acc [BLOCK_M, BLOCK_N]."""
+    if SCALE:
+        scale = tl.load(scale_ptr + channels, known, 0.0)[None, :].broadcast_to(acc.shape)
+        if SHIFT:
+            acc = tl.fma(acc, scale, tl.load(shift_ptr + channels, known, 0.0)[None, :].broadcast_to(acc.shape))
+        else:
+            acc = acc * scale
+    elif SHIFT:
+        acc = acc + tl.load(shift_ptr + channels, known, 0.0)[None, :]
+    return acc

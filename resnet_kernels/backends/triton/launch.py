@@ -1,0 +1,118 @@
+"""A launch is data first: what would run, with its bytes and operations. Then it runs, or is recorded.
+
+Recording is how a machine without a GPU sees what would run there: the same code on meta tensors, for a given
+architecture. Tables, `explain` and the tests that read compiled kernels are made from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+# "sm_90" is 90. Multiprocessors, for a device that is only imagined: H200's.
+IMAGINED_PROCESSORS = 132
+INTERPRETING: bool = triton.knobs.runtime.interpret
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Launch:
+    """kernel[grid](**arguments, **options); with the bytes of device memory it must move, and its operations."""
+
+    kernel: Any
+    grid: int
+    arguments: dict[str, Any]
+    options: dict[str, int]
+    bytes: int
+    flops: int
+    what: str
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__.strip("_").removesuffix("_kernel")
+
+
+@dataclasses.dataclass
+class Recording:
+    arch: int
+    launches: list[Launch] = dataclasses.field(default_factory=list)
+
+
+_recording: contextvars.ContextVar[Recording | None] = contextvars.ContextVar("recording", default=None)
+_assumed_arch: contextvars.ContextVar[int] = contextvars.ContextVar("assumed_arch", default=90)
+
+
+@contextlib.contextmanager
+def recording(arch: int) -> Iterator[list[Launch]]:
+    """Inside, launches on meta tensors are recorded as a GPU of this architecture would run them."""
+    record = Recording(arch)
+    token = _recording.set(record)
+    try:
+        yield record.launches
+    finally:
+        _recording.reset(token)
+
+
+@contextlib.contextmanager
+def assume_arch(arch: int) -> Iterator[None]:
+    """Inside, Triton's interpreter runs what a GPU of this architecture would."""
+    token = _assumed_arch.set(arch)
+    try:
+        yield
+    finally:
+        _assumed_arch.reset(token)
+
+
+@functools.cache
+def _properties(device: torch.device) -> tuple[int, int]:
+    p = torch.cuda.get_device_properties(device)
+    return p.major * 10 + p.minor, p.multi_processor_count
+
+
+def arch_of(device: torch.device) -> int:
+    record = _recording.get()
+    if record is not None:
+        return record.arch
+    return _properties(device)[0] if device.type == "cuda" else _assumed_arch.get()
+
+
+def processors_of(device: torch.device) -> int:
+    return _properties(device)[1] if device.type == "cuda" else IMAGINED_PROCESSORS
+
+
+def precision() -> str:
+    """Of products of fp32: torch's own flag for convolutions."""
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+
+
+def nbytes(*tensors: Tensor | None) -> int:
+    """Of the elements that a kernel touches, each once."""
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def nhwc_strides(t: Tensor) -> tuple[int, int, int]:
+    """Elements from an image, row, column to the next."""
+    return t.stride(0), t.stride(2), t.stride(3)
+
+
+def descriptor(t: Tensor, shape: Sequence[int], strides: Sequence[int], block: Sequence[int]) -> TensorDescriptor:
+    return TensorDescriptor(t, list(shape), list(strides), list(block))
+
+
+def submit(launch: Launch) -> None:
+    record = _recording.get()
+    if record is not None:
+        record.launches.append(launch)
+        return
+    tensors = (v for v in launch.arguments.values() if isinstance(v, Tensor))
+    device = next(tensors).device
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        launch.kernel[(launch.grid,)](**launch.arguments, **launch.options)

@@ -1,0 +1,115 @@
+"""Memory-bound passes: affine, residual, ReLU, and max pooling (every GPU from sm_80).
+
+One program owns BLOCK_M output positions of BLOCK_C channels. Moves: x once (with pooling, overlapping windows again
+from L1 and L2), the residual once, y once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..contract import Pool
+from .configs import power_of_two
+from .device import affine, relu
+from .gather import row_of
+from .launch import Launch, nbytes, nhwc_strides
+
+
+@triton.jit
+def _bn_pass_kernel(
+    x_ptr,
+    residual_ptr,
+    y_ptr,
+    scale_ptr,
+    shift_ptr,
+    M,
+    H,
+    W,
+    P,
+    Q,
+    C,
+    stride_xn,
+    stride_xh,
+    stride_xw,
+    stride_rn,
+    stride_rh,
+    stride_rw,
+    R: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    SCALE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """y = max over the window of relu(scale * x + shift + residual), rounded before the maximum; NaN wins."""
+    c_tiles = tl.cdiv(C, BLOCK_C)
+    m = tl.program_id(0) // c_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.program_id(0) % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    there, known = m < M, c < C
+    n, p, q = row_of(m, P, Q)
+    h0, s0 = p * STRIDE - PADDING, q * STRIDE - PADDING
+    rows = n.to(tl.int64) * stride_xn + h0 * stride_xh + s0 * stride_xw
+    best = tl.full((BLOCK_M, BLOCK_C), float("-inf"), y_ptr.dtype.element_ty)
+    for tap in tl.static_range(R * R):
+        r: tl.constexpr = tap // R
+        s: tl.constexpr = tap % R
+        inside = there & (h0 + r >= 0) & (h0 + r < H) & (s0 + s >= 0) & (s0 + s < W)
+        mask = inside[:, None] & known[None, :]
+        t = tl.load(x_ptr + (rows + r * stride_xh + s * stride_xw)[:, None] + c[None, :], mask, 0.0).to(tl.float32)
+        t = affine(t, scale_ptr, shift_ptr, c, known, SCALE, SHIFT)
+        if RESIDUAL:
+            at = residual_ptr + n.to(tl.int64) * stride_rn + (h0 + r) * stride_rh + (s0 + s) * stride_rw
+            t += tl.load(at[:, None] + c[None, :], mask, 0.0).to(tl.float32)
+        if RELU:
+            t = relu(t)
+        t = tl.where(mask, t.to(best.dtype), float("-inf"))
+        best = tl.maximum(best, t, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(y_ptr + m.to(tl.int64)[:, None] * C + c[None, :], best, there[:, None] & known[None, :])
+
+
+def launch(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    pool: Pool,
+) -> Launch:
+    """x, residual: (N, C, H, W), channels next to each other; y: (N, C, P, Q) channels_last, to be written."""
+    N, C, P, Q = y.shape
+    BLOCK_C = min(64, power_of_two(C))
+    BLOCK_M = 4096 // BLOCK_C
+    arguments = dict(
+        x_ptr=x,
+        residual_ptr=residual,
+        y_ptr=y,
+        scale_ptr=scale,
+        shift_ptr=shift,
+        M=N * P * Q,
+        H=x.shape[2],
+        W=x.shape[3],
+        P=P,
+        Q=Q,
+        C=C,
+        R=pool.kernel,
+        STRIDE=pool.stride,
+        PADDING=pool.padding,
+        SCALE=scale is not None,
+        SHIFT=shift is not None,
+        RESIDUAL=residual is not None,
+        RELU=relu,
+        BLOCK_M=BLOCK_M,
+        BLOCK_C=BLOCK_C,
+    )
+    for name, t in {"x": x, "r": residual}.items():
+        n, h, w = (0, 0, 0) if t is None else nhwc_strides(t)
+        arguments |= {f"stride_{name}n": n, f"stride_{name}h": h, f"stride_{name}w": w}
+    grid = -(-N * P * Q // BLOCK_M) * -(-C // BLOCK_C)
+    what = f"pass {C} of {x.shape[2]}x{x.shape[3]}" + (f", max pool {pool.kernel}/{pool.stride}" * (pool.kernel > 1))
+    return Launch(_bn_pass_kernel, grid, arguments, {"num_warps": 4}, nbytes(x, residual, y), 0, what)

@@ -1,0 +1,198 @@
+"""The stem in one kernel: convolution with few input channels, affine, ReLU, 3x3 max pooling of stride 2 (from sm_80).
+
+x has CHANNELS = 4 elements per pixel in memory (the image's three and a zero), so that a tap row of the filter is one
+run of memory, 4*S elements, and becomes BLOCK_K columns of the matrix product.
+
+One program owns ROWS pooled rows of one image, BLOCK_Q - 1 pooled columns and BLOCK_N channels, and goes down the rows.
+Pooled row p needs convolution rows 2p - 1, 2p and 2p + 1: the first is carried from the row before, so a program
+computes one pooled row more than it stores. Columns work alike: even and odd convolution columns are two products, and
+the odd ones shifted by one (a gather inside the tile) complete the window.
+
+Moves: x once, y once; the convolution's own map, four times y, never exists.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..contract import Geometry, Pool
+from .configs import power_of_two
+from .device import affine, relu
+from .launch import Launch, nbytes, precision
+
+CHANNELS = 4
+ROWS = 8
+
+
+@triton.jit
+def _pool_row(even, odd, h, q, P, Q, scale_ptr, shift_ptr, k, K, SCALE: tl.constexpr, DTYPE: tl.constexpr):
+    """max over convolution columns 2q - 1, 2q, 2q + 1 of row h, rounded, -inf outside the map of P x Q. even, odd
+    [BLOCK_Q, BLOCK_N]: the products at columns 2q and 2q + 1. The first row's 2q - 1 is not known."""
+    row = (h >= 0) & (h < P)
+    even = relu(affine(even, scale_ptr, shift_ptr, k, k < K, SCALE, True)).to(DTYPE)
+    odd = relu(affine(odd, scale_ptr, shift_ptr, k, k < K, SCALE, True)).to(DTYPE)
+    even = tl.where((row & (q >= 0) & (2 * q < Q))[:, None], even, float("-inf"))
+    odd = tl.where((row & (q >= 0) & (2 * q + 1 < Q))[:, None], odd, float("-inf"))
+    i = tl.arange(0, even.shape[0])
+    before = tl.gather(odd, tl.maximum(i - 1, 0)[:, None].broadcast_to(odd.shape), 0)
+    best = tl.maximum(even, odd, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(best, before, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _stem_kernel(
+    x_ptr,
+    w_ptr,
+    y_ptr,
+    scale_ptr,
+    shift_ptr,
+    H,
+    W,
+    P,
+    Q,
+    POOLED_P,
+    POOLED_Q,
+    K,
+    strips,
+    q_tiles,
+    k_tiles,
+    stride_xn,
+    stride_xh,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """w (K, R, BLOCK_K): a tap row's 4*S elements, then zeros."""
+    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
+    tile = tl.program_id(0)
+    k = tile % k_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile = tile // k_tiles
+    q = tile % q_tiles * (BLOCK_Q - 1) - 1 + tl.arange(0, BLOCK_Q)
+    tile = tile // q_tiles
+    p0 = tile % strips * ROWS
+    n = (tile // strips).to(tl.int64)
+    e = tl.arange(0, BLOCK_K)
+    s = 2 * q * STRIDE - PADDING
+    w_columns = w_ptr + k[:, None] * (R * BLOCK_K) + e[None, :]
+    image = x_ptr + n * stride_xn + s[:, None] * CHANNELS + e[None, :]
+    # Which elements of a tap row lie inside the map, for even columns and for the odd ones beside them.
+    column = s[:, None] + (e // CHANNELS)[None, :]
+    known = (e < S * CHANNELS)[None, :]
+    even_there = known & (column >= 0) & (column < W)
+    odd_there = known & (column + STRIDE >= 0) & (column + STRIDE < W)
+    carried = tl.full((BLOCK_Q, BLOCK_N), float("-inf"), DTYPE)
+    for p in range(p0 - 1, min(p0 + ROWS, POOLED_P)):
+        even0 = tl.zeros((BLOCK_Q, BLOCK_N), tl.float32)
+        odd0 = tl.zeros((BLOCK_Q, BLOCK_N), tl.float32)
+        even1 = tl.zeros((BLOCK_Q, BLOCK_N), tl.float32)
+        odd1 = tl.zeros((BLOCK_Q, BLOCK_N), tl.float32)
+        for r in range(R):
+            h0 = 2 * p * STRIDE - PADDING + r
+            h1 = h0 + STRIDE
+            row0, row1 = image + h0 * stride_xh, image + h1 * stride_xh
+            in0, in1 = (h0 >= 0) & (h0 < H), (h1 >= 0) & (h1 < H)
+            b = tl.load(w_columns + r * BLOCK_K, (k < K)[:, None], 0.0)
+            a = tl.load(row0, in0 & even_there, 0.0)
+            even0 = tl.dot(a, b.T, even0, input_precision=PRECISION)
+            a = tl.load(row0 + STRIDE * CHANNELS, in0 & odd_there, 0.0)
+            odd0 = tl.dot(a, b.T, odd0, input_precision=PRECISION)
+            a = tl.load(row1, in1 & even_there, 0.0)
+            even1 = tl.dot(a, b.T, even1, input_precision=PRECISION)
+            a = tl.load(row1 + STRIDE * CHANNELS, in1 & odd_there, 0.0)
+            odd1 = tl.dot(a, b.T, odd1, input_precision=PRECISION)
+        upper = _pool_row(even0, odd0, 2 * p, q, P, Q, scale_ptr, shift_ptr, k, K, SCALE, DTYPE)
+        lower = _pool_row(even1, odd1, 2 * p + 1, q, P, Q, scale_ptr, shift_ptr, k, K, SCALE, DTYPE)
+        best = tl.maximum(carried, upper, propagate_nan=tl.PropagateNan.ALL)
+        best = tl.maximum(best, lower, propagate_nan=tl.PropagateNan.ALL)
+        # The first column of the tile and the first row of the strip lack a part of their windows: others' to store.
+        mine = (p >= p0) & (tl.arange(0, BLOCK_Q) > 0) & (q < POOLED_Q)
+        y = y_ptr + ((n * POOLED_P + p) * POOLED_Q + q)[:, None] * K + k[None, :]
+        tl.store(y, best, mine[:, None] & (k < K)[None, :])
+        carried = lower
+
+
+def why_not(weight: Tensor, geometry: Geometry, pool: Pool) -> str | None:
+    """Why the stem cannot run as one kernel, or None. weight (K, C, R, S)."""
+    if pool != Pool(3, 2, 1):
+        return f"expected 3x3 max pooling of stride 2 and padding 1, got {pool}"
+    if weight.shape[1] > CHANNELS or geometry.groups > 1 or geometry.dilation > 1:
+        return f"expected at most {CHANNELS} input channels, one group and no dilation"
+    return None
+
+
+def pack(weight: Tensor) -> Tensor:
+    """(K, C, R, S) as (K, R, BLOCK_K): 4 channels of each tap of a row, then zeros."""
+    K, C, R, S = weight.shape
+    packed = weight.new_zeros((K, R, max(16, power_of_two(S * CHANNELS))))
+    taps = packed[:, :, : S * CHANNELS].view(K, R, S, CHANNELS)
+    taps[..., :C] = weight.permute(0, 2, 3, 1)
+    return packed
+
+
+def pad_channels(x: Tensor) -> Tensor:
+    """x (N, C, H, W) in memory of 4 channels a pixel, of which the last are zero; x itself if it is there already."""
+    N, C, H, W = x.shape
+    if x.stride() == (H * W * CHANNELS, 1, W * CHANNELS, CHANNELS):
+        # What follows an image's channels is then known to be zero only if they are 4, or if it was made here.
+        return x
+    padded = x.new_zeros((N, H, W, CHANNELS))
+    padded[..., :C] = x.permute(0, 2, 3, 1)
+    return padded.permute(0, 3, 1, 2)
+
+
+def launch(
+    x: Tensor, packed: Tensor, scale: Tensor | None, shift: Tensor, geometry: Geometry, y: Tensor, S: int
+) -> Launch:
+    """x as `pad_channels`, packed as `pack`; y: (N, K, pooled P, Q) channels_last, to be written."""
+    N, _, H, W = x.shape
+    K, R, BLOCK_K = packed.shape
+    P, Q = geometry.output_size(H, R), geometry.output_size(W, S)
+    POOLED_P, POOLED_Q = y.shape[2:]
+    BLOCK_Q, BLOCK_N = 64, min(64, max(16, power_of_two(K)))
+    strips, q_tiles, k_tiles = -(-POOLED_P // ROWS), -(-POOLED_Q // (BLOCK_Q - 1)), -(-K // BLOCK_N)
+    arguments = dict(
+        x_ptr=x,
+        w_ptr=packed,
+        y_ptr=y,
+        scale_ptr=scale,
+        shift_ptr=shift,
+        H=H,
+        W=W,
+        P=P,
+        Q=Q,
+        POOLED_P=POOLED_P,
+        POOLED_Q=POOLED_Q,
+        K=K,
+        strips=strips,
+        q_tiles=q_tiles,
+        k_tiles=k_tiles,
+        stride_xn=x.stride(0),
+        stride_xh=x.stride(2),
+        R=R,
+        S=S,
+        CHANNELS=CHANNELS,
+        STRIDE=geometry.stride,
+        PADDING=geometry.padding,
+        SCALE=scale is not None,
+        PRECISION=precision(),
+        ROWS=ROWS,
+        BLOCK_Q=BLOCK_Q,
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=BLOCK_K,
+    )
+    flops = 2 * N * P * Q * K * R * S * 3
+    grid = N * strips * q_tiles * k_tiles
+    options = {"num_warps": 4, "num_stages": 2}
+    what = f"stem {R}x{S} 3->{K} {H}x{W}, max pool 3/2"
+    return Launch(_stem_kernel, grid, arguments, options, nbytes(x, packed, y), flops, what)
