@@ -11,6 +11,7 @@ images, whatever the batch. The model holds only weights that never change, and 
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -26,7 +27,8 @@ from torchvision.models import resnet
 from torchvision.models._utils import IntermediateLayerGetter
 
 from .backends import select
-from .backends.contract import Backend, BackendUnavailable, Geometry, Packed, Pool, wide
+from .backends.contract import Backend, BackendUnavailable, Block, Geometry, Packed, Pool, wide
+from .graphs import Graphs, usable
 from .nn import BasicBlock, Bottleneck, fusable
 from .ops import block as block_op
 from .ops import stem as stem_op
@@ -38,7 +40,8 @@ BLOCKS = (resnet.BasicBlock, resnet.Bottleneck)
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A stem or block of a trunk: its weights with their batch norms' scales and shifts, and how they go together."""
+    """A stem or block of a trunk: its weights with their batch norms' scales, the chain's shifts (the last with a
+    projection's added), and how they go together."""
 
     name: str
     backend_name: str
@@ -62,15 +65,35 @@ class Step:
             maps.append((K, g.output_size(H, self.pool.kernel), g.output_size(W, self.pool.kernel)))
         return operands, maps
 
-    def run(self, x: Tensor, packed: list[Packed], overwrite: bool) -> Tensor:
-        if self.pool is not None:
-            return stem_op.run(self.backend, x, packed[0], self.shifts[0], self.geometries[0], self.pool)
-        assert self.shortcut is not None
-        return block_op.run(self.backend, x, packed, self.shifts, self.geometries, self.shortcut, overwrite)
+    def pack(self, sizes: list[tuple[int, int, int, int]]) -> list[Packed]:
+        """Its weights, for operands of these sizes (N, C, H, W)."""
+        backend = self.backend
+        if self.pool is not None and hasattr(backend, "pack_stem"):
+            return [backend.pack_stem(self.weights[0], self.scales[0], self.geometries[0], self.pool)]
+        rows = zip(self.weights, self.scales, self.geometries, sizes, strict=True)
+        return [backend.pack(*row) for row in rows]
+
+
+Packing = list[tuple[Step, list[Packed]]]
+
+
+def _advance(x: Tensor, steps: Packing, ours: bool) -> Tensor:
+    """The steps, one after the other. ours: whether x's memory may be taken."""
+    for (is_stem, _), rows in itertools.groupby(steps, lambda row: (row[0].pool is not None, row[0].backend_name)):
+        same = list(rows)
+        first, packed = same[0]
+        if is_stem:
+            assert first.pool is not None
+            x = stem_op.run(first.backend, x, packed[0], first.shifts[0], first.geometries[0], first.pool)
+        else:
+            blocks = [Block(weights, step.shifts, step.geometries, step.shortcut or "") for step, weights in same]
+            x = block_op.run(first.backend, x, blocks, ours)
+        ours = True
+    return x
 
 
 class FrozenTrunk(nn.Module):
-    """Steps that follow each other, run depth first over a few images at a time.
+    """Steps that follow each other, run depth first over a few images at a time; on a GPU as a CUDA graph.
 
     x: (N, C, H, W) of any floating dtype, in any memory format. Weights are packed at the first call with a size of
     input and kept for the `KEPT` latest sizes.
@@ -78,10 +101,11 @@ class FrozenTrunk(nn.Module):
 
     KEPT = 4
 
-    def __init__(self, steps: list[Step], dtype: torch.dtype) -> None:
+    def __init__(self, steps: list[Step], dtype: torch.dtype, graphs: bool) -> None:
         super().__init__()
         self.steps = steps
         self.dtype = dtype
+        self.graphs = Graphs() if graphs else None
         self._forget_packed()
 
     def _forget_packed(self) -> None:
@@ -96,31 +120,26 @@ class FrozenTrunk(nn.Module):
         super().__setstate__(state)
         self._forget_packed()
 
-    def _plan(self, x: Tensor) -> list[tuple[int, list[tuple[Step, list[Packed]]]]]:
-        """Runs of steps, each with its images per pass and its weights packed for that. Later steps, whose maps are
-        smaller, take more images at a time: as many as a whole number of passes of the run before."""
-        size, operands, limits = (x.shape[1], x.shape[2], x.shape[3]), [], []
+    def _plan(self, N: int, size: tuple[int, int, int]) -> list[tuple[int, Packing]]:
+        """For N images of `size` (C, H, W): runs of steps, each with its images per pass and its weights packed for
+        that. Later steps, whose maps are smaller, take more images at a time: as many as a whole number of passes of
+        the run before."""
+        operands, limits, first = [], [], size
         for step in self.steps:
             inner, maps = step.walk(size)
             limits.append(step.backend.images_per_pass(self.dtype.itemsize * block_op.largest_pair(maps)))
             operands.append(inner)
             size = maps[-1]
         images: list[int] = []
-        N = x.shape[0]
         for limit in reversed(limits):
             N = block_op.pass_size(N, limit)
             images.insert(0, N)
-        backend = self.steps[0].backend
-        key = (*images, *x.shape[1:]) if backend.PACKS_FOR_SIZE else None
+        sized = any(step.backend.PACKS_FOR_SIZE for step in self.steps)
+        key = (*images, *first) if sized else None
         with self._lock:
             if key not in self._packed:
                 self._packed[key] = [
-                    [
-                        backend.pack(weight, scale, geometry, (n, *operand))
-                        for weight, scale, geometry, operand in zip(
-                            step.weights, step.scales, step.geometries, inner, strict=True
-                        )
-                    ]
+                    step.pack([(n, *operand) for operand in inner])
                     for step, inner, n in zip(self.steps, operands, images, strict=True)
                 ]
             self._packed.move_to_end(key)
@@ -132,50 +151,85 @@ class FrozenTrunk(nn.Module):
             (n, [(step, weights) for _, step, weights in run]) for n, run in itertools.groupby(rows, lambda r: r[0])
         ]
 
-    def forward(self, x: Tensor) -> Tensor:
-        C = self.steps[0].weights[0].shape[1] * self.steps[0].geometries[0].groups
-        if x.dim() != 4 or x.shape[1] != C or not x.dtype.is_floating_point:
-            raise ValueError(f"x: expected (N, {C}, H, W) of a floating dtype, got {tuple(x.shape)} in {x.dtype}")
+    @property
+    def channels(self) -> int:
+        """Of the input."""
+        return self.steps[0].weights[0].shape[1] * self.steps[0].geometries[0].groups
+
+    def _buffer_channels(self) -> int:
+        """Of the input in memory: a stem may want zeros behind the image's."""
+        first = self.steps[0]
+        wanted = getattr(first.backend, "stem_channels", None)
+        if first.pool is None or wanted is None:
+            return self.channels
+        return wanted(tuple(first.weights[0].shape), first.geometries[0], first.pool)
+
+    def buffer(self, x: Tensor) -> Tensor:
+        """Where `fill` puts an input like x."""
+        N, _, H, W = x.shape
+        zeros = torch.zeros((N, self._buffer_channels(), H, W), dtype=self.dtype, device=x.device)
+        return zeros.contiguous(memory_format=torch.channels_last)
+
+    def fill(self, buffer: Tensor, x: Tensor) -> None:
+        buffer[:, : self.channels].copy_(x)
+
+    def _load(self, x: Tensor) -> Tensor:
+        if self._buffer_channels() == self.channels:
+            return x.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        buffer = self.buffer(x)
+        self.fill(buffer, x)
+        return buffer
+
+    def run(self, x: Tensor, load: Callable[[Tensor], Tensor] = lambda part: part) -> Tensor:
+        """The steps over load(x), a few images at a time."""
+
+        def after(images: int, run: Packing, before: Callable[[Tensor], Tensor], ours: bool) -> Callable:
+            """`before`, then the run, that many images at a time. ours: whether the run may reuse its operand."""
+            return lambda part: block_op.in_passes(part, images, lambda p: _advance(before(p), run, ours))
+
+        function, ours = load, False
+        for images, run in self._plan(x.shape[0], (self.channels, x.shape[2], x.shape[3])):
+            function, ours = after(images, run, function, ours), True
+        return function(x)
+
+    def check(self, x: Tensor) -> None:
+        """Raises ValueError unless x is an input."""
+        if x.dim() != 4 or x.shape[1] != self.channels or not x.dtype.is_floating_point:
+            expected = f"(N, {self.channels}, H, W) of a floating dtype"
+            raise ValueError(f"x: expected {expected}, got {tuple(x.shape)} in {x.dtype}")
         if x.device != self.steps[0].shifts[0].device:
             raise ValueError(f"x: expected it on {self.steps[0].shifts[0].device}, as the frozen model, got {x.device}")
 
-        def load(part: Tensor) -> Tensor:
-            return part.to(self.dtype).contiguous(memory_format=torch.channels_last)
-
-        def after(
-            run: list[tuple[Step, list[Packed]]], images: int, before: Callable[[Tensor], Tensor], ours: bool
-        ) -> Callable[[Tensor], Tensor]:
-            """`before`, then the run, that many images at a time. ours: whether the run may reuse its operand."""
-
-            def steps(part: Tensor) -> Tensor:
-                y = before(part)
-                for i, (step, weights) in enumerate(run):
-                    y = step.run(y, weights, overwrite=ours or i > 0)
-                return y
-
-            return lambda part: block_op.in_passes(part, images, steps)
-
-        function: Callable[[Tensor], Tensor] = load
-        ours = False
-        for images, run in self._plan(x):
-            function, ours = after(run, images, function, ours), True
-        return function(x)
+    def forward(self, x: Tensor) -> Tensor:
+        self.check(x)
+        if self.graphs is not None and usable(x):
+            return self.graphs.run(x, self.buffer, self.fill, self.run)
+        return self.run(x, self._load)
 
     def extra_repr(self) -> str:
         return f"{', '.join(s.name for s in self.steps)}; {self.steps[0].backend_name}, {self.dtype}"
 
 
 class FrozenResNet(resnet.ResNet):
-    """A ResNet's copy whose trunk runs from the image through the stem and the first stages, usually all, in one."""
+    """A ResNet's copy whose trunk runs from the image through the stem and the first stages, usually all, in one; on a
+    GPU the whole model is one CUDA graph."""
 
     trunk: FrozenTrunk
     after_trunk: tuple[str, ...]
+    graphs: Graphs | None
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.trunk(x)
+    def _after_trunk(self, x: Tensor) -> Tensor:
         for name in self.after_trunk:
             x = getattr(self, name)(x)
         return self.fc(torch.flatten(self.avgpool(x), 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        trunk = self.trunk
+        trunk.check(x)
+        # A stage that was not folded is a user's module, which may do what no capture allows.
+        if self.graphs is not None and not self.after_trunk and usable(x):
+            return self.graphs.run(x, trunk.buffer, trunk.fill, lambda b: self._after_trunk(trunk.run(b)))
+        return self._after_trunk(trunk(x))
 
 
 class FrozenModel(nn.Module):
@@ -184,18 +238,18 @@ class FrozenModel(nn.Module):
     fused: names of the blocks and stems that were folded. left: name -> why a residual block was copied as it was.
     """
 
-    def __init__(self, source: nn.Module, dtype: torch.dtype | None) -> None:
+    def __init__(self, source: nn.Module, dtype: torch.dtype | None, cuda_graphs: bool) -> None:
         super().__init__()
         self.training = False
         # In a tuple, so that the source is no submodule: its weights are not this model's.
         self._source = (source,)
-        self._asked = dtype
+        self._asked = dtype, cuda_graphs
         self.refresh()
 
     def refresh(self) -> None:
         """Fold and pack the source model's weights and statistics as they are now. A call that is running in
         another thread finishes with the old ones."""
-        built = _Freezer(self._source[0], self._asked)
+        built = _Freezer(self._source[0], *self._asked)
         self.fused, self.left = tuple(built.fused), built.left
         self.dtype, self.compute_dtype, self.device = built.dtype, built.compute_dtype, built.device
         self.net = built.net
@@ -205,11 +259,14 @@ class FrozenModel(nn.Module):
             raise RuntimeError("a frozen model is for inference only; train the model it was made from, then refresh()")
         return super().train(False)
 
+    @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
             raise RuntimeError("a frozen model cannot be traced or exported; export the model it was made from")
         cast = _caster(self.compute_dtype)
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        available = torch.amp.is_autocast_available(self.device.type)  # on meta tensors it is not
+        plain = torch.autocast(self.device.type, enabled=False) if available else contextlib.nullcontext()
+        with torch.no_grad(), plain:
             args, kwargs = pytree.tree_map(cast, (args, kwargs))
             return pytree.tree_map(_caster(self.dtype), self.net(*args, **kwargs))
 
@@ -224,7 +281,7 @@ def _caster(dtype: torch.dtype) -> Callable[[Any], Any]:
 class _Freezer:
     """Builds the frozen copy of a model. Copying is `copy.deepcopy`'s, told beforehand what stands for what."""
 
-    def __init__(self, source: nn.Module, dtype: torch.dtype | None) -> None:
+    def __init__(self, source: nn.Module, dtype: torch.dtype | None, cuda_graphs: bool) -> None:
         weight = next((m.conv1.weight for m in source.modules() if isinstance(m, BLOCKS)), None)
         if weight is None:
             raise ValueError(
@@ -234,6 +291,7 @@ class _Freezer:
         if not self.dtype.is_floating_point:
             raise TypeError(f"dtype: expected a floating dtype, got {self.dtype}")
         self.device = weight.device
+        self.graphs = cuda_graphs
         self.fused: list[str] = []
         self.left: dict[str, str] = {}
         self.memo: dict[int, Any] = {}  # id of a module -> what stands for it in the copy, as deepcopy wants it
@@ -274,7 +332,7 @@ class _Freezer:
     def _trunk(self, steps: list[Step]) -> FrozenTrunk:
         self.fused += [step.name for step in steps if step.name not in self.fused]
         self.compute_dtype = steps[0].backend.compute_dtype(self.dtype)
-        return FrozenTrunk(steps, self.compute_dtype)
+        return FrozenTrunk(steps, self.compute_dtype, self.graphs)
 
     def _join(self, model: resnet.ResNet, prefix: str) -> None:
         """Give the copy of a ResNet a trunk of its own. Its stem and stages stay, for whoever calls them."""
@@ -286,6 +344,7 @@ class _Freezer:
         twin.__class__ = FrozenResNet
         twin.trunk = self._trunk([stem, *(step for name in folded for step in getattr(twin, name).steps)])
         twin.after_trunk = tuple(names[len(folded) :])
+        twin.graphs = Graphs() if self.graphs else None
 
     def _stem_of(self, getter: IntermediateLayerGetter, prefix: str) -> None:
         """Fold the stem of a backbone, which runs its children in order, if nobody else sees what is inside it."""
@@ -306,13 +365,14 @@ class _Freezer:
         shapes = tuple(tuple(c.weight.shape) for c in convs)
         backend = select.choose(call(self.device, self.dtype, shapes, geometries))
         affines = [[t.to(wide(self.dtype)) for t in affine_of(bn)] for bn in norms]
+        shifts = block_op.chain_shifts([b for _, b in affines], kind.get("shortcut", ""))
         return Step(
             name,
             backend.NAME,
             # Copies, so that a later change of the source shows at refresh() and not before.
             tuple(c.weight.detach().to(self.dtype, memory_format=torch.channels_last, copy=True) for c in convs),
             tuple(a for a, _ in affines),
-            tuple(b for _, b in affines),
+            tuple(shifts),
             geometries,
             **kind,
         )
@@ -355,7 +415,7 @@ class _Freezer:
             return None
 
 
-def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> FrozenModel:
+def freeze(model: nn.Module, dtype: torch.dtype | None = None, cuda_graphs: bool = True) -> FrozenModel:
     """A copy of the model for inference: batch norms folded, weights packed for the processor, blocks and stem fused.
 
     Args:
@@ -363,6 +423,9 @@ def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> FrozenModel:
             models and their backbones, your own), in evaluation mode, replaced or not. It is not changed; later
             changes of its weights show after `refresh()`.
         dtype: fp32, bf16, fp16 or fp64 of weights, activations and results; None for the model's own.
+        cuda_graphs: on a GPU, capture one graph per size of input, at the first call with it, and replay that (a ResNet
+            as a whole, other models by their trunks; the 8 latest sizes are kept). Calls on several streams and from
+            several threads wait for each other on the device. False launches kernel by kernel.
     Returns:
         FrozenModel. Same arguments and results as the model's, results in `dtype`; no gradients.
     Raises:
@@ -377,4 +440,4 @@ def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> FrozenModel:
     )
     if training is not None:
         raise ValueError(f"model: expected it in evaluation mode, got {training!r} in training mode; call model.eval()")
-    return FrozenModel(model, dtype)
+    return FrozenModel(model, dtype, cuda_graphs)

@@ -7,12 +7,26 @@ import torch
 os.environ.pop("RESNET_KERNELS_BACKEND", None)
 
 
-def pytest_collection_modifyitems(items):
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_collection_modifyitems(config, items):
+    # Triton reads TRITON_INTERPRET when it is imported: what it interprets runs in a process of its own, alone
+    # (test_triton.py starts it).
+    chosen = [i for i in items if ("interpreted" in i.keywords) == INTERPRETING and not bf16_in_the_interpreter(i)]
+    config.hook.pytest_deselected(items=[i for i in items if i not in chosen])
+    items[:] = chosen
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device; torch sees none")
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+
+
+def bf16_in_the_interpreter(item):
+    # It multiplies bfloat16 wrongly: `why_not` says so, and test_triton.py tests that it does.
+    values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return "interpreted" in item.keywords and any(v is torch.bfloat16 or v == "bf16" for v in values)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """Blocks against torchvision's: outputs and gradients in evaluation mode, training untouched."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -52,8 +53,22 @@ def test_odd_blocks(case, dtype, backend, poisoned):
     check(case, DTYPES[dtype], backend)
 
 
+@pytest.mark.interpreted
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("case", RESNET_CASES + ODD_CASES, ids=str)
+def test_blocks_in_tritons_interpreter(case, dtype, arch, poisoned):
+    from resnet_kernels.backends.triton.launch import assume_arch
+
+    if case.N == 2 and case.H > 14:
+        # The kernels are those of the whole map: boxes do not depend on its size, only on what it leaves over.
+        case = dataclasses.replace(case, N=1, H=case.H // 2, W=case.W // 2)
+    with assume_arch(arch):
+        check(case, DTYPES[dtype], "triton")
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["reference", "aten", "cuda"])
+@pytest.mark.parametrize("backend", ["reference", "aten", "cuda", "triton"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("case", RESNET_CASES + ODD_CASES, ids=str)
 def test_blocks_on_a_gpu(case, dtype, backend):
@@ -83,15 +98,16 @@ def keep_off_zero_(block, x):
     """Shift every batch norm so that what reaches a ReLU is far above zero in even channels and far below in odd ones:
     one sign flipped by rounding at a pre-activation of 1e-8 moves a gradient by its whole size."""
     names = ["bn1", "bn2", "bn3"] if hasattr(block, "bn3") else ["bn1", "bn2"]
+    seen = []
+    hook = block.relu.register_forward_pre_hook(lambda m, args: seen.append(args[0].clone()))
     for name in names:
-        bn, before_relu = getattr(block, name), []
-        hook = block.relu.register_forward_pre_hook(lambda m, args: before_relu.append(args[0].clone()))
+        seen.clear()
         block(x)
-        hook.remove()
-        t = before_relu[names.index(name)]
+        bn, t = getattr(block, name), seen[names.index(name)]
         low, high = t.amin((0, 2, 3)), t.amax((0, 2, 3))
         even = torch.arange(len(low)) % 2 == 0
         bn.bias += torch.where(even, 0.5 - low, -0.5 - high)
+    hook.remove()
 
 
 GRADIENT_CASES = [c for c in ODD_CASES if c.N] + [c for c in RESNET_CASES if c.H <= 14]

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from resnet_kernels.backends import aten, cpu, cuda, reference
+from resnet_kernels.backends import aten, cpu, cuda, reference, triton
 from resnet_kernels.backends.contract import Epilogue, Geometry, Operand, Pool, Product, call_of, wide
 from resnet_kernels.testing import assert_matches
 
@@ -27,11 +27,32 @@ CONVS = {
 }
 
 
+class Interpreted:
+    """The Triton backend as a GPU of an architecture would run it."""
+
+    def __init__(self, arch):
+        self.arch = arch
+
+    def __getattr__(self, name):
+        value = getattr(triton, name)
+
+        def call(*args, **keywords):
+            from resnet_kernels.backends.triton.launch import assume_arch
+
+            with assume_arch(self.arch):
+                return value(*args, **keywords)
+
+        return call if callable(value) else value
+
+
 BACKENDS = [
     pytest.param(aten, "cpu", id="aten"),
     pytest.param(cpu, "cpu", id="cpu"),
     pytest.param(aten, "cuda", id="aten-gpu", marks=pytest.mark.gpu),
     pytest.param(cuda, "cuda", id="cuda", marks=pytest.mark.gpu),
+    pytest.param(triton, "cuda", id="triton", marks=pytest.mark.gpu),
+    pytest.param(Interpreted(80), "cpu", id="triton-sm80", marks=pytest.mark.interpreted),
+    pytest.param(Interpreted(90), "cpu", id="triton-sm90", marks=pytest.mark.interpreted),
 ]
 
 
@@ -163,6 +184,31 @@ def test_bn_pass(backend, device, terms, dtype, pool, poisoned):
     exact = run(reference, torch.Tensor.double)
     assert exact.isnan().any()
     assert_matches(run(backend, lambda t: t), run(reference, lambda t: t), exact)
+
+
+LAZY = [b for b in BACKENDS if "lazy" in b.values[0].SUPPORTS]
+
+
+@pytest.mark.parametrize("affine", [False, True], ids=["relu", "affine-relu"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("name", ["1x1", "3x3", "3x3-down-odd", "3x3-groups", "odd-channels", "map-1x1"])
+@pytest.mark.parametrize("backend, device", LAZY)
+def test_conv_of_a_lazy_operand(backend, device, name, dtype, stride, affine, poisoned):
+    """Padding is zero after the affine and the ReLU: the shifts are positive, so that it would show."""
+    x, weight, scale, shift = draw(name, dtype, device)
+    g, C = CONVS[name][2], x.shape[1]
+    a, b = torch.randn(C, device=device), 1 + torch.rand(C, device=device)
+    if stride == 2 and x.shape[2] > 1:
+        x = x.repeat_interleave(2, 2).repeat_interleave(2, 3).contiguous(memory_format=NHWC)
+
+    def run(primitives, to):
+        operand = Operand(to(x), (to(a), to(b)) if affine else None, relu=True, stride=stride)
+        return primitives.conv([Product(operand, to(weight), g, to(scale))], Epilogue(to(shift), relu=True))[0]
+
+    assert_matches(
+        run(backend, lambda t: t), run(reference, lambda t: t), run(reference, torch.Tensor.double), weight[0].numel()
+    )
 
 
 # The reference's own definition of the lazy operand, masks, reductions and gradients, against autograd.

@@ -139,15 +139,15 @@ at::Tensor cpu_conv(const at::Tensor& x, const Conv& conv, const std::optional<a
 at::Tensor cpu_residual_block(const at::Tensor& x, const std::vector<const Conv*>& convs,
                               const std::vector<at::Tensor>& shifts, const std::string& shortcut, bool overwrite) {
   const bool projection = shortcut == "projection";
-  TORCH_CHECK(convs.size() >= (projection ? 3 : 2) && shifts.size() == convs.size(),
-              "residual block: expected two convolutions at least and a shift for each, got ", convs.size(), " and ",
-              shifts.size());
-  const size_t last = convs.size() - (projection ? 2 : 1);
+  TORCH_CHECK(convs.size() >= (projection ? 3 : 2) && shifts.size() + projection == convs.size(),
+              "residual block: expected two convolutions at least and a shift for each but the projection, got ",
+              convs.size(), " and ", shifts.size());
+  const size_t last = shifts.size() - 1;
   at::Tensor h = x;
   for (size_t i = 0; i < last; ++i) h = cpu_conv(h, *convs[i], shifts[i], std::nullopt, false, true);
   at::Tensor residual = x;
   if (projection) {
-    residual = cpu_conv(x, *convs.back(), shifts.back(), std::nullopt, false, false);
+    residual = cpu_conv(x, *convs.back(), std::nullopt, std::nullopt, false, false);
   } else if (shortcut == "zero_pad") {
     int64_t stride = 1;
     for (const auto* conv : convs) stride *= conv->geometry.stride;

@@ -56,6 +56,16 @@ class Pool(NamedTuple):
     padding: int
 
 
+class Block(NamedTuple):
+    """A residual block: packed weights and geometries of its chain, then of its projection if `shortcut` is
+    "projection" (else "identity" or "zero_pad"); the chain's shifts, the last with the projection's added."""
+
+    weights: Sequence[Packed]
+    shifts: Sequence[Tensor]
+    geometries: Sequence[Geometry]
+    shortcut: str
+
+
 @dataclass(frozen=True)
 class Operand:
     """A tensor seen through what is applied while loading it, in this order:
@@ -238,6 +248,12 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def tf32_allowed() -> bool:
+    """Whether torch's flags let convolutions of fp32 multiply in tf32."""
+    cudnn: Any = torch.backends.cudnn
+    return cudnn.conv.fp32_precision == "tf32"
+
+
 def fold(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """A weight (K, ...) times scale per output channel, computed in `wide` and rounded once."""
     return (weight.to(wide(dtype)) * scale[:, None, None, None]).to(dtype)
@@ -245,8 +261,8 @@ def fold(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 class Backend(Protocol):
     """A backend is a module with these names. A primitive may be called where `why_not` of its call is None, and need
-    not exist elsewhere. Two more are optional: `residual_block` and `stem`, what `ops.block.run` and `ops.stem.run`
-    compose, in one call.
+    not exist elsewhere. Two more are optional: `residual_blocks(x, blocks, overwrite)` and `stem`, what
+    `ops.block.run` and `ops.stem.run` compose, in one call.
 
     PACKS_FOR_SIZE: whether `pack` depends on the operand's size.
     """
@@ -265,9 +281,7 @@ class Backend(Protocol):
         """How many images to run through a sequence of blocks at a time, when the largest pair of an image's
         activations takes `image_bytes`; None for the whole batch."""
 
-    def pack(
-        self, weight: Tensor, scale: Tensor, geometry: Geometry, size: Sequence[int], keep: bool = True
-    ) -> Packed:
+    def pack(self, weight: Tensor, scale: Tensor, geometry: Geometry, size: Sequence[int], keep: bool = True) -> Packed:
         """Prepare a weight for operands of `size` (N, C, H, W). keep: for many calls, so that work here pays."""
 
     def conv(self, products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:

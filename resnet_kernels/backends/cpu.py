@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import extension
-from .contract import Call, Epilogue, Geometry, Operand, Packed, Pool, Product, beyond, check_conv, wide
+from .contract import Block, Call, Epilogue, Geometry, Operand, Packed, Pool, Product, beyond, check_conv, wide
 
 NAME = "cpu"
 SUPPORTS = frozenset({"conv", "residual", "two_products", "bn_pass", "pool"})
@@ -79,17 +79,15 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
     return y.to(dtype), None
 
 
-def residual_block(
-    x: Tensor,
-    weights: Sequence[Packed],
-    shifts: Sequence[Tensor],
-    geometries: Sequence[Geometry],
-    shortcut: str,
-    overwrite: bool,
-) -> Tensor:
-    """A whole block in one call, x in the compute dtype and channels_last."""
+def residual_blocks(x: Tensor, blocks: Sequence[Block], overwrite: bool) -> Tensor:
+    """Whole blocks, one call each; x in the compute dtype and channels_last."""
     C, _ = extension.load()
-    return C.residual_block(x, [w.weight for w in weights], [b.to(x.dtype) for b in shifts], shortcut, overwrite)
+    for i, (weights, shifts, geometries, shortcut) in enumerate(blocks):
+        del geometries  # the packed weights know theirs
+        x = C.residual_block(
+            x, [w.weight for w in weights], [b.to(x.dtype) for b in shifts], shortcut, overwrite or i > 0
+        )
+    return x
 
 
 def bn_pass(x: Operand, epilogue: Epilogue, pool: Pool | None = None) -> tuple[Tensor, Any]:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import select
-from ..backends.contract import Backend, Call, Epilogue, Geometry, Operand, Packed, Product, wide
+from ..backends.contract import Backend, Block, Call, Epilogue, Geometry, Operand, Product, wide
 
 SHORTCUTS = ("identity", "projection", "zero_pad")
 
@@ -52,19 +52,23 @@ def call_of_block(
     return Call(device, dtype, frozenset(needs), tuple(zip(weights, geometries, strict=True)))
 
 
-def run(
-    backend: Backend,
-    x: Tensor,
-    weights: Sequence[Packed],
-    shifts: Sequence[Tensor],
-    geometries: Sequence[Geometry],
-    shortcut: str,
-    overwrite: bool = False,
-) -> Tensor:
-    """The block by a backend's primitives. `overwrite`: y may take x's memory."""
-    whole = getattr(backend, "residual_block", None)
+def chain_shifts(shifts: Sequence[Tensor], shortcut: str) -> list[Tensor]:
+    """The chain's shifts, the last with the projection's added: they meet in one sum."""
+    return [*shifts[:-2], shifts[-2] + shifts[-1]] if shortcut == "projection" else list(shifts)
+
+
+def run(backend: Backend, x: Tensor, blocks: Sequence[Block], overwrite: bool = False) -> Tensor:
+    """Blocks, one after the other, by a backend's primitives. `overwrite`: the result may take x's memory."""
+    whole = getattr(backend, "residual_blocks", None)
     if whole is not None:
-        return whole(x, weights, shifts, geometries, shortcut, overwrite)
+        return whole(x, blocks, overwrite)
+    for i, block in enumerate(blocks):
+        x = _run(backend, x, block, overwrite or i > 0)
+    return x
+
+
+def _run(backend: Backend, x: Tensor, block: Block, overwrite: bool) -> Tensor:
+    weights, shifts, geometries, shortcut = block
     last = len(weights) - (2 if shortcut == "projection" else 1)
     h = x
     for i in range(last):
@@ -73,7 +77,6 @@ def run(
     shift, residual = shifts[last], None
     if shortcut == "projection":
         products.append(Product(Operand(x), weights[-1], geometries[-1]))
-        shift = shift + shifts[-1]
     elif shortcut == "zero_pad":
         residual = Operand(zero_pad(x, total_stride(geometries), shift.shape[0]))
     else:
@@ -156,11 +159,11 @@ def _forward(
             backend.pack(w, a, g, (size, *operand), keep=False)
             for w, a, g, operand in zip(weights, scales, geometries, operands, strict=True)
         ]
-        shifts = [b.to(wide(dtype)) for b in shifts]
+        added = chain_shifts([b.to(wide(dtype)) for b in shifts], shortcut)
 
         def block(part: Tensor) -> Tensor:
             part = part.to(dtype).contiguous(memory_format=torch.channels_last)
-            return run(backend, part, packed, shifts, geometries, shortcut)
+            return run(backend, part, [Block(packed, added, geometries, shortcut)])
 
         return in_passes(x, size, block).to(x.dtype, memory_format=torch.channels_last)
 

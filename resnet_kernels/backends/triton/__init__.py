@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract import Call, Epilogue, Geometry, Operand, Packed, Pool, Product, beyond
+from ..contract import Block, Call, Epilogue, Geometry, Operand, Packed, Pool, Product, beyond
 
 NAME = "triton"
 SUPPORTS = frozenset({"conv", "residual", "two_products", "lazy", "bn_pass", "pool"})
@@ -44,13 +44,9 @@ def why_not(call: Call) -> str | None:
     run, reason = _kernels()
     if reason:
         return reason
-    reason = beyond(call, SUPPORTS, "cpu" if run.INTERPRETING else "cuda", DTYPES)
+    reason = beyond(call, SUPPORTS, None, DTYPES) or run.why_not_here(call.device, call.dtype)
     if reason:
-        return reason + ("" if run.INTERPRETING or call.device.type == "cuda" else " (or TRITON_INTERPRET=1)")
-    if run.INTERPRETING and call.dtype == torch.bfloat16:
-        return "Triton's interpreter multiplies bfloat16 wrongly"
-    if call.device.type == "cuda" and torch.cuda.is_available() and run.arch_of(call.device) < 80:
-        return f"expected a GPU from sm_80, got sm_{run.arch_of(call.device)}"
+        return reason
     if "two_products" in call.needs and call.weights:
         (_, _, R, S), geometry = call.weights[-1]
         if (R, S, geometry.padding, geometry.groups) != (1, 1, 0, 1):
@@ -78,16 +74,17 @@ def bn_pass(x: Operand, epilogue: Epilogue, pool: Pool | None = None) -> tuple[T
     return _kernels()[0].bn_pass(x, epilogue, pool), None
 
 
-def residual_block(
-    x: Tensor,
-    weights: Sequence[Packed],
-    shifts: Sequence[Tensor],
-    geometries: Sequence[Geometry],
-    shortcut: str,
-    overwrite: bool,
-) -> Tensor:
-    """A whole block: its 3x3 and last 1x1 in one kernel where that is possible."""
-    return _kernels()[0].residual_block(x, weights, shifts, geometries, shortcut)
+def residual_blocks(x: Tensor, blocks: Sequence[Block], overwrite: bool) -> Tensor:
+    """Whole blocks: a bottleneck's 3x3, its last 1x1 and the next block's first in one kernel where they fit."""
+    return _kernels()[0].residual_blocks(x, blocks)
+
+
+def stem_channels(weight: tuple[int, ...], geometry: Geometry, pool: Pool) -> int:
+    return _kernels()[0].stem_channels(weight, geometry, pool)
+
+
+def pack_stem(weight: Tensor, scale: Tensor, geometry: Geometry, pool: Pool) -> Packed:
+    return _kernels()[0].pack_stem(weight, scale, geometry, pool)
 
 
 def stem(x: Tensor, weight: Packed, shift: Tensor, geometry: Geometry, pool: Pool) -> Tensor:

@@ -231,10 +231,8 @@ def describe_weight(weight: Tensor, block: tuple[int, int]) -> TensorDescriptor:
     return descriptor(weight, (K, R * S, C), (R * S * C, C, 1), (block[0], 1, block[1]))
 
 
-def as_line(t: Tensor | None) -> Tensor | None:
+def as_line(t: Tensor) -> Tensor:
     """(N, C, H, W) as (1, C, 1, N*H*W)."""
-    if t is None:
-        return None
     N, C, H, W = t.shape
     w = t.stride(3) if W > 1 else t.stride(2) if H > 1 else t.stride(0)
     return t.as_strided((1, C, 1, N * H * W), (N * H * W * w, 1, N * H * W * w, w))
@@ -249,7 +247,8 @@ def launch(c: Convolution, config: Config, y: Tensor) -> Launch:
     x, residual, out = c.x, c.residual, y
     x2, w2 = c.second or (None, None)
     if in_line(c):
-        x, x2, residual, out = (as_line(t) for t in (x, x2, residual, out))
+        x, out = as_line(x), as_line(y)
+        x2, residual = (None if t is None else as_line(t) for t in (x2, residual))
     N, _, P, Q = out.shape
     n_tiles, p_tiles, q_tiles = (-(-n // s) for n, s in zip((N, P, Q), shape, strict=True))
     k_tiles = -(-K // BLOCK_N)

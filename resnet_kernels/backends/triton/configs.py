@@ -106,7 +106,5 @@ def for_gather(arch: int, itemsize: int, M: int, K: int, C: int, taps: int, grou
 def for_tail(arch: int, itemsize: int, M: int, J: int, processors: int) -> Config:
     """The 3x3 and the 1x1 behind it; BLOCK_N of the 1x1."""
     BLOCK_M = 128 if -(-M // 128) >= processors else 64
-    BLOCK_K = 128 // itemsize
-    BLOCK_N = 64 if J > 64 else 128
-    stage = (BLOCK_M + J) * BLOCK_K * itemsize
-    return Config(BLOCK_M, BLOCK_N, BLOCK_K, 8 if BLOCK_M * J >= 128 * 128 else 4, 3 if stage <= 32 << 10 else 2)
+    stage = (BLOCK_M + J) * 128
+    return Config(BLOCK_M, 64, 128 // itemsize, 8 if BLOCK_M * J >= 128 * 64 else 4, 3 if stage <= 32 << 10 else 2)

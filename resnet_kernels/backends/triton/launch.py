@@ -18,8 +18,10 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# "sm_90" is 90. Multiprocessors, for a device that is only imagined: H200's.
-IMAGINED_PROCESSORS = 132
+from ..contract import tf32_allowed
+
+# Multiprocessors of a recording's GPU (H200's), and of the interpreter's, which is slow by the tile.
+RECORDED_PROCESSORS, INTERPRETED_PROCESSORS = 132, 4
 INTERPRETING: bool = triton.knobs.runtime.interpret
 
 
@@ -34,6 +36,11 @@ class Launch:
     bytes: int
     flops: int
     what: str
+
+    @property
+    def device(self) -> torch.device:
+        values = (v.base if isinstance(v, TensorDescriptor) else v for v in self.arguments.values())
+        return next(v.device for v in values if isinstance(v, Tensor))
 
     @property
     def name(self) -> str:
@@ -77,6 +84,11 @@ def _properties(device: torch.device) -> tuple[int, int]:
     return p.major * 10 + p.minor, p.multi_processor_count
 
 
+def expected_device() -> str:
+    """Where tensors must be for a launch."""
+    return "meta" if _recording.get() is not None else "cpu" if INTERPRETING else "cuda"
+
+
 def arch_of(device: torch.device) -> int:
     record = _recording.get()
     if record is not None:
@@ -85,12 +97,14 @@ def arch_of(device: torch.device) -> int:
 
 
 def processors_of(device: torch.device) -> int:
-    return _properties(device)[1] if device.type == "cuda" else IMAGINED_PROCESSORS
+    if device.type == "cuda":
+        return _properties(device)[1]
+    return RECORDED_PROCESSORS if device.type == "meta" else INTERPRETED_PROCESSORS
 
 
 def precision() -> str:
-    """Of products of fp32: torch's own flag for convolutions."""
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+    """Of products of fp32."""
+    return "tf32" if tf32_allowed() else "ieee"
 
 
 def nbytes(*tensors: Tensor | None) -> int:
@@ -112,7 +126,6 @@ def submit(launch: Launch) -> None:
     if record is not None:
         record.launches.append(launch)
         return
-    tensors = (v for v in launch.arguments.values() if isinstance(v, Tensor))
-    device = next(tensors).device
+    device = launch.device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         launch.kernel[(launch.grid,)](**launch.arguments, **launch.options)

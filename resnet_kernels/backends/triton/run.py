@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..contract import Epilogue, Geometry, Operand, Packed, Pool, Product, check_conv, fold
-from . import boxes, configs, gather, passes, tail
-from . import stem as stem_kernel
+from ..contract import Block, Epilogue, Geometry, Operand, Packed, Pool, Product, check_conv, fold
+from . import boxes, configs, conv_pool, gather, passes, tail
 from .configs import Config
 from .convolution import Convolution, channels_last_strides
-from .launch import INTERPRETING, Launch, arch_of, processors_of, submit
+from .launch import INTERPRETING, Launch, arch_of, expected_device, processors_of, submit
 
-__all__ = ["INTERPRETING", "arch_of", "bn_pass", "conv", "pack", "residual_block", "stem"]
+__all__ = ["bn_pass", "conv", "pack", "pack_stem", "residual_blocks", "stem", "stem_channels", "why_not_here"]
 
 # Channels that groups are joined to, input and output: the least that fills a matrix tile.
 JOINED = 32
+OLDEST = 80
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +43,8 @@ def choices(c: Convolution) -> list[Choice]:
     ]
 
 
-def _empty(c: Convolution) -> Tensor:
-    return torch.empty(c.output_sizes, dtype=c.x.dtype, device=c.x.device, memory_format=torch.channels_last)
+def _empty(c: Convolution, device: torch.device) -> Tensor:
+    return torch.empty(c.output_sizes, dtype=c.x.dtype, device=device, memory_format=torch.channels_last)
 
 
 def plan(c: Convolution, y: Tensor) -> Launch:
@@ -55,7 +56,7 @@ def plan(c: Convolution, y: Tensor) -> Launch:
 
 
 def convolve(c: Convolution) -> Tensor:
-    y = _empty(c)
+    y = _empty(c, c.x.device)
     if y.numel():
         submit(plan(c, y))
     return y
@@ -113,6 +114,18 @@ def _packed(p: Product, keep: bool) -> Packed:
     return pack(p.weight, p.scale, p.geometry, keep)
 
 
+def why_not_here(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why kernels cannot run on the device, or None."""
+    expected = expected_device()
+    if device.type != expected:
+        return f"expected tensors on {expected}, got {device}"
+    if expected == "cuda" and torch.cuda.is_available() and arch_of(device) < OLDEST:
+        return f"expected a GPU from sm_{OLDEST}, got sm_{arch_of(device)}"
+    if INTERPRETING and dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies bfloat16 wrongly"
+    return None
+
+
 def conv(products: Sequence[Product], epilogue: Epilogue) -> Tensor:
     check_conv(products, epilogue)
     if len(products) > 2:
@@ -124,7 +137,7 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> Tensor:
     if first.operand.affine is not None or first.operand.relu:
         ones = torch.ones(x.shape[1], device=x.device)
         a, b = first.operand.affine or (ones, torch.zeros_like(ones))
-        lazy = (_per_channel(a), _per_channel(b), first.operand.relu)
+        lazy = (a.float().contiguous(), b.float().contiguous(), first.operand.relu)
     c = Convolution(
         x,
         weight,
@@ -149,38 +162,61 @@ def _second(p: Product) -> tuple[Tensor, Tensor]:
     return _value(p.operand)[:, :, ::s, ::s], weight
 
 
-def residual_block(
-    x: Tensor, weights: Sequence[Packed], shifts: Sequence[Tensor], geometries: Sequence[Geometry], shortcut: str
-) -> Tensor:
+def residual_blocks(x: Tensor, blocks: Sequence[Block]) -> Tensor:
+    """Blocks one after the other. Where the end of one and the first convolution of the next fit a kernel, they share
+    it."""
     x = _view(Operand(x))
-    last = len(weights) - (2 if shortcut == "projection" else 1)
-    chain: list[Convolution] = []
-    h = x
-    for i in range(last + 1):
-        weight, scale, _ = weights[i]
-        geometry = geometries[i]._replace(groups=h.shape[1] // weight.shape[3])
-        c = Convolution(h, weight, geometry, _per_channel(scale), _per_channel(shifts[i]), relu=True)
-        chain.append(c)
-        # What the next one reads: known by its sizes until it is clear that it must exist.
-        h = torch.empty(c.output_sizes, dtype=x.dtype, device="meta", memory_format=torch.channels_last)
-    if shortcut == "projection":
-        projection = Product(Operand(x), weights[-1], geometries[-1])
-        shift = _per_channel(shifts[last] + shifts[-1])
-        chain[-1] = dataclasses.replace(chain[-1], second=_second(projection), shift=shift)
+    ahead = None
+    chains = [_chain(block) for block in blocks]
+    for i, (block, chain) in enumerate(zip(blocks, chains, strict=True)):
+        following = chains[i + 1][0] if i + 1 < len(blocks) and len(chains[i + 1]) > 1 else None
+        x, ahead = _run_block(x, block, chain, ahead, following)
+    return x
+
+
+def _chain(block: Block) -> list[Convolution]:
+    """The chain's convolutions, of operands that are not there yet."""
+    chain = []
+    # There are no shifts for the projection.
+    for (weight, scale, shape), shift, geometry in zip(block.weights, block.shifts, block.geometries, strict=False):
+        nothing = torch.empty((0, shape[1] * geometry.groups, 1, 1), device="meta")
+        g = geometry._replace(groups=nothing.shape[1] // weight.shape[3])
+        chain.append(Convolution(nothing, weight, g, _per_channel(scale), _per_channel(shift), relu=True))
+    return chain
+
+
+def _given(c: Convolution, x: Tensor) -> Convolution:
+    return dataclasses.replace(c, x=x)
+
+
+def _later(c: Convolution) -> Tensor:
+    """What c would write, known by its sizes."""
+    return torch.empty(c.output_sizes, dtype=c.x.dtype, device="meta", memory_format=torch.channels_last)
+
+
+def _run_block(
+    x: Tensor, block: Block, chain: list[Convolution], ahead: Tensor | None, following: Convolution | None
+) -> tuple[Tensor, Tensor | None]:
+    """(y, what `following` makes of y or None). ahead: what the first convolution makes of x, if that is there."""
+    if block.shortcut == "projection":
+        projection = Product(Operand(x), block.weights[-1], block.geometries[-1])
+        last = dataclasses.replace(chain[-1], second=_second(projection))
     else:
-        stride = 1
-        for g in geometries:
-            stride *= g.stride
-        chain[-1] = dataclasses.replace(chain[-1], residual=x[:, :, ::stride, ::stride])
-    y = x
-    for i, c in enumerate(chain):
-        c = dataclasses.replace(c, x=y) if i else c
-        if i == last - 1 and last >= 2:
-            fused = _tail(c, chain[last])
-            if fused is not None:
-                return fused
-        y = convolve(c)
-    return y
+        s = math.prod([c.geometry.stride for c in chain])
+        last = dataclasses.replace(chain[-1], residual=x[:, :, ::s, ::s])
+    h = x
+    for i, c in enumerate(chain[:-1]):
+        if i == 0 and ahead is not None:
+            h = ahead
+            continue
+        c = _given(c, h)
+        if i == len(chain) - 2 and i > 0:
+            behind = _given(last, _later(c))
+            choice = tail_choice(c, behind)
+            if choice.why_not is None:
+                return _tail(c, behind, choice.config, following)
+        h = convolve(c)
+    return convolve(_given(last, h)), None
 
 
 def tail_choice(first: Convolution, last: Convolution) -> Choice:
@@ -190,15 +226,20 @@ def tail_choice(first: Convolution, last: Convolution) -> Choice:
     return Choice("conv3x3_conv1x1", config, tail.why_not(first, last, arch, config))
 
 
-def _tail(first: Convolution, last: Convolution) -> Tensor | None:
-    """Both convolutions by one kernel, or None where that is not possible."""
-    choice = tail_choice(first, last)
-    if choice.why_not is not None:
-        return None
-    y = torch.empty(last.output_sizes, dtype=first.x.dtype, device=first.x.device, memory_format=torch.channels_last)
+def _tail(
+    first: Convolution, last: Convolution, config: Config, following: Convolution | None
+) -> tuple[Tensor, Tensor | None]:
+    y = _empty(last, first.x.device)
+    ahead = None
+    if following is not None:
+        following = _given(following, y)
+        if tail.why_not_after(last, following):
+            following = None
+        else:
+            ahead = _empty(following, first.x.device)
     if y.numel():
-        submit(tail.launch(first, last, choice.config, y))
-    return y
+        submit(tail.launch(first, last, config, y, following, ahead))
+    return y, ahead
 
 
 def bn_pass(x: Operand, epilogue: Epilogue, pool: Pool | None) -> Tensor:
@@ -221,19 +262,26 @@ def bn_pass(x: Operand, epilogue: Epilogue, pool: Pool | None) -> Tensor:
     return y
 
 
+def stem_channels(weight: tuple[int, ...], geometry: Geometry, pool: Pool) -> int:
+    return weight[1] if conv_pool.why_not(weight, geometry, pool) else conv_pool.CHANNELS
+
+
+def pack_stem(weight: Tensor, scale: Tensor, geometry: Geometry, pool: Pool) -> Packed:
+    if conv_pool.why_not(tuple(weight.shape), geometry, pool):
+        return pack(weight, scale, geometry, keep=True)
+    return Packed(conv_pool.pack(fold(weight, scale, weight.dtype)), None, tuple(weight.shape))
+
+
 def stem(x: Tensor, weight: Packed, shift: Tensor, geometry: Geometry, pool: Pool) -> Tensor:
-    K, _, R, S = weight.shape
-    nhwc, scale, _ = weight
-    reason = stem_kernel.why_not(nhwc.permute(0, 3, 1, 2), geometry, pool)
-    if reason:
-        c = Convolution(_view(Operand(x)), nhwc, geometry, _per_channel(scale), _per_channel(shift))
+    packed, scale, shape = weight
+    if conv_pool.why_not(shape, geometry, pool):
+        c = Convolution(_view(Operand(x)), packed, geometry, _per_channel(scale), _per_channel(shift))
         return bn_pass(Operand(convolve(c)), Epilogue(relu=True), pool)
-    x = stem_kernel.pad_channels(x)
-    P, Q = geometry.output_size(x.shape[2], R), geometry.output_size(x.shape[3], S)
+    K, _, R, S = shape
     pooled = Geometry(pool.stride, pool.padding)
+    P, Q = (geometry.output_size(n, k) for n, k in ((x.shape[2], R), (x.shape[3], S)))
     sizes = (x.shape[0], K, pooled.output_size(P, pool.kernel), pooled.output_size(Q, pool.kernel))
     y = torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if y.numel():
-        packed = stem_kernel.pack(nhwc.permute(0, 3, 1, 2))
-        submit(stem_kernel.launch(x, packed, _per_channel(scale), _per_channel(shift), geometry, y, S))
+        submit(conv_pool.launch(x, packed, shift.float().contiguous(), geometry, y, S))
     return y

@@ -1,13 +1,16 @@
-"""The end of a bottleneck in one kernel: 3x3 convolution, ReLU, 1x1 convolution, shortcut, ReLU (sm_90 and up).
+"""The end of a bottleneck in one kernel, and the beginning of the next (sm_90 and sm_100).
 
-    h = relu(scale * conv(x, w) + shift), rounded;   y = relu(scale3 * (h w3^T) + [x2 w2^T] + shift3 + [residual])
+    h = relu(scale * conv3x3(x, w) + shift), rounded
+    y = relu(scale3 * (h w3^T) + [x2 w2^T] + shift3 + [residual]), rounded
+    next = relu(scale1 * (y w1^T) + shift1)
 
 One program owns BOX_N x BOX_H x BOX_W = BLOCK_M output positions and all J channels of the 3x3, which runs by boxes
-(boxes.py). Its accumulator becomes the operand of the second product in registers, and the K output channels are made
-BLOCK_N at a time. The 3x3's output never exists in memory.
+(boxes.py). Its accumulator becomes the operand of the second product in registers. The K channels of y are made
+BLOCK_N at a time, and each part, as soon as it is stored, is the operand of the next block's 1x1, whose J1 channels are
+accumulated beside. The 3x3's output never exists in memory, and y is not read again but as the next residual.
 
-Moves: x once (once per tap from L2), the projection's operand or the residual once, y once; w and w3 once per program
-from L2. J is 64, 128 or 256: it must fit one accumulator.
+Moves: x once (once per tap from L2), the projection's operand or the residual once, y and next once; the weights once
+per program from L2. J and J1 are 64, 128 or 256: they must fit accumulators.
 """
 
 from __future__ import annotations
@@ -16,14 +19,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..contract import Geometry
 from . import boxes
 from .boxes import accumulate, box_of, describe_map, describe_strided, describe_weight
 from .configs import Config
 from .convolution import Convolution
 from .device import affine, relu
-from .launch import Launch, precision
+from .launch import Launch, nbytes, precision
 
+ARCHES = (90, 100)
 WIDTHS = (64, 128, 256)
+# Channels of the 3x3 and of the next block's 1x1 together: registers hold no more.
+MOST_ACCUMULATED = 384
 
 
 @triton.jit
@@ -35,10 +42,14 @@ def _conv3x3_conv1x1_kernel(
     w2,
     residual,
     y,
+    w1,
+    after,
     scale_ptr,
     shift_ptr,
     scale3_ptr,
     shift3_ptr,
+    scale1_ptr,
+    shift1_ptr,
     q_tiles,
     p_tiles,
     K,
@@ -47,11 +58,14 @@ def _conv3x3_conv1x1_kernel(
     pixel,
     C2,
     J: tl.constexpr,
+    J1: tl.constexpr,
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
     DILATION: tl.constexpr,
     SCALE: tl.constexpr,
     SCALE3: tl.constexpr,
+    SCALE1: tl.constexpr,
+    AFTER: tl.constexpr,
     SECOND: tl.constexpr,
     RESIDUAL: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -73,7 +87,10 @@ def _conv3x3_conv1x1_kernel(
     )  # fmt: skip
     j = tl.arange(0, J)
     h = relu(affine(h, scale_ptr, shift_ptr, j, j < J, SCALE, True)).to(y.dtype)
-    for k0 in range(0, K, BLOCK_N):
+    if AFTER:
+        ahead = tl.zeros((BLOCK_M, J1), tl.float32)
+    # Two stages: with three, their weights and residuals would take the memory of a second program.
+    for k0 in tl.range(0, K, BLOCK_N, num_stages=2):
         b = w3.load([k0, 0, 0]).reshape(BLOCK_N, J)
         acc = tl.dot(h, b.T, input_precision=PRECISION)
         k = k0 + tl.arange(0, BLOCK_N)
@@ -85,7 +102,15 @@ def _conv3x3_conv1x1_kernel(
             )  # fmt: skip
         if RESIDUAL:
             acc += residual.load([n0, p0, q0, k0]).reshape(BLOCK_M, BLOCK_N).to(tl.float32)
-        y.store([n0, p0, q0, k0], relu(acc).to(y.dtype).reshape(BOX_N, BOX_H, BOX_W, BLOCK_N))
+        t = relu(acc).to(y.dtype)
+        y.store([n0, p0, q0, k0], t.reshape(BOX_N, BOX_H, BOX_W, BLOCK_N))
+        if AFTER:
+            b = w1.load([0, 0, k0]).reshape(J1, BLOCK_N)
+            ahead = tl.dot(t, b.T, ahead, input_precision=PRECISION)
+    if AFTER:
+        j1 = tl.arange(0, J1)
+        ahead = relu(affine(ahead, scale1_ptr, shift1_ptr, j1, j1 < J1, SCALE1, True))
+        after.store([n0, p0, q0, 0], ahead.to(y.dtype).reshape(BOX_N, BOX_H, BOX_W, J1))
 
 
 def why_not(first: Convolution, last: Convolution, arch: int, config: Config) -> str | None:
@@ -95,6 +120,8 @@ def why_not(first: Convolution, last: Convolution, arch: int, config: Config) ->
         return "expected an ungrouped 3x3 convolution and a 1x1 behind it"
     if J not in WIDTHS:
         return f"expected {', '.join(map(str, WIDTHS))} channels between them, got {J}"
+    if arch not in ARCHES or first.x.element_size() > 2:
+        return f"expected 16 bits and one of {', '.join(f'sm_{a}' for a in ARCHES)}: accumulators do not fit others"
     if not first.relu or first.shift is None or first.second or first.residual is not None or first.lazy:
         return "expected shift and ReLU between them"
     if last.weight.shape[0] % config.BLOCK_N:
@@ -102,8 +129,26 @@ def why_not(first: Convolution, last: Convolution, arch: int, config: Config) ->
     return boxes.why_not(first, arch, config) or boxes.why_not(last, arch, config)
 
 
-def launch(first: Convolution, last: Convolution, config: Config, y: Tensor) -> Launch:
-    """y: (N, K, P, Q) channels_last, to be written. Only where `why_not` is None."""
+def why_not_after(last: Convolution, after: Convolution) -> str | None:
+    """Why the next block's first convolution cannot run in the same kernel, or None."""
+    J, J1 = last.weight.shape[3], after.weight.shape[0]
+    if after.weight.shape[1:3] != (1, 1) or after.geometry != Geometry() or not after.relu or after.shift is None:
+        return "expected a 1x1 convolution of stride 1 with shift and ReLU"
+    if J1 not in WIDTHS or J + J1 > MOST_ACCUMULATED:
+        return f"expected {', '.join(map(str, WIDTHS))} channels, with {J} at most {MOST_ACCUMULATED}, got {J1}"
+    return None
+
+
+def launch(
+    first: Convolution,
+    last: Convolution,
+    config: Config,
+    y: Tensor,
+    following: Convolution | None = None,
+    ahead: Tensor | None = None,
+) -> Launch:
+    """y: (N, K, P, Q) and ahead: (N, J1, P, Q), channels_last, to be written. Only where `why_not` and `why_not_after`
+    are None. following: the next block's first convolution; its x stands for y."""
     J = first.weight.shape[0]
     N, K, P, Q = y.shape
     shape = box_of(first, config.BLOCK_M)
@@ -111,6 +156,7 @@ def launch(first: Convolution, last: Convolution, config: Config, y: Tensor) -> 
     x2, w2 = last.second or (None, None)
     g = first.geometry
     _, _, H, W = first.x.shape
+    J1 = 0 if following is None else following.weight.shape[0]
     arguments = dict(
         x=describe_strided(first.x, g.stride, (*shape, config.BLOCK_K)),
         w=describe_weight(first.weight, (J, config.BLOCK_K)),
@@ -119,10 +165,14 @@ def launch(first: Convolution, last: Convolution, config: Config, y: Tensor) -> 
         w2=None if w2 is None else describe_weight(w2, (config.BLOCK_N, config.BLOCK_K)),
         residual=None if last.residual is None else describe_map(last.residual, (*shape, config.BLOCK_N)),
         y=describe_map(y, (*shape, config.BLOCK_N)),
+        w1=None if following is None else describe_weight(following.weight, (J1, config.BLOCK_N)),
+        after=None if ahead is None else describe_map(ahead, (*shape, J1)),
         scale_ptr=first.scale,
         shift_ptr=first.shift,
         scale3_ptr=last.scale,
         shift3_ptr=last.shift,
+        scale1_ptr=None if following is None else following.scale,
+        shift1_ptr=None if following is None else following.shift,
         q_tiles=q_tiles,
         p_tiles=p_tiles,
         K=K,
@@ -131,11 +181,14 @@ def launch(first: Convolution, last: Convolution, config: Config, y: Tensor) -> 
         pixel=first.x.stride(3),
         C2=0 if x2 is None else x2.shape[1],
         J=J,
+        J1=J1,
         STRIDE=g.stride,
         PADDING=g.padding,
         DILATION=g.dilation,
         SCALE=first.scale is not None,
         SCALE3=last.scale is not None,
+        SCALE1=following is not None and following.scale is not None,
+        AFTER=following is not None,
         SECOND=x2 is not None,
         RESIDUAL=last.residual is not None,
         PRECISION=precision(),
@@ -145,8 +198,13 @@ def launch(first: Convolution, last: Convolution, config: Config, y: Tensor) -> 
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,
     )
-    # Neither the 3x3's result nor the 1x1's operand touches memory.
+    # Neither the 3x3's result nor the operands of the 1x1 behind it and of the one after that are read from memory.
     moved = first.bytes + last.bytes - 2 * first.rows * J * first.x.element_size()
     flops = first.flops + last.flops
+    what = f"{first} > {last}"
+    if following is not None:
+        moved += following.bytes - nbytes(y)
+        flops += following.flops
+        what += f" > {following}"
     grid = n_tiles * p_tiles * q_tiles
-    return Launch(_conv3x3_conv1x1_kernel, grid, arguments, config.options, moved, flops, f"{first} > {last}")
+    return Launch(_conv3x3_conv1x1_kernel, grid, arguments, config.options, moved, flops, what)

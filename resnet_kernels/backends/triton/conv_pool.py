@@ -13,7 +13,6 @@ Moves: x once, y once; the convolution's own map, four times y, never exists.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,26 +27,26 @@ ROWS = 8
 
 
 @triton.jit
-def _pool_row(even, odd, h, q, P, Q, scale_ptr, shift_ptr, k, K, SCALE: tl.constexpr, DTYPE: tl.constexpr):
+def _pool_row(even, odd, h, q, P, Q, shift_ptr, k, K, DTYPE: tl.constexpr):
     """max over convolution columns 2q - 1, 2q, 2q + 1 of row h, rounded, -inf outside the map of P x Q. even, odd
     [BLOCK_Q, BLOCK_N]: the products at columns 2q and 2q + 1. The first row's 2q - 1 is not known."""
     row = (h >= 0) & (h < P)
-    even = relu(affine(even, scale_ptr, shift_ptr, k, k < K, SCALE, True)).to(DTYPE)
-    odd = relu(affine(odd, scale_ptr, shift_ptr, k, k < K, SCALE, True)).to(DTYPE)
-    even = tl.where((row & (q >= 0) & (2 * q < Q))[:, None], even, float("-inf"))
-    odd = tl.where((row & (q >= 0) & (2 * q + 1 < Q))[:, None], odd, float("-inf"))
+    even = relu(affine(even, None, shift_ptr, k, k < K, False, True)).to(DTYPE)
+    odd = relu(affine(odd, None, shift_ptr, k, k < K, False, True)).to(DTYPE)
+    even = tl.where((row & (q >= 0) & (2 * q < Q))[:, None], even, float("-inf")).to(DTYPE)
+    odd = tl.where((row & (q >= 0) & (2 * q + 1 < Q))[:, None], odd, float("-inf")).to(DTYPE)
     i = tl.arange(0, even.shape[0])
     before = tl.gather(odd, tl.maximum(i - 1, 0)[:, None].broadcast_to(odd.shape), 0)
     best = tl.maximum(even, odd, propagate_nan=tl.PropagateNan.ALL)
-    return tl.maximum(best, before, propagate_nan=tl.PropagateNan.ALL)
+    # tl.maximum returns fp32 for bf16.
+    return tl.maximum(best, before, propagate_nan=tl.PropagateNan.ALL).to(DTYPE)
 
 
 @triton.jit
-def _stem_kernel(
+def _conv_pool_kernel(
     x_ptr,
     w_ptr,
     y_ptr,
-    scale_ptr,
     shift_ptr,
     H,
     W,
@@ -66,7 +65,6 @@ def _stem_kernel(
     CHANNELS: tl.constexpr,
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
-    SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -111,8 +109,8 @@ def _stem_kernel(
             even1 = tl.dot(a, b.T, even1, input_precision=PRECISION)
             a = tl.load(row1 + STRIDE * CHANNELS, in1 & odd_there, 0.0)
             odd1 = tl.dot(a, b.T, odd1, input_precision=PRECISION)
-        upper = _pool_row(even0, odd0, 2 * p, q, P, Q, scale_ptr, shift_ptr, k, K, SCALE, DTYPE)
-        lower = _pool_row(even1, odd1, 2 * p + 1, q, P, Q, scale_ptr, shift_ptr, k, K, SCALE, DTYPE)
+        upper = _pool_row(even0, odd0, 2 * p, q, P, Q, shift_ptr, k, K, DTYPE)
+        lower = _pool_row(even1, odd1, 2 * p + 1, q, P, Q, shift_ptr, k, K, DTYPE)
         best = tl.maximum(carried, upper, propagate_nan=tl.PropagateNan.ALL)
         best = tl.maximum(best, lower, propagate_nan=tl.PropagateNan.ALL)
         # The first column of the tile and the first row of the strip lack a part of their windows: others' to store.
@@ -122,11 +120,11 @@ def _stem_kernel(
         carried = lower
 
 
-def why_not(weight: Tensor, geometry: Geometry, pool: Pool) -> str | None:
-    """Why the stem cannot run as one kernel, or None. weight (K, C, R, S)."""
+def why_not(weight: tuple[int, ...], geometry: Geometry, pool: Pool) -> str | None:
+    """Why the stem of a weight (K, C, R, S) cannot run as one kernel, or None."""
     if pool != Pool(3, 2, 1):
         return f"expected 3x3 max pooling of stride 2 and padding 1, got {pool}"
-    if weight.shape[1] > CHANNELS or geometry.groups > 1 or geometry.dilation > 1:
+    if weight[1] > CHANNELS or geometry.groups > 1 or geometry.dilation > 1:
         return f"expected at most {CHANNELS} input channels, one group and no dilation"
     return None
 
@@ -140,21 +138,9 @@ def pack(weight: Tensor) -> Tensor:
     return packed
 
 
-def pad_channels(x: Tensor) -> Tensor:
-    """x (N, C, H, W) in memory of 4 channels a pixel, of which the last are zero; x itself if it is there already."""
-    N, C, H, W = x.shape
-    if x.stride() == (H * W * CHANNELS, 1, W * CHANNELS, CHANNELS):
-        # What follows an image's channels is then known to be zero only if they are 4, or if it was made here.
-        return x
-    padded = x.new_zeros((N, H, W, CHANNELS))
-    padded[..., :C] = x.permute(0, 2, 3, 1)
-    return padded.permute(0, 3, 1, 2)
-
-
-def launch(
-    x: Tensor, packed: Tensor, scale: Tensor | None, shift: Tensor, geometry: Geometry, y: Tensor, S: int
-) -> Launch:
-    """x as `pad_channels`, packed as `pack`; y: (N, K, pooled P, Q) channels_last, to be written."""
+def launch(x: Tensor, packed: Tensor, shift: Tensor, geometry: Geometry, y: Tensor, S: int) -> Launch:
+    """x: (N, 4, H, W) channels_last, zeros behind the image's channels; packed as `pack`, scaled; y: (N, K, pooled P,
+    pooled Q) channels_last, to be written."""
     N, _, H, W = x.shape
     K, R, BLOCK_K = packed.shape
     P, Q = geometry.output_size(H, R), geometry.output_size(W, S)
@@ -165,7 +151,6 @@ def launch(
         x_ptr=x,
         w_ptr=packed,
         y_ptr=y,
-        scale_ptr=scale,
         shift_ptr=shift,
         H=H,
         W=W,
@@ -184,7 +169,6 @@ def launch(
         CHANNELS=CHANNELS,
         STRIDE=geometry.stride,
         PADDING=geometry.padding,
-        SCALE=scale is not None,
         PRECISION=precision(),
         ROWS=ROWS,
         BLOCK_Q=BLOCK_Q,
@@ -195,4 +179,4 @@ def launch(
     grid = N * strips * q_tiles * k_tiles
     options = {"num_warps": 4, "num_stages": 2}
     what = f"stem {R}x{S} 3->{K} {H}x{W}, max pool 3/2"
-    return Launch(_stem_kernel, grid, arguments, options, nbytes(x, packed, y), flops, what)
+    return Launch(_conv_pool_kernel, grid, arguments, options, nbytes(x, packed, y), flops, what)

@@ -1,0 +1,124 @@
+"""A function of one tensor as CUDA graphs: one per input size, launched as a whole.
+
+Everything a graph touches is its own: an input buffer that each call fills, activations in one memory pool that all
+graphs of a `Graphs` share, and a result that is copied out. So replays must not overlap: a call waits, on the device,
+for the one before it, whichever stream that ran on. Nothing waits on the host, but for capturing and for forgetting a
+graph.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import threading
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import select
+from .backends.contract import tf32_allowed
+
+
+@dataclasses.dataclass(frozen=True)
+class Captured:
+    buffer: Tensor
+    result: Tensor
+    replay: Callable[[], None]
+
+
+def usable(x: Tensor) -> bool:
+    """Whether a call with x may be a graph's replay. Inside somebody else's capture it is part of theirs."""
+    return x.is_cuda and x.numel() > 0 and not torch.cuda.is_current_stream_capturing()
+
+
+def _flags() -> Hashable:
+    """What a capture fixes and a user may change between calls."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    return (
+        select.named(),
+        cudnn.enabled,
+        cudnn.benchmark,
+        cudnn.deterministic,
+        tf32_allowed(),
+        matmul.fp32_precision,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+class Graphs:
+    """Captured calls, the `KEPT` latest used. A copy or an unpickled one starts empty."""
+
+    KEPT = 8
+
+    def __init__(self) -> None:
+        self._captured: collections.OrderedDict[Hashable, Captured] = collections.OrderedDict()
+        self._lock = threading.Lock()
+        self._pool: Any = None
+        self._replayed: torch.cuda.Event | None = None
+
+    def __reduce__(self) -> tuple:
+        return Graphs, ()
+
+    def __len__(self) -> int:
+        return len(self._captured)
+
+    def __del__(self) -> None:
+        # The memory must not become someone else's while a replay still runs.
+        if self._replayed is not None:
+            self._replayed.synchronize()
+
+    def run(
+        self,
+        x: Tensor,
+        buffer: Callable[[Tensor], Tensor],
+        fill: Callable[[Tensor, Tensor], None],
+        function: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """function(b) for b = buffer(x) after fill(b, x). The result is a new tensor.
+
+        function must launch everything on the current stream, read no result on the host, and not change b.
+        """
+        with self._lock, torch.cuda.device(x.device):
+            key = (tuple(x.shape), _flags())
+            if key not in self._captured:
+                while len(self._captured) >= self.KEPT:
+                    self._wait_for_replay()
+                    self._captured.popitem(last=False)
+                b = buffer(x)
+                fill(b, x)
+                self._captured[key] = self._capture(b, function)
+            self._captured.move_to_end(key)
+            captured = self._captured[key]
+            stream = torch.cuda.current_stream()
+            if self._replayed is None:
+                self._replayed = torch.cuda.Event()
+            else:
+                stream.wait_event(self._replayed)
+            fill(captured.buffer, x)
+            captured.replay()
+            result = captured.result.clone()
+            self._replayed.record(stream)
+            return result
+
+    def _wait_for_replay(self) -> None:
+        if self._replayed is not None:
+            self._replayed.synchronize()
+
+    def _capture(self, b: Tensor, function: Callable[[Tensor], Tensor]) -> Captured:
+        # The capture takes pool memory that an earlier replay may still be using.
+        self._wait_for_replay()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # Compiles, chooses algorithms and packs weights: none of it may happen in a capture.
+            function(b)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: other threads may go on using the device.
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+            result = function(b)
+        return Captured(b, result, graph.replay)
