@@ -86,6 +86,20 @@ RESNET_CASES = (
     _bottleneck("r50-layer4", 2048, 512, 7, 7),
 )
 
+# Every distinct block of ResNeXt-50 32x4d, and the widest groups of the 32x8d and 64x4d.
+RESNEXT_CASES = (
+    _bottleneck("x50-layer1-first", 64, 64, 56, 56, groups=32, base_width=4),
+    _bottleneck("x50-layer1", 256, 64, 56, 56, groups=32, base_width=4),
+    _bottleneck("x50-layer2-down", 256, 128, 56, 56, 2, groups=32, base_width=4),
+    _bottleneck("x50-layer2", 512, 128, 28, 28, groups=32, base_width=4),
+    _bottleneck("x50-layer3-down", 512, 256, 28, 28, 2, groups=32, base_width=4),
+    _bottleneck("x50-layer3", 1024, 256, 14, 14, groups=32, base_width=4),
+    _bottleneck("x50-layer4-down", 1024, 512, 14, 14, 2, groups=32, base_width=4),
+    _bottleneck("x50-layer4", 2048, 512, 7, 7, groups=32, base_width=4),
+    _bottleneck("x101-32x8d-layer2", 512, 128, 28, 28, groups=32, base_width=8),
+    _bottleneck("x101-64x4d-layer1", 256, 64, 56, 56, groups=64, base_width=4),
+)
+
 # Where kernels go wrong: channels that fill no vector, odd maps with stride, tiny maps and batches, groups.
 ODD_CASES = (
     _bottleneck("odd-channels", 20, 5, 9, 7),

@@ -9,7 +9,7 @@ from torch import nn
 
 import resnet_kernels as rk
 from resnet_kernels.nn.fusable import why_plain
-from resnet_kernels.testing import ODD_CASES, RESNET_CASES, assert_matches
+from resnet_kernels.testing import ODD_CASES, RESNET_CASES, RESNEXT_CASES, assert_matches
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 REDUCTION = 512 * 9
@@ -53,24 +53,35 @@ def test_odd_blocks(case, dtype, backend, poisoned):
     check(case, DTYPES[dtype], backend)
 
 
+def interpret(case, dtype, arch):
+    from resnet_kernels.backends.triton.launch import assume_arch
+
+    with assume_arch(arch):
+        check(case, DTYPES[dtype], "triton")
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("case", RESNET_CASES + RESNEXT_CASES, ids=str)
+def test_resnet_and_resnext_blocks_in_tritons_interpreter(case, arch, poisoned):
+    if case.H > 14:
+        # Half of the map, of one image: what a tile computes does not depend on how many there are.
+        case = dataclasses.replace(case, N=1, H=case.H // 2, W=case.W // 2)
+    interpret(case, "fp16", arch)
+
+
 @pytest.mark.interpreted
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("case", RESNET_CASES + ODD_CASES, ids=str)
-def test_blocks_in_tritons_interpreter(case, dtype, arch, poisoned):
-    from resnet_kernels.backends.triton.launch import assume_arch
-
-    if case.N == 2 and case.H > 14:
-        # The kernels are those of the whole map: boxes do not depend on its size, only on what it leaves over.
-        case = dataclasses.replace(case, N=1, H=case.H // 2, W=case.W // 2)
-    with assume_arch(arch):
-        check(case, DTYPES[dtype], "triton")
+@pytest.mark.parametrize("case", ODD_CASES, ids=str)
+def test_odd_blocks_in_tritons_interpreter(case, dtype, arch, poisoned):
+    interpret(case, dtype, arch)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["reference", "aten", "cuda", "triton"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("case", RESNET_CASES + ODD_CASES, ids=str)
+@pytest.mark.parametrize("case", RESNET_CASES + RESNEXT_CASES + ODD_CASES, ids=str)
 def test_blocks_on_a_gpu(case, dtype, backend):
     check(case, DTYPES[dtype], backend, "cuda")
 

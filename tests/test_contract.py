@@ -211,6 +211,19 @@ def test_conv_of_a_lazy_operand(backend, device, name, dtype, stride, affine, po
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("backend, device", LAZY)
+def test_bn_pass_of_a_lazy_operand(backend, device, dtype, poisoned):
+    x, r = (torch.randn(2, 21, 9, 12).to(device, dtype).contiguous(memory_format=NHWC) for _ in range(2))
+    a, b, s = (torch.randn(21, device=device) for _ in range(3))
+
+    def run(primitives, to):
+        operand, residual = Operand(to(x), (to(a), to(b)), relu=True), Operand(to(r), (to(s), to(b)), stride=1)
+        return primitives.bn_pass(operand, Epilogue(to(s), residual), Pool(3, 2, 1))[0]
+
+    assert_matches(run(backend, lambda t: t), run(reference, lambda t: t), run(reference, torch.Tensor.double))
+
+
 # The reference's own definition of the lazy operand, masks, reductions and gradients, against autograd.
 
 

@@ -163,8 +163,7 @@ def _conv_box_kernel(
 def _line(t: Tensor) -> bool:
     """Whether the positions of all images follow each other at one distance, so that a map is one line."""
     n, h, w = nhwc_strides(t)
-    N, _, H, W = t.shape
-    return (W == 1 or H == 1 or h == W * w) and (N == 1 or n == H * W * w)
+    return h == t.shape[3] * w and n == t.shape[2] * h
 
 
 def _aligned(t: Tensor) -> bool:
@@ -234,7 +233,7 @@ def describe_weight(weight: Tensor, block: tuple[int, int]) -> TensorDescriptor:
 def as_line(t: Tensor) -> Tensor:
     """(N, C, H, W) as (1, C, 1, N*H*W)."""
     N, C, H, W = t.shape
-    w = t.stride(3) if W > 1 else t.stride(2) if H > 1 else t.stride(0)
+    w = nhwc_strides(t)[2]
     return t.as_strided((1, C, 1, N * H * W), (N * H * W * w, 1, N * H * W * w, w))
 
 
@@ -273,7 +272,7 @@ def launch(c: Convolution, config: Config, y: Tensor) -> Launch:
         K=K,
         H=x.shape[2],
         W=x.shape[3],
-        pixel=x.stride(3),
+        pixel=nhwc_strides(x)[2],
         k_group=K // g.groups,
         C2=0 if x2 is None else x2.shape[1],
         R=R,
@@ -297,4 +296,4 @@ def launch(c: Convolution, config: Config, y: Tensor) -> Launch:
         BLOCK_K=BLOCK_K,
     )
     grid = min(tiles, processors_of(c.x.device)) if config.persistent else tiles
-    return Launch(_conv_box_kernel, grid, arguments, config.options, c.bytes, c.flops, str(c))
+    return Launch(_conv_box_kernel, grid, arguments, config.options, str(c), c.work(config, tiles))

@@ -7,7 +7,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
-# Bytes of shared memory a program may use.
+# Bytes of shared memory a program may use, beside those that the system keeps of it for each.
+RESERVED = 1024
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
 # The share of a tile's rows that must be output positions, else rows are gathered.
@@ -28,6 +29,10 @@ class Config:
     num_stages: int
     persistent: bool = False
     cache: str = ""
+
+    def steps(self, taps: int, channels: int) -> int:
+        """Of the sum over taps and input channels."""
+        return taps * -(-channels // self.BLOCK_K)
 
     @property
     def options(self) -> dict[str, int]:
@@ -60,47 +65,74 @@ def filled(N: int, P: int, Q: int, shape: tuple[int, int, int]) -> float:
     return N * P * Q / (boxes * math.prod(shape))
 
 
-def _stages(arch: int, stage_bytes: int, other_bytes: int, most: int) -> int:
-    """As many as fit beside the epilogue."""
-    return max(1, min(most, (shared_memory(arch) - other_bytes) // stage_bytes))
+# fp32 that may not be rounded to tf32 is multiplied by FMA, all operands in registers.
+BY_FMA = Config(64, 64, 16, 8, 2)
 
 
-def _tile(M: int, K: int, group: int, itemsize: int, processors: int) -> tuple[int, int]:
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Of a convolution: M positions, C channels per group at `taps` taps, K channels in groups of `group`; operands of
+    `itemsize` bytes, multiplied by FMA if `fma`; on a GPU of an architecture with so many multiprocessors."""
+
+    M: int
+    K: int
+    C: int
+    taps: int
+    group: int
+    itemsize: int
+    fma: bool
+    arch: int
+    processors: int
+
+    def tiles(self, BLOCK_M: int, BLOCK_N: int) -> int:
+        return -(-self.M // BLOCK_M) * -(-self.K // BLOCK_N)
+
+
+# Whose tensor cores read operands from shared memory.
+OPERANDS_IN_SHARED = (90, 100)
+
+
+def _tile(s: Size) -> tuple[int, int]:
     """BLOCK_M, BLOCK_N: large tiles read less again, small ones fill the GPU. Groups consist of whole tiles."""
-    # fp32 accumulates by FMA unless tf32 is allowed: smaller tiles spare registers.
-    wide = 128 if itemsize == 2 else 64
-    BLOCK_N = min(wide, max(16, power_of_two(K)) if group == K else group & -group)
-    BLOCK_M = 128
-    while BLOCK_M > 64 and -(-M // BLOCK_M) * -(-K // BLOCK_N) < processors:
+    BLOCK_M, BLOCK_N = (BY_FMA.BLOCK_M, BY_FMA.BLOCK_N) if s.fma else (128, 128)
+    if s.itemsize > 2 or s.arch == 120:
+        BLOCK_N = min(BLOCK_N, 64)
+    BLOCK_N = min(BLOCK_N, max(16, power_of_two(s.K)) if s.group == s.K else s.group & -s.group)
+    while BLOCK_M > 64 and s.tiles(BLOCK_M, BLOCK_N) < s.processors:
         BLOCK_M //= 2
-    while BLOCK_N > 32 and -(-M // BLOCK_M) * -(-K // BLOCK_N) < processors:
+    while BLOCK_N > 32 and s.tiles(BLOCK_M, BLOCK_N) < s.processors:
         BLOCK_N //= 2
     return BLOCK_M, BLOCK_N
 
 
-def for_boxes(arch: int, itemsize: int, M: int, K: int, C: int, taps: int, group: int, processors: int) -> Config:
-    """A convolution by boxes over M positions, to K channels (`group` of them per group) from C per group."""
-    BLOCK_M, BLOCK_N = _tile(M, K, group, itemsize, processors)
-    BLOCK_K = min(128 // itemsize, max(32 // itemsize, power_of_two(C)))
-    if taps == 1 and C <= BLOCK_K:
+def _warps(s: Size, BLOCK_M: int, BLOCK_N: int) -> int:
+    many = BLOCK_M * BLOCK_N >= (128 * 128 if s.arch in OPERANDS_IN_SHARED else 128 * 64)
+    return 8 if many or s.fma else 4
+
+
+def for_boxes(s: Size) -> Config:
+    BLOCK_M, BLOCK_N = _tile(s)
+    most = BY_FMA.BLOCK_K if s.fma else 128 // s.itemsize
+    BLOCK_K = min(most, max(32 // s.itemsize, power_of_two(s.C)))
+    if s.taps == 1 and s.C <= BLOCK_K:
         # One step: nothing to pipeline, several programs on a multiprocessor overlap instead.
-        return Config(BLOCK_M, BLOCK_N, BLOCK_K, 4, 1)
-    stage = (BLOCK_M + BLOCK_N) * BLOCK_K * itemsize
-    num_warps = 8 if BLOCK_M * BLOCK_N >= 128 * 128 else 4
+        return Config(BLOCK_M, BLOCK_N, BLOCK_K, _warps(s, BLOCK_M, BLOCK_N), 1)
+    stage, result = (BLOCK_M + BLOCK_N) * BLOCK_K * s.itemsize, BLOCK_M * BLOCK_N * s.itemsize
+    if s.arch not in OPERANDS_IN_SHARED:
+        result = 0  # It takes the memory of the stages.
     # Two programs on a multiprocessor: one multiplies while the other stores.
-    half = shared_memory(arch) // 2 - 2048 - BLOCK_M * BLOCK_N * itemsize
-    stages = max(2, min(4, half // stage))
-    stages = min(stages, _stages(arch, stage, BLOCK_M * BLOCK_N * itemsize + 2048, 4))
-    return Config(BLOCK_M, BLOCK_N, BLOCK_K, num_warps, stages)
+    stages = max(2, min(4, (shared_memory(s.arch) // 2 - RESERVED - result) // stage))
+    return Config(BLOCK_M, BLOCK_N, BLOCK_K, _warps(s, BLOCK_M, BLOCK_N), stages)
 
 
-def for_gather(arch: int, itemsize: int, M: int, K: int, C: int, taps: int, group: int, processors: int) -> Config:
-    """The same by pointers."""
-    BLOCK_M, BLOCK_N = _tile(M, K, group, itemsize, processors)
-    BLOCK_K = min(64 if itemsize == 2 else 32, max(16, power_of_two(C)))
-    num_warps = 8 if BLOCK_M * BLOCK_N >= 128 * 128 else 4
-    stages = _stages(arch, (BLOCK_M + BLOCK_N) * BLOCK_K * itemsize, 2048, 3)
-    return Config(BLOCK_M, BLOCK_N, BLOCK_K, num_warps, stages, cache=".ca" if taps > 1 else "")
+def for_gather(s: Size) -> Config:
+    BLOCK_M, BLOCK_N = _tile(s)
+    # Where operands take registers, so do the addresses of what is copied.
+    most = BY_FMA.BLOCK_K if s.fma else 64 if s.itemsize == 2 and s.arch in OPERANDS_IN_SHARED else 32
+    BLOCK_K = min(most, max(16, power_of_two(s.C)))
+    stage = (BLOCK_M + BLOCK_N) * BLOCK_K * s.itemsize
+    stages = max(2, min(4, (shared_memory(s.arch) // 2 - RESERVED) // stage))
+    return Config(BLOCK_M, BLOCK_N, BLOCK_K, _warps(s, BLOCK_M, BLOCK_N), stages, cache=".ca" if s.taps > 1 else "")
 
 
 def for_tail(arch: int, itemsize: int, M: int, J: int, processors: int) -> Config:
@@ -108,3 +140,10 @@ def for_tail(arch: int, itemsize: int, M: int, J: int, processors: int) -> Confi
     BLOCK_M = 128 if -(-M // 128) >= processors else 64
     stage = (BLOCK_M + J) * 128
     return Config(BLOCK_M, 64, 128 // itemsize, 8 if BLOCK_M * J >= 128 * 64 else 4, 3 if stage <= 32 << 10 else 2)
+
+
+def for_conv_pool(arch: int, images: int, pooled_rows: int, processors: int) -> tuple[int, int]:
+    """Pooled rows that a program stores, one less than it computes; and BLOCK_Q. 8 warps."""
+    rows = next((r for r in (8, 4, 2) if images * -(-pooled_rows // r) >= processors), 1)
+    # wgmma and tcgen05 want 64 rows. Elsewhere the operands are in registers, too many for four sums of 64.
+    return rows, 64 if arch in OPERANDS_IN_SHARED else 32

@@ -18,12 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..contract import Geometry, Pool
-from .configs import power_of_two
+from .configs import for_conv_pool, power_of_two
 from .device import affine, relu
-from .launch import Launch, nbytes, precision
+from .launch import Launch, Work, arch_of, nbytes, precision, processors_of
 
 CHANNELS = 4
-ROWS = 8
 
 
 @triton.jit
@@ -145,7 +144,8 @@ def launch(x: Tensor, packed: Tensor, shift: Tensor, geometry: Geometry, y: Tens
     K, R, BLOCK_K = packed.shape
     P, Q = geometry.output_size(H, R), geometry.output_size(W, S)
     POOLED_P, POOLED_Q = y.shape[2:]
-    BLOCK_Q, BLOCK_N = 64, min(64, max(16, power_of_two(K)))
+    ROWS, BLOCK_Q = for_conv_pool(arch_of(x.device), N, POOLED_P, processors_of(x.device))
+    BLOCK_N = min(64, max(16, power_of_two(K)))
     strips, q_tiles, k_tiles = -(-POOLED_P // ROWS), -(-POOLED_Q // (BLOCK_Q - 1)), -(-K // BLOCK_N)
     arguments = dict(
         x_ptr=x,
@@ -175,8 +175,12 @@ def launch(x: Tensor, packed: Tensor, shift: Tensor, geometry: Geometry, y: Tens
         BLOCK_N=BLOCK_N,
         BLOCK_K=BLOCK_K,
     )
-    flops = 2 * N * P * Q * K * R * S * 3
     grid = N * strips * q_tiles * k_tiles
-    options = {"num_warps": 4, "num_stages": 2}
+    flops = 2 * N * P * Q * K * R * S * 3
+    # Two rows of even and of odd columns for each pooled row, and a row more per strip.
+    steps = grid * (ROWS + 1) * R * 4 * BLOCK_K
+    copied = steps * BLOCK_Q * x.element_size() + nbytes(packed)
+    work = Work(nbytes(x, packed, y), flops, copied, 2 * steps * BLOCK_Q * BLOCK_N)
+    options = {"num_warps": 8, "num_stages": 2}
     what = f"stem {R}x{S} 3->{K} {H}x{W}, max pool 3/2"
-    return Launch(_conv_pool_kernel, grid, arguments, options, nbytes(x, packed, y), flops, what)
+    return Launch(_conv_pool_kernel, grid, arguments, options, what, work)

@@ -7,7 +7,8 @@ import dataclasses
 from torch import Tensor
 
 from ..contract import Geometry
-from .launch import nbytes
+from .configs import Config
+from .launch import Work, nbytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,16 @@ class Convolution:
         K, R, S, C = self.weight.shape
         terms = R * S * C + (self.second[0].shape[1] if self.second else 0)
         return 2 * self.rows * K * terms
+
+    def work(self, config: Config, tiles: int) -> Work:
+        """Of a launch by so many tiles of BLOCK_M positions and BLOCK_N channels."""
+        _, R, S, C = self.weight.shape
+        steps = config.steps(R * S, C) + (config.steps(1, self.second[0].shape[1]) if self.second else 0)
+        size = self.x.element_size()
+        step = (config.BLOCK_M + config.BLOCK_N) * config.BLOCK_K * size
+        issued = 2 * tiles * steps * config.BLOCK_M * config.BLOCK_N * config.BLOCK_K
+        copied = tiles * steps * step + nbytes(self.residual)
+        return Work(self.bytes, self.flops, copied, issued)
 
     def __str__(self) -> str:
         K, R, S, C = self.weight.shape

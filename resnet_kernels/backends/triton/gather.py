@@ -228,4 +228,4 @@ def launch(c: Convolution, config: Config, y: Tensor) -> Launch:
         n, h, w = (0, 0, 0) if t is None else nhwc_strides(t)
         arguments |= {f"stride_{name}n": n, f"stride_{name}h": h, f"stride_{name}w": w}
     grid = -(-c.rows // config.BLOCK_M) * k_tiles
-    return Launch(_conv_gather_kernel, grid, arguments, config.options, c.bytes, c.flops, str(c))
+    return Launch(_conv_gather_kernel, grid, arguments, config.options, str(c), c.work(config, grid))

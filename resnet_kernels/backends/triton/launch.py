@@ -10,8 +10,9 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import operator
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,17 +26,30 @@ RECORDED_PROCESSORS, INTERPRETED_PROCESSORS = 132, 4
 INTERPRETING: bool = triton.knobs.runtime.interpret
 
 
+class Work(NamedTuple):
+    """bytes: of device memory that must move. flops: operations that must be done. copied: bytes that programs read,
+    mostly from L2. issued: operations that they do, with a tile's padding, a halo, the zeros between joined groups."""
+
+    bytes: int
+    flops: int
+    copied: int
+    issued: int
+
+    def plus(self, other: Work) -> Work:
+        return Work(*map(operator.add, self, other))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Launch:
-    """kernel[grid](**arguments, **options); with the bytes of device memory it must move, and its operations."""
+    """kernel[grid](**arguments, **options). refused: kernels that were preferred, and why they were not taken."""
 
     kernel: Any
     grid: int
     arguments: dict[str, Any]
     options: dict[str, int]
-    bytes: int
-    flops: int
     what: str
+    work: Work
+    refused: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -113,8 +127,12 @@ def nbytes(*tensors: Tensor | None) -> int:
 
 
 def nhwc_strides(t: Tensor) -> tuple[int, int, int]:
-    """Elements from an image, row, column to the next."""
-    return t.stride(0), t.stride(2), t.stride(3)
+    """Elements from an image, row, column to the next; where there is one only, what a dense map would have."""
+    N, C, H, W = t.shape
+    n, _, h, w = t.stride()
+    w = w if W > 1 else C
+    h = h if H > 1 else W * w
+    return n if N > 1 else H * h, h, w
 
 
 def descriptor(t: Tensor, shape: Sequence[int], strides: Sequence[int], block: Sequence[int]) -> TensorDescriptor:

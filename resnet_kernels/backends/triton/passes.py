@@ -14,7 +14,7 @@ from ..contract import Pool
 from .configs import power_of_two
 from .device import affine, relu
 from .gather import row_of
-from .launch import Launch, nbytes, nhwc_strides
+from .launch import Launch, Work, nbytes, nhwc_strides
 
 
 @triton.jit
@@ -22,7 +22,8 @@ def _bn_pass_kernel(
     x_ptr,
     residual_ptr,
     y_ptr,
-    scale_ptr,
+    a_ptr,
+    b_ptr,
     shift_ptr,
     M,
     H,
@@ -39,14 +40,16 @@ def _bn_pass_kernel(
     R: tl.constexpr,
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
-    SCALE: tl.constexpr,
+    AFFINE: tl.constexpr,
+    OPERAND_RELU: tl.constexpr,
     SHIFT: tl.constexpr,
     RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """y = max over the window of relu(scale * x + shift + residual), rounded before the maximum; NaN wins."""
+    """y = max over the window of relu(operand + shift + residual), rounded before the maximum; NaN wins.
+    operand = relu(a * x + b), rounded."""
     c_tiles = tl.cdiv(C, BLOCK_C)
     m = tl.program_id(0) // c_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(0) % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -54,20 +57,23 @@ def _bn_pass_kernel(
     n, p, q = row_of(m, P, Q)
     h0, s0 = p * STRIDE - PADDING, q * STRIDE - PADDING
     rows = n.to(tl.int64) * stride_xn + h0 * stride_xh + s0 * stride_xw
-    best = tl.full((BLOCK_M, BLOCK_C), float("-inf"), y_ptr.dtype.element_ty)
+    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
+    best = tl.full((BLOCK_M, BLOCK_C), float("-inf"), DTYPE)
     for tap in tl.static_range(R * R):
-        r: tl.constexpr = tap // R
-        s: tl.constexpr = tap % R
+        r, s = tap // R, tap % R
         inside = there & (h0 + r >= 0) & (h0 + r < H) & (s0 + s >= 0) & (s0 + s < W)
         mask = inside[:, None] & known[None, :]
         t = tl.load(x_ptr + (rows + r * stride_xh + s * stride_xw)[:, None] + c[None, :], mask, 0.0).to(tl.float32)
-        t = affine(t, scale_ptr, shift_ptr, c, known, SCALE, SHIFT)
+        t = affine(t, a_ptr, b_ptr, c, known, AFFINE, AFFINE)
+        if OPERAND_RELU:
+            t = relu(t).to(DTYPE).to(tl.float32)
+        t = affine(t, None, shift_ptr, c, known, False, SHIFT)
         if RESIDUAL:
             at = residual_ptr + n.to(tl.int64) * stride_rn + (h0 + r) * stride_rh + (s0 + s) * stride_rw
             t += tl.load(at[:, None] + c[None, :], mask, 0.0).to(tl.float32)
         if RELU:
             t = relu(t)
-        t = tl.where(mask, t.to(best.dtype), float("-inf"))
+        t = tl.where(mask, t.to(DTYPE), float("-inf"))
         best = tl.maximum(best, t, propagate_nan=tl.PropagateNan.ALL)
     tl.store(y_ptr + m.to(tl.int64)[:, None] * C + c[None, :], best, there[:, None] & known[None, :])
 
@@ -75,21 +81,25 @@ def _bn_pass_kernel(
 def launch(
     x: Tensor,
     y: Tensor,
-    scale: Tensor | None,
+    operand: tuple[Tensor, Tensor] | None,
+    operand_relu: bool,
     shift: Tensor | None,
     residual: Tensor | None,
     relu: bool,
     pool: Pool,
 ) -> Launch:
-    """x, residual: (N, C, H, W), channels next to each other; y: (N, C, P, Q) channels_last, to be written."""
+    """x, residual: (N, C, H, W), channels next to each other; operand: x's (a, b); y: (N, C, P, Q) channels_last, to be
+    written."""
     N, C, P, Q = y.shape
     BLOCK_C = min(64, power_of_two(C))
     BLOCK_M = 4096 // BLOCK_C
+    a, b = operand or (None, None)
     arguments = dict(
         x_ptr=x,
         residual_ptr=residual,
         y_ptr=y,
-        scale_ptr=scale,
+        a_ptr=a,
+        b_ptr=b,
         shift_ptr=shift,
         M=N * P * Q,
         H=x.shape[2],
@@ -100,7 +110,8 @@ def launch(
         R=pool.kernel,
         STRIDE=pool.stride,
         PADDING=pool.padding,
-        SCALE=scale is not None,
+        AFFINE=operand is not None,
+        OPERAND_RELU=operand_relu,
         SHIFT=shift is not None,
         RESIDUAL=residual is not None,
         RELU=relu,
@@ -112,4 +123,5 @@ def launch(
         arguments |= {f"stride_{name}n": n, f"stride_{name}h": h, f"stride_{name}w": w}
     grid = -(-N * P * Q // BLOCK_M) * -(-C // BLOCK_C)
     what = f"pass {C} of {x.shape[2]}x{x.shape[3]}" + (f", max pool {pool.kernel}/{pool.stride}" * (pool.kernel > 1))
-    return Launch(_bn_pass_kernel, grid, arguments, {"num_warps": 4}, nbytes(x, residual, y), 0, what)
+    moved = nbytes(x, residual, y)
+    return Launch(_bn_pass_kernel, grid, arguments, {"num_warps": 4}, what, Work(moved, 0, moved, 0))

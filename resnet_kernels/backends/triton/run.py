@@ -13,7 +13,7 @@ from ..contract import Block, Epilogue, Geometry, Operand, Packed, Pool, Product
 from . import boxes, configs, conv_pool, gather, passes, tail
 from .configs import Config
 from .convolution import Convolution, channels_last_strides
-from .launch import INTERPRETING, Launch, arch_of, expected_device, processors_of, submit
+from .launch import INTERPRETING, Launch, arch_of, expected_device, precision, processors_of, submit
 
 __all__ = ["bn_pass", "conv", "pack", "pack_stem", "residual_blocks", "stem", "stem_channels", "why_not_here"]
 
@@ -33,12 +33,15 @@ class Choice:
 
 def choices(c: Convolution) -> list[Choice]:
     """In order of preference."""
-    arch, processors = arch_of(c.x.device), processors_of(c.x.device)
     K, R, S, C = c.weight.shape
-    sizes = (arch, c.x.element_size(), c.rows, K, C, R * S, K // c.geometry.groups, processors)
-    by_boxes, by_gather = configs.for_boxes(*sizes), configs.for_gather(*sizes)
+    itemsize, device = c.x.element_size(), c.x.device
+    fma = itemsize == 4 and precision() == "ieee"
+    size = configs.Size(
+        c.rows, K, C, R * S, K // c.geometry.groups, itemsize, fma, arch_of(device), processors_of(device)
+    )
+    by_boxes, by_gather = configs.for_boxes(size), configs.for_gather(size)
     return [
-        Choice("boxes", by_boxes, boxes.why_not(c, arch, by_boxes)),
+        Choice("boxes", by_boxes, boxes.why_not(c, size.arch, by_boxes)),
         Choice("gather", by_gather, gather.why_not(c, by_gather)),
     ]
 
@@ -47,18 +50,22 @@ def _empty(c: Convolution, device: torch.device) -> Tensor:
     return torch.empty(c.output_sizes, dtype=c.x.dtype, device=device, memory_format=torch.channels_last)
 
 
-def plan(c: Convolution, y: Tensor) -> Launch:
+def plan(c: Convolution, y: Tensor, refused: dict[str, str]) -> Launch:
     """The launch of the first kernel that may run."""
     for choice in choices(c):
         if choice.why_not is None:
-            return (boxes if choice.kernel == "boxes" else gather).launch(c, choice.config, y)
-    raise AssertionError(f"no kernel for {c}")  # gather refuses nothing that `pack` made
+            launch = (boxes if choice.kernel == "boxes" else gather).launch(c, choice.config, y)
+            launch.refused.update(refused)
+            return launch
+        refused = refused | {choice.kernel: choice.why_not}
+    raise AssertionError(f"no kernel for {c}: {refused}")  # gather refuses nothing that `pack` made
 
 
-def convolve(c: Convolution) -> Tensor:
+def convolve(c: Convolution, refused: dict[str, str] | None = None) -> Tensor:
+    """refused: what was considered instead, for the record."""
     y = _empty(c, c.x.device)
     if y.numel():
-        submit(plan(c, y))
+        submit(plan(c, y, refused or {}))
     return y
 
 
@@ -104,7 +111,7 @@ def _value(operand: Operand) -> Tensor:
     """What the operand stands for, written to memory if it is lazy."""
     if operand.affine is None and not operand.relu:
         return _view(operand)
-    return bn_pass(dataclasses.replace(operand, relu=False), Epilogue(relu=operand.relu), None)
+    return bn_pass(operand, Epilogue(), None)
 
 
 def _packed(p: Product, keep: bool) -> Packed:
@@ -205,6 +212,7 @@ def _run_block(
         s = math.prod([c.geometry.stride for c in chain])
         last = dataclasses.replace(chain[-1], residual=x[:, :, ::s, ::s])
     h = x
+    refused: dict[str, str] = {}
     for i, c in enumerate(chain[:-1]):
         if i == 0 and ahead is not None:
             h = ahead
@@ -215,38 +223,41 @@ def _run_block(
             choice = tail_choice(c, behind)
             if choice.why_not is None:
                 return _tail(c, behind, choice.config, following)
-        h = convolve(c)
-    return convolve(_given(last, h)), None
+            refused = {choice.kernel: choice.why_not}
+        h = convolve(c, refused)
+    return convolve(_given(last, h), refused), None
 
 
 def tail_choice(first: Convolution, last: Convolution) -> Choice:
     J = first.weight.shape[0]
-    arch = arch_of(first.x.device)
-    config = configs.for_tail(arch, first.x.element_size(), first.rows, J, processors_of(first.x.device))
-    return Choice("conv3x3_conv1x1", config, tail.why_not(first, last, arch, config))
+    arch, processors = arch_of(first.x.device), processors_of(first.x.device)
+    config = configs.for_tail(arch, first.x.element_size(), first.rows, J, processors)
+    return Choice("conv3x3_conv1x1", config, tail.why_not(first, last, arch, config, processors))
 
 
 def _tail(
     first: Convolution, last: Convolution, config: Config, following: Convolution | None
 ) -> tuple[Tensor, Tensor | None]:
     y = _empty(last, first.x.device)
-    ahead = None
+    ahead: Tensor | None = None
+    refused: dict[str, str] = {}
     if following is not None:
         following = _given(following, y)
-        if tail.why_not_after(last, following):
-            following = None
+        reason = tail.why_not_after(last, following)
+        if reason:
+            following, refused = None, {"conv3x3_conv1x1 with the next 1x1": reason}
         else:
             ahead = _empty(following, first.x.device)
     if y.numel():
-        submit(tail.launch(first, last, config, y, following, ahead))
+        launch = tail.launch(first, last, config, y, following, ahead)
+        launch.refused.update(refused)
+        submit(launch)
     return y, ahead
 
 
 def bn_pass(x: Operand, epilogue: Epilogue, pool: Pool | None) -> Tensor:
     t = _view(x)
-    scale, shift = (_per_channel(p) for p in x.affine or (None, None))
-    if epilogue.shift is not None:
-        shift = epilogue.shift.float() if shift is None else shift + epilogue.shift.float()
+    operand = None if x.affine is None else (x.affine[0].float().contiguous(), x.affine[1].float().contiguous())
     residual = None if epilogue.residual is None else _value(epilogue.residual)
     pool = pool or Pool(1, 1, 0)
     N, C, H, W = t.shape
@@ -258,7 +269,7 @@ def bn_pass(x: Operand, epilogue: Epilogue, pool: Pool | None) -> Tensor:
         memory_format=torch.channels_last,
     )
     if y.numel():
-        submit(passes.launch(t, y, scale, shift, residual, epilogue.relu, pool))
+        submit(passes.launch(t, y, operand, x.relu, _per_channel(epilogue.shift), residual, epilogue.relu, pool))
     return y
 
 

@@ -15,6 +15,8 @@ per program from L2. J and J1 are 64, 128 or 256: they must fit accumulators.
 
 from __future__ import annotations
 
+import dataclasses
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,7 +27,7 @@ from .boxes import accumulate, box_of, describe_map, describe_strided, describe_
 from .configs import Config
 from .convolution import Convolution
 from .device import affine, relu
-from .launch import Launch, nbytes, precision
+from .launch import Launch, nbytes, nhwc_strides, precision
 
 ARCHES = (90, 100)
 WIDTHS = (64, 128, 256)
@@ -113,7 +115,7 @@ def _conv3x3_conv1x1_kernel(
         after.store([n0, p0, q0, 0], ahead.to(y.dtype).reshape(BOX_N, BOX_H, BOX_W, J1))
 
 
-def why_not(first: Convolution, last: Convolution, arch: int, config: Config) -> str | None:
+def why_not(first: Convolution, last: Convolution, arch: int, config: Config, processors: int) -> str | None:
     """Why the 3x3 and the 1x1 behind it cannot run as one so, or None. last.x stands for what first would write."""
     J, R, S, _ = first.weight.shape
     if (R, S) != (3, 3) or last.weight.shape[1:3] != (1, 1) or first.geometry.groups > 1:
@@ -126,6 +128,8 @@ def why_not(first: Convolution, last: Convolution, arch: int, config: Config) ->
         return "expected shift and ReLU between them"
     if last.weight.shape[0] % config.BLOCK_N:
         return f"{last.weight.shape[0]} channels are no whole tiles of {config.BLOCK_N}"
+    if first.rows < processors * config.BLOCK_M // 2:
+        return f"{first.rows} positions leave most of {processors} multiprocessors idle"
     return boxes.why_not(first, arch, config) or boxes.why_not(last, arch, config)
 
 
@@ -178,7 +182,7 @@ def launch(
         K=K,
         H=H,
         W=W,
-        pixel=first.x.stride(3),
+        pixel=nhwc_strides(first.x)[2],
         C2=0 if x2 is None else x2.shape[1],
         J=J,
         J1=J1,
@@ -198,13 +202,16 @@ def launch(
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,
     )
-    # Neither the 3x3's result nor the operands of the 1x1 behind it and of the one after that are read from memory.
-    moved = first.bytes + last.bytes - 2 * first.rows * J * first.x.element_size()
-    flops = first.flops + last.flops
+    programs = n_tiles * p_tiles * q_tiles
+    parts = programs * (K // config.BLOCK_N)
+    work = first.work(dataclasses.replace(config, BLOCK_N=J), programs).plus(last.work(config, parts))
     what = f"{first} > {last}"
+    # The 3x3's result and the operands of the 1x1 behind it and of the one after that do not come from memory.
+    size = first.x.element_size()
+    unread = [2 * first.rows * J * size, parts * J * config.BLOCK_M * size]
     if following is not None:
-        moved += following.bytes - nbytes(y)
-        flops += following.flops
+        work = work.plus(following.work(dataclasses.replace(config, BLOCK_N=J1), programs))
         what += f" > {following}"
-    grid = n_tiles * p_tiles * q_tiles
-    return Launch(_conv3x3_conv1x1_kernel, grid, arguments, config.options, moved, flops, what)
+        unread = [unread[0] + nbytes(y), unread[1] + programs * K * config.BLOCK_M * size]
+    work = work._replace(bytes=work.bytes - unread[0], copied=work.copied - unread[1])
+    return Launch(_conv3x3_conv1x1_kernel, programs, arguments, config.options, what, work)

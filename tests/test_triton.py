@@ -1,0 +1,486 @@
+"""The Triton kernels without a GPU: in the interpreter, and compiled for GPUs that are not here; and on one."""
+
+import collections
+import concurrent.futures
+import copy
+import dataclasses
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+import resnet_kernels as rk
+from resnet_kernels.backends import triton
+from resnet_kernels.backends.contract import Block, Call, Geometry, Operand, Packed, Pool
+from resnet_kernels.backends.triton import boxes, configs, gather, launch, offline, run, tail
+from resnet_kernels.backends.triton.convolution import Convolution
+from resnet_kernels.ops import stem as stem_op
+from resnet_kernels.roofline import H200, launches_of
+from resnet_kernels.testing import ODD_CASES, RESNET_CASES, RESNEXT_CASES, assert_matches, randomize_
+
+HERE = Path(__file__).parent
+NHWC = torch.channels_last
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.interpreted, id="interpreted"),
+    pytest.param("cuda", marks=pytest.mark.gpu, id="gpu"),
+]
+
+
+# Triton reads TRITON_INTERPRET when it is imported, hence processes of their own.
+INTERPRETED = [
+    ["test_blocks.py", "-k", "resnet_and_resnext"],
+    ["test_contract.py"],
+    ["test_blocks.py", "-k", "odd"],
+    ["test_triton.py"],
+]
+
+
+def test_everything_marked_interpreted():
+    def interpreted(arguments):
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+        environment = os.environ | {"TRITON_INTERPRET": "1"}
+        return subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for arguments, result in zip(INTERPRETED, pool.map(interpreted, INTERPRETED), strict=True):
+            report = f"{arguments}\n{result.stdout[-4000:]}{result.stderr[-1000:]}"
+            assert result.returncode == 0 and " passed" in result.stdout, report
+
+
+# Kernels by themselves, with configurations of our choice.
+
+
+def draw(sizes, K, R, g, dtype, device, *, residual=False, second=None):
+    """A Convolution; second: (C2, stride)."""
+    N, C, H, W = sizes
+    x = torch.randn(sizes).to(device, dtype).contiguous(memory_format=NHWC)
+    fan = C // g.groups * R * R
+    weight = (torch.randn(K, R, R, C // g.groups, device=device) * fan**-0.5).to(dtype)
+    scale, shift = torch.randn(K, device=device), torch.randn(K, device=device)
+    c = Convolution(x, weight, g, scale, shift, relu=True)
+    N, K, P, Q = c.output_sizes
+    if residual:
+        r = torch.randn(N, K, P, Q, device=device).to(dtype).contiguous(memory_format=NHWC)
+        c = dataclasses.replace(c, residual=r)
+    if second:
+        C2, s = second
+        x2 = torch.randn(N, C2, P * s - s // 2, Q * s - s // 2).to(device, dtype).contiguous(memory_format=NHWC)
+        w2 = (torch.randn(K, 1, 1, C2, device=device) * C2**-0.5).to(dtype)
+        c = dataclasses.replace(c, second=(x2[:, :, ::s, ::s], w2))
+    return c
+
+
+def computed(c, dtype):
+    """The convolution by torch, products in `dtype`, rounded to it."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def product(x, weight, g):
+        return F.conv2d(x.to(dtype), weight.permute(0, 3, 1, 2).to(dtype), None, *g).to(wide)
+
+    t = product(c.x, c.weight, c.geometry)
+    if c.scale is not None:
+        t = t * c.scale[:, None, None]
+    if c.second is not None:
+        t = t + product(*c.second, Geometry())
+    t = t + c.shift[:, None, None]
+    if c.residual is not None:
+        t[:, : c.residual.shape[1]] += c.residual
+    return torch.relu(t).to(dtype)
+
+
+def poisoned_like(c):
+    return torch.full(c.output_sizes, float("nan"), dtype=c.x.dtype, device=c.x.device).contiguous(memory_format=NHWC)
+
+
+TILES = {
+    "one-box": configs.Config(64, 32, 32, 4, 2),
+    "many": configs.Config(32, 16, 16, 4, 3),
+    "persistent": configs.Config(32, 16, 16, 4, 2, persistent=True),
+    "wide": configs.Config(128, 64, 64, 8, 3),
+}
+CONVOLUTIONS = {
+    "1x1": ((2, 32, 9, 7), 40, 1, Geometry(), {}),
+    "1x1-residual-projection": ((2, 32, 8, 8), 48, 1, Geometry(), {"residual": True, "second": (24, 2)}),
+    "3x3": ((3, 24, 10, 6), 32, 3, Geometry(1, 1), {"residual": True}),
+    "3x3-down": ((2, 64, 12, 8), 32, 3, Geometry(2, 1), {}),
+    "3x3-down-projection": ((5, 64, 6, 10), 32, 3, Geometry(2, 1), {"second": (64, 2)}),
+    "3x3-dilated": ((2, 32, 11, 9), 16, 3, Geometry(1, 2, 2), {}),
+    "3x3-groups": ((2, 128, 7, 6), 128, 3, Geometry(1, 1, 1, 2), {}),
+    "5x5-stride-3": ((2, 64, 9, 12), 16, 5, Geometry(3, 2), {}),
+    "map-1x1": ((70, 32, 1, 1), 16, 3, Geometry(1, 1), {}),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16], ids=["fp16", "fp32", "bf16"])
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("kernel", ["boxes", "gather"])
+def test_convolutions_by_both_kernels_in_any_tile(kernel, name, tile, dtype, device, monkeypatch):
+    if device == "cuda" and kernel == "boxes" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("boxes need sm_90")
+    monkeypatch.setattr(boxes, "LEAST_FILLED", 0.0)
+    sizes, K, R, g, more = CONVOLUTIONS[name]
+    c, config = draw(sizes, K, R, g, dtype, device, **more), TILES[tile]
+    y = poisoned_like(c)
+    if kernel == "boxes":
+        reason = boxes.why_not(c, 90, config)
+        if reason and "whole slices" in reason:
+            config = dataclasses.replace(config, BLOCK_K=32)
+            reason = boxes.why_not(c, 90, config)
+        assert reason is None
+        launch.submit(boxes.launch(c, config, y))
+    else:
+        launch.submit(gather.launch(c, config, y))
+    assert_matches(y, computed(c, dtype), computed(c, torch.float64), R * R * sizes[1])
+
+
+TAILS = {  # N, J, H, W, stride, K, residual or (C2, stride), J1
+    "identity": (2, 64, 8, 8, 1, 128, True, None),
+    "then-next": (2, 64, 8, 8, 1, 256, True, 64),
+    "projection": (1, 64, 9, 16, 1, 128, (64, 1), None),
+    "down": (3, 64, 8, 16, 2, 128, (48, 2), 128),
+    "J-128": (1, 128, 8, 8, 1, 64, True, 256),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("name", TAILS)
+def test_the_tail_of_a_block_and_the_beginning_of_the_next(name, dtype, device, monkeypatch):
+    monkeypatch.setattr(boxes, "LEAST_FILLED", 0.0)
+    if device == "cuda" and torch.cuda.get_device_capability()[0] not in (9, 10):
+        pytest.skip("needs sm_90 or sm_100")
+    N, J, H, W, stride, K, shortcut, J1 = TAILS[name]
+    first = draw((N, J, H, W), J, 3, Geometry(stride, 1), dtype, device)
+    more = {"residual": True} if shortcut is True else {"second": shortcut}
+    last = draw((N, J, H // stride, W // stride), K, 1, Geometry(), dtype, device, **more)
+    following = None if J1 is None else draw((N, K, H // stride, W // stride), J1, 1, Geometry(), dtype, device)
+    config = dataclasses.replace(configs.for_tail(90, 2, first.rows, J, 1), BLOCK_M=64)
+    assert tail.why_not(first, last, 90, config, 1) is None
+    y, ahead = poisoned_like(last), None if following is None else poisoned_like(following)
+    if following is not None:
+        assert tail.why_not_after(last, following) is None
+    launch.submit(tail.launch(first, last, config, y, following, ahead))
+
+    def chain(to):
+        h = computed(first, to)
+        y = computed(dataclasses.replace(last, x=h), to)
+        return y, None if following is None else computed(dataclasses.replace(following, x=y), to)
+
+    for got, want, exact in zip((y, ahead), chain(dtype), chain(torch.float64), strict=True):
+        if got is not None:
+            assert_matches(got, want, exact, 9 * J)
+
+
+def pooled(x, weight, shift, g, dtype):
+    c = F.conv2d(x.to(dtype), weight.to(dtype), None, *g)
+    c = (c.to(shift.dtype) + shift[:, None, None]).to(dtype)
+    return F.max_pool2d(torch.relu(c), 3, 2, 1)
+
+
+STEMS = {  # N, C, H, W, K, R, geometry
+    "resnet": (1, 3, 34, 50, 64, 7, Geometry(2, 3)),
+    "odd": (2, 3, 37, 21, 24, 7, Geometry(2, 3)),
+    "wider-than-a-tile": (1, 1, 9, 270, 16, 3, Geometry(1, 1)),
+    "taller-than-a-strip": (1, 4, 75, 11, 16, 5, Geometry(2, 2)),
+    "tiny": (2, 3, 1, 2, 70, 7, Geometry(2, 3)),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16], ids=["fp16", "fp32", "bf16"])
+@pytest.mark.parametrize("name", STEMS)
+def test_the_stem_in_one_kernel(name, dtype, device, poisoned):
+    N, C, H, W, K, R, g = STEMS[name]
+    x = torch.randn(N, C, H, W, device=device).to(dtype)
+    x[0, 0, H // 2, W // 2] = float("nan")
+    weight = (torch.randn(K, C, R, R, device=device) * (C * R * R) ** -0.5).to(dtype)
+    shift = torch.randn(K, device=device)
+    pool = Pool(3, 2, 1)
+    packed = triton.pack_stem(weight, torch.ones(K, device=device), g, pool)
+    assert triton.stem_channels(tuple(weight.shape), g, pool) == 4 and packed.weight.dim() == 3
+    padded = F.pad(x, (0, 0, 0, 0, 0, 4 - C)).contiguous(memory_format=NHWC)
+    y = stem_op.run(triton, padded, packed, shift, g, pool)
+    want, exact = pooled(x, weight, shift, g, dtype), pooled(x.double(), weight, shift.double(), g, torch.float64)
+    assert exact.isnan().any()
+    assert_matches(y, want, exact, C * R * R)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_stem_that_pools_otherwise_takes_two_kernels(device):
+    x, weight = torch.randn(2, 3, 20, 22, device=device), torch.randn(8, 3, 7, 7, device=device) / 12
+    shift, g, pool = torch.randn(8, device=device), Geometry(2, 3), Pool(2, 2, 0)
+    assert triton.stem_channels(tuple(weight.shape), g, pool) == 3
+    packed = triton.pack_stem(weight, torch.ones(8, device=device), g, pool)
+    y = stem_op.run(triton, x.contiguous(memory_format=NHWC), packed, shift, g, pool)
+    want = F.max_pool2d(torch.relu(F.conv2d(x, weight, shift, *g)), 2)
+    exact = F.max_pool2d(torch.relu(F.conv2d(x.double(), weight.double(), shift.double(), *g)), 2)
+    assert_matches(y, want, exact, 147)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
+def test_frozen_models_in_the_interpreter(name, arch, monkeypatch):
+    """Narrow models, but as large a batch as fused tails and whole boxes want."""
+    width = {"width_per_group": 4} if "next" in name else {}
+    model = randomize_(torchvision.models.get_model(name, num_classes=8, **width)).eval().half()
+    x = torch.randn(4, 3, 32, 32).half()
+    names = collections.Counter()
+    monkeypatch.setattr(run, "submit", lambda made: (names.update([made.name]), launch.submit(made)))
+    with torch.no_grad(), launch.assume_arch(arch):
+        want = copy.deepcopy(model).to(memory_format=NHWC)(x.contiguous(memory_format=NHWC))
+        exact = copy.deepcopy(model).double()(x.double())
+        with rk.use_backend("triton"):
+            got = rk.freeze(model)(x)
+    assert_matches(got, want, exact, 512 * 9)
+    assert names["conv_pool"] == 1 and ("conv_box" in names) == (arch == 90)
+    assert ("conv3x3_conv1x1" in names) == (arch == 90 and name == "resnet50")
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("groups, C, K", [(4, 4, 4), (32, 4, 8), (3, 20, 20), (2, 64, 32), (6, 1, 2), (5, 7, 3)])
+def test_joined_groups_are_the_grouped_convolution(groups, C, K):
+    weight = torch.randn(groups * K, 3, 3, C)
+    joined = run.join_groups(weight, groups)
+    x = torch.randn(1, groups * C, 4, 4)
+    to = x.shape[1] // joined.shape[3]
+    got = F.conv2d(x, joined.permute(0, 3, 1, 2), groups=to)
+    torch.testing.assert_close(got, F.conv2d(x, weight.permute(0, 3, 1, 2), groups=groups))
+    assert to == 1 or (groups * K // to) % run.JOINED == 0
+
+
+# What would run on a GPU: recorded.
+
+
+def model_and_input(name, batch, dtype, size=224):
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name, weights=None).eval().to(dtype)
+        return model, torch.empty(batch, 3, size, size, dtype=dtype)
+
+
+def test_resnet50_moves_at_most_40_megabytes_an_image():
+    launches = launches_of(*model_and_input("resnet50", 256, torch.bfloat16), 90)
+    moved = sum(made.work.bytes for made in launches) / 256
+    assert moved <= 40e6, f"{moved / 1e6:.1f} MB"
+    assert len(launches) <= 30
+    # 8.18 GFLOP but for the classifier.
+    assert sum(made.work.flops for made in launches) / 256 == pytest.approx(8.17e9, rel=2e-3)
+
+
+def test_bytes_of_a_block_counted_by_hand():
+    case = next(c for c in RESNET_CASES if c.name == "r50-layer1")
+    N, M = 64, 64 * 56 * 56
+    model = nn.Sequential(case.make(), case.make()).eval().bfloat16()
+    launches = launches_of(model, torch.empty(N, 256, 56, 56, dtype=torch.bfloat16), 90)
+    assert [made.name for made in launches] == ["conv_box", "conv3x3_conv1x1", "conv3x3_conv1x1"]
+    weights = 256 * 64, 9 * 64 * 64, 64 * 256
+    # conv1: x in, h1 out. First tail: h1 and x in, y and the next h1 out. Second: h1 and y in, y out.
+    elements = [
+        M * (256 + 64) + weights[0],
+        M * (64 + 256 + 256 + 64) + sum(weights),
+        M * (64 + 256 + 256) + sum(weights[1:]),
+    ]
+    assert [made.work.bytes for made in launches] == [2 * n for n in elements]
+    assert [made.work.flops for made in launches] == [
+        2 * M * 256 * 64,
+        2 * M * (9 * 64 * 64 + 64 * 256 + 256 * 64),
+        2 * M * (9 * 64 * 64 + 64 * 256),
+    ]
+    assert all(made.work.issued >= made.work.flops and made.work.copied >= 0 for made in launches)
+    # 4.3 TB/s: this block is bound by memory, its first convolution too.
+    assert H200.floor(launches[0].work) == 2 * elements[0] / 4.3e12
+
+
+def test_why_a_kernel_was_not_taken():
+    launches = launches_of(*model_and_input("resnet50", 1, torch.bfloat16), 90)
+    assert any("conv3x3_conv1x1" in made.refused for made in launches)
+    assert any("full" in made.refused.get("boxes", "") for made in launches if made.name == "conv_gather")
+    launches = launches_of(*model_and_input("resnet18", 8, torch.bfloat16), 80)
+    assert {made.refused.get("boxes") for made in launches[1:]} == {"sm_80 has no tensor copy engine (sm_90)"}
+
+
+# Compiled, and read.
+
+
+@functools.cache
+def compiled(arch, dtype, *models):
+    """Every distinct kernel that the models would launch: [(launch, what came out)]."""
+    found = {}
+    for name, batch in models:
+        for made in launches_of(*model_and_input(name, batch, dtype), arch):
+            found.setdefault(offline.specialize(made, arch)[0], made)
+    return [(made, offline.read(made, arch)) for made in found.values()]
+
+
+MODELS = (("resnet50", 256), ("resnet18", 256), ("resnext50_32x4d", 256), ("resnet50", 1))
+
+
+def check_compiled(made, c):
+    name = f"{made.name} {made.what} sm_{c.arch}"
+    assert not c.wrong(), f"{name}: {c.wrong()}"
+    if made.name.startswith("conv"):
+        unit = {80: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}[c.arch]
+        assert set(c.matrix) == {unit}, f"{name}: {c.matrix}"
+        assert c.nan_max, f"{name}: no maximum that keeps NaN"
+    by_boxes = made.name in ("conv_box", "conv3x3_conv1x1")
+    assert (c.bulk_copies > 0) == by_boxes, name
+    if made.name == "conv_gather":
+        assert c.async_copies > 0, f"{name}: rows are not copied asynchronously"
+    if made.options.get("num_stages", 1) > 1:
+        # The tail's parts are multiplied one at a time; its taps, like all other sums, are pipelined.
+        allowed = 1 if made.name == "conv3x3_conv1x1" else 0
+        assert c.drains <= allowed, f"{name}: {c.drains} full waits in a loop that multiplies"
+    assert c.programs >= 1, name
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+def test_shipped_configurations_compile_clean(arch):
+    rows = compiled(arch, torch.bfloat16, *MODELS)
+    for made, c in rows:
+        check_compiled(made, c)
+    names = {made.name for made, _ in rows}
+    assert names == {80: {"conv_pool", "conv_gather"}, 120: {"conv_pool", "conv_gather", "conv_box"}}.get(
+        arch, {"conv_pool", "conv_gather", "conv_box", "conv3x3_conv1x1"}
+    )
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_fp16_compiles_clean(arch):
+    for made, c in compiled(arch, torch.float16, ("resnet50", 256)):
+        check_compiled(made, c)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("tf32", [False, True])
+def test_fp32_compiles_clean_by_torchs_flag(tf32, arch, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
+    model, x = model_and_input("resnet18", 64, torch.float32)
+    found = {}
+    for made in launches_of(model, x, arch):
+        found.setdefault(offline.specialize(made, arch)[0], made)
+    for made in found.values():
+        c = offline.read(made, arch)
+        assert not c.wrong(), f"{made.what}: {c.wrong()}"
+        assert bool(c.matrix) == tf32, f"{made.what}: {c.matrix}"
+
+
+@pytest.mark.parametrize("arch", [80, 90, 120])
+def test_odd_blocks_compile_clean(arch):
+    found = {}
+    for case in ODD_CASES + RESNEXT_CASES:
+        if case.N:
+            model = case.make().bfloat16()
+            for made in launches_of(nn.Sequential(model), torch.empty(case.input().shape, dtype=torch.bfloat16), arch):
+                found.setdefault(offline.specialize(made, arch)[0], made)
+    for made in found.values():
+        c = offline.read(made, arch)
+        assert not c.wrong(), f"{made.what}: {c.wrong()}"
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_the_lazy_operand_and_passes_compile_clean(arch):
+    found = {}
+    with launch.recording(arch) as launches, torch.device("meta"):
+        for C, K, R, H in ((64, 64, 3, 56), (64, 256, 1, 56), (512, 512, 3, 7)):
+            x = torch.empty(64, C, H, H, dtype=torch.bfloat16).to(memory_format=NHWC)
+            a, w = torch.empty(C), torch.empty(K, C, R, R, dtype=torch.bfloat16)
+            lazy = Operand(x, (a, a), relu=True)
+            triton.conv([run.Product(lazy, w, Geometry(1, R // 2))], run.Epilogue(relu=True))
+            triton.bn_pass(lazy, run.Epilogue(residual=Operand(x)), Pool(3, 2, 1) if R == 3 else None)
+    for made in launches:
+        found.setdefault(offline.specialize(made, arch)[0], made)
+    for made in found.values():
+        c = offline.read(made, arch)
+        assert not c.wrong() and c.nan_max, f"{made.what}: {c.wrong()}"
+        if arch == 90 and made.name == "conv_box":
+            # Its operand goes through registers: "wgmma" reads it there.
+            assert set(c.matrix) == {"wgmma"}, made.what
+            assert c.drains == 0 or made.options["num_stages"] == 1, made.what
+
+
+def test_a_reading_that_should_fail_fails():
+    made, c = compiled(90, torch.bfloat16, *MODELS)[1]
+    assert dataclasses.replace(c, stack=8).wrong() and dataclasses.replace(c, plain_max=1).wrong()
+    assert dataclasses.replace(c, shared=300 << 10).wrong()
+    dropped = c.ptx.replace("max.NaN", "max")
+    assert offline.count(dropped)["plain_max"] and not offline.count(dropped)["nan_max"]
+    loop = "$L__BB0_1:\n wgmma.mma_async x;\n wgmma.wait_group.sync.aligned 0;\n @%p1 bra $L__BB0_1;\n"
+    assert offline.count(loop)["drains"] == 1
+
+
+# Selection and errors.
+
+
+THREE = (((64, 64, 3, 3), Geometry(1, 1)),)
+
+
+def call(device="cuda", dtype=torch.bfloat16, weights=THREE, needs=("conv", "residual")):
+    return Call(torch.device(device), dtype, frozenset(needs), weights)
+
+
+def test_why_not():
+    assert "expected tensors on cuda, got cpu" in triton.why_not(call("cpu"))
+    assert "expected float32, bfloat16, float16, got torch.float64" in triton.why_not(call(dtype=torch.float64))
+    assert "not implemented here: data_grad" in triton.why_not(call(needs=("conv", "data_grad")))
+    second = (((64, 64, 1, 1), Geometry()), ((64, 64, 3, 3), Geometry(1, 1)))
+    reason = triton.why_not(call(weights=second, needs=("conv", "two_products")))
+    assert "expected a second product that is an ungrouped 1x1, got 3x3" in reason
+    assert triton.why_not(call()) is None
+
+
+def test_the_interpreter_is_refused_bf16(monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETING", True)
+    monkeypatch.setattr(run, "INTERPRETING", True)
+    assert triton.why_not(call("cpu")) == "Triton's interpreter multiplies bfloat16 wrongly"
+    assert triton.why_not(call("cpu", torch.float16)) is None
+
+
+@pytest.mark.gpu
+def test_more_than_two_to_the_31_elements():
+    """The last image of a batch whose activations pass 2^31 elements, by both kernels and the pass."""
+    N, C, H = 720, 256, 112
+    x = torch.randn(N, C, H, H, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=NHWC)
+    assert x.numel() > 2**31
+    w = torch.randn(C, C, 1, 1, device="cuda", dtype=torch.bfloat16) / 16
+    c = Convolution(x, w.permute(0, 2, 3, 1).contiguous(), Geometry(), None, torch.zeros(C, device="cuda"))
+    want = F.conv2d(x[-1:], w)
+    for module, config in ((boxes, TILES["wide"]), (gather, TILES["wide"])):
+        if module is boxes and torch.cuda.get_device_capability() < (9, 0):
+            continue
+        y = torch.empty_like(x)
+        launch.submit(module.launch(c, config, y))
+        torch.testing.assert_close(y[-1:], want, rtol=2e-2, atol=2e-2)
+    y = triton.bn_pass(Operand(x), run.Epilogue(relu=True))[0]
+    assert torch.equal(y[-1:], torch.relu(x[-1:]))
+
+
+@pytest.mark.gpu
+def test_blocks_on_a_side_stream_and_twice_the_same():
+    case = next(c for c in RESNET_CASES if c.name == "r50-layer2")
+    block = rk.nn.Bottleneck(512, 128).eval().to("cuda", torch.bfloat16)
+    x = dataclasses.replace(case, N=64).input(torch.bfloat16, "cuda")
+    with torch.no_grad(), rk.use_backend("triton"):
+        want = block(x)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            got = [block(x) for _ in range(3)]
+        torch.cuda.current_stream().wait_stream(stream)
+    assert all(torch.equal(y, want) for y in got)
+
+
+def test_blocks_are_chained_only_where_that_is_right():
+    """A basic block behind a bottleneck begins with a 3x3; a first convolution with a stride is not the same 1x1."""
+    packed = Packed(torch.empty(64, 3, 3, 256, device="meta"), None, (64, 256, 3, 3))
+    c = run._chain(Block([packed], [torch.empty(64, device="meta")], [Geometry(1, 1)], "identity"))[0]
+    last = draw((1, 64, 8, 8), 256, 1, Geometry(), torch.bfloat16, "cpu")
+    assert "expected a 1x1 convolution" in tail.why_not_after(last, c)
