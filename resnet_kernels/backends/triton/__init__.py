@@ -1,8 +1,8 @@
 """NVIDIA GPUs from sm_80: Triton kernels for convolutions with everything around them fused, and for passes.
 
-    boxes.py    convolutions whose operands the tensor copy engine brings (sm_90 and up); 1x1 as matrix products
+    boxes.py    convolutions whose operands the tensor copy engine brings (sm_90, sm_100); 1x1 as matrix products
     gather.py   convolutions by pointers: any filter, stride, dilation, groups, channels, map
-    tail.py     a bottleneck's 3x3 and last 1x1 in one (sm_90 and up)
+    tail.py     a bottleneck's 3x3, last 1x1 and the next block's first in one (sm_90, sm_100)
     stem.py     convolution, ReLU and max pooling of a network's stem in one
     passes.py   batch norm, residual, ReLU and pooling alone
     configs.py  tiles, warps and stages per architecture

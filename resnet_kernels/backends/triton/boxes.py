@@ -1,4 +1,4 @@
-"""Convolution by boxes: an implicit matrix product whose operands come by the bulk tensor copy engine (sm_90 and up).
+"""Convolution by boxes: an implicit matrix product whose operands come by the bulk tensor copy engine (sm_90, sm_100).
 
 One program owns BOX_N x BOX_H x BOX_W = BLOCK_M output positions of BLOCK_N channels at a time. For each slice of
 BLOCK_K channels and each tap of the filter it copies the box of x that the tap sees, shifted as a whole: what lies
@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .configs import LEAST_FILLED, Config, box, filled
+from .configs import LEAST_FILLED, OPERANDS_IN_SHARED, Config, box, filled
 from .convolution import Convolution
 from .device import affine, lazy, relu
 from .launch import Launch, descriptor, nhwc_strides, precision, processors_of
@@ -185,8 +185,8 @@ def box_of(c: Convolution, rows: int) -> tuple[int, int, int]:
 
 def why_not(c: Convolution, arch: int, config: Config) -> str | None:
     """Why the convolution cannot run by boxes so, or None. A function of metadata and addresses."""
-    if arch < 90:
-        return f"sm_{arch} has no tensor copy engine (sm_90)"
+    if arch not in OPERANDS_IN_SHARED:
+        return f"expected sm_90 or sm_100, got sm_{arch}"
     K, R, S, C = c.weight.shape
     size = c.x.element_size()
     _, _, H, W = c.x.shape

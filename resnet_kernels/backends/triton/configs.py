@@ -11,6 +11,10 @@ import math
 RESERVED = 1024
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
+# Whose tensor cores read operands from shared memory. The others' operands take registers, and so many instructions
+# and barriers that ptxas spills with the tensor copy engine (sm_120, Triton 3.6): they gather.
+OPERANDS_IN_SHARED = (90, 100)
+
 # The share of a tile's rows that must be output positions, else rows are gathered.
 LEAST_FILLED = 0.8
 
@@ -39,9 +43,9 @@ class Config:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-def shared_memory(arch: int) -> int:
-    """Of the architecture, or of the nearest older one that is known."""
-    return SHARED_MEMORY[max((a for a in SHARED_MEMORY if a <= arch), default=80)]
+def known(arch: int) -> int:
+    """The architecture whose configurations one takes: its own, or the nearest older one's."""
+    return max((a for a in SHARED_MEMORY if a <= arch), default=min(SHARED_MEMORY))
 
 
 def power_of_two(n: int) -> int:
@@ -88,10 +92,6 @@ class Size:
         return -(-self.M // BLOCK_M) * -(-self.K // BLOCK_N)
 
 
-# Whose tensor cores read operands from shared memory.
-OPERANDS_IN_SHARED = (90, 100)
-
-
 def _tile(s: Size) -> tuple[int, int]:
     """BLOCK_M, BLOCK_N: large tiles read less again, small ones fill the GPU. Groups consist of whole tiles."""
     BLOCK_M, BLOCK_N = (BY_FMA.BLOCK_M, BY_FMA.BLOCK_N) if s.fma else (128, 128)
@@ -118,10 +118,8 @@ def for_boxes(s: Size) -> Config:
         # One step: nothing to pipeline, several programs on a multiprocessor overlap instead.
         return Config(BLOCK_M, BLOCK_N, BLOCK_K, _warps(s, BLOCK_M, BLOCK_N), 1)
     stage, result = (BLOCK_M + BLOCK_N) * BLOCK_K * s.itemsize, BLOCK_M * BLOCK_N * s.itemsize
-    if s.arch not in OPERANDS_IN_SHARED:
-        result = 0  # It takes the memory of the stages.
     # Two programs on a multiprocessor: one multiplies while the other stores.
-    stages = max(2, min(4, (shared_memory(s.arch) // 2 - RESERVED - result) // stage))
+    stages = max(2, min(4, (SHARED_MEMORY[s.arch] // 2 - RESERVED - result) // stage))
     return Config(BLOCK_M, BLOCK_N, BLOCK_K, _warps(s, BLOCK_M, BLOCK_N), stages)
 
 
@@ -131,7 +129,7 @@ def for_gather(s: Size) -> Config:
     most = BY_FMA.BLOCK_K if s.fma else 64 if s.itemsize == 2 and s.arch in OPERANDS_IN_SHARED else 32
     BLOCK_K = min(most, max(16, power_of_two(s.C)))
     stage = (BLOCK_M + BLOCK_N) * BLOCK_K * s.itemsize
-    stages = max(2, min(4, (shared_memory(s.arch) // 2 - RESERVED) // stage))
+    stages = max(2, min(4, (SHARED_MEMORY[s.arch] // 2 - RESERVED) // stage))
     return Config(BLOCK_M, BLOCK_N, BLOCK_K, _warps(s, BLOCK_M, BLOCK_N), stages, cache=".ca" if s.taps > 1 else "")
 
 

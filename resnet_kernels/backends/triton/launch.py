@@ -20,6 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..contract import tf32_allowed
+from .configs import known
 
 # Multiprocessors of a recording's GPU (H200's), and of the interpreter's, which is slow by the tile.
 RECORDED_PROCESSORS, INTERPRETED_PROCESSORS = 132, 4
@@ -104,10 +105,11 @@ def expected_device() -> str:
 
 
 def arch_of(device: torch.device) -> int:
+    """80 for sm_80, 90 for sm_90, ...: the one whose configurations the device takes."""
     record = _recording.get()
     if record is not None:
         return record.arch
-    return _properties(device)[0] if device.type == "cuda" else _assumed_arch.get()
+    return known(_properties(device)[0]) if device.type == "cuda" else _assumed_arch.get()
 
 
 def processors_of(device: torch.device) -> int:

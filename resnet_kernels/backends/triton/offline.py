@@ -18,10 +18,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from .configs import RESERVED, shared_memory
+from .configs import RESERVED, SHARED_MEMORY
 from .launch import Launch
 
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 # What bounds the programs on a multiprocessor, beside shared memory: threads and registers.
 THREADS = {80: 2048, 90: 2048, 100: 2048, 120: 1536}
@@ -30,8 +30,7 @@ REGISTERS = 65536
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """Of one launch: registers and bytes of stack a thread, loads from it (spills that are read back), bytes of shared
-    memory, and instructions by what they do.
+    """Of one launch: registers and bytes of stack a thread, bytes of shared memory, and instructions by what they do.
 
     drains: waits for every outstanding matrix product inside a loop, which keep the next from being issued behind it.
     """
@@ -39,7 +38,6 @@ class Compiled:
     arch: int
     registers: int
     stack: int
-    stack_loads: int
     shared: int
     warps: int
     matrix: dict[str, int]
@@ -56,18 +54,17 @@ class Compiled:
         threads = self.warps * 32
         # Registers are given to warps in steps of 8 a thread.
         by_registers = REGISTERS // (-(-self.registers // 8) * 8 * threads)
-        limit = shared_memory(self.arch) + RESERVED
+        limit = SHARED_MEMORY[self.arch] + RESERVED
         by_shared = limit // (self.shared + RESERVED)
         return min(THREADS[self.arch] // threads, by_registers, by_shared)
 
     def wrong(self) -> list[str]:
         """What no shipped configuration may have."""
         found = []
-        # ptxas zeroes 8 bytes for every tensor copy's kernel on sm_120, and never reads them.
-        if self.stack_loads or self.stack > (8 if self.arch == 120 else 0):
-            found.append(f"{self.stack} bytes of stack, {self.stack_loads} loads from it")
-        if self.shared > shared_memory(self.arch):
-            found.append(f"{self.shared} bytes of shared memory, {shared_memory(self.arch)} there are")
+        if self.stack:
+            found.append(f"{self.stack} bytes of stack")
+        if self.shared > SHARED_MEMORY[self.arch]:
+            found.append(f"{self.shared} bytes of shared memory, {SHARED_MEMORY[self.arch]} there are")
         if self.plain_max:
             found.append(f"{self.plain_max} maxima that drop NaN")
         return found
@@ -123,10 +120,6 @@ def count(ptx: str) -> dict[str, Any]:
     }
 
 
-def _output(tool: str, *arguments: str) -> str:
-    return subprocess.run([str(TOOLS / tool), *arguments], capture_output=True, text=True, check=True).stdout
-
-
 def read(launch: Launch, arch: int) -> Compiled:
     """Compile the launch's kernel for the architecture and read its resources and instructions."""
     _, source, options = specialize(launch, arch)
@@ -134,11 +127,11 @@ def read(launch: Launch, arch: int) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = _output("cuobjdump", "--dump-resource-usage", file.name)
-        found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-        assert found is not None, usage
-        registers, stack = map(int, found.groups())
-        loads = len(re.findall(r"\bLDL\b", _output("nvdisasm", "-c", file.name))) if stack else 0
+        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    registers, stack = map(int, found.groups())
     return Compiled(
-        arch, registers, stack, loads, kernel.metadata.shared, launch.options["num_warps"], **count(kernel.asm["ptx"])
+        arch, registers, stack, kernel.metadata.shared, launch.options["num_warps"], **count(kernel.asm["ptx"])
     )

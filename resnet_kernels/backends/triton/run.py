@@ -19,7 +19,6 @@ __all__ = ["bn_pass", "conv", "pack", "pack_stem", "residual_blocks", "stem", "s
 
 # Channels that groups are joined to, input and output: the least that fills a matrix tile.
 JOINED = 32
-OLDEST = 80
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +125,10 @@ def why_not_here(device: torch.device, dtype: torch.dtype) -> str | None:
     expected = expected_device()
     if device.type != expected:
         return f"expected tensors on {expected}, got {device}"
-    if expected == "cuda" and torch.cuda.is_available() and arch_of(device) < OLDEST:
-        return f"expected a GPU from sm_{OLDEST}, got sm_{arch_of(device)}"
+    if expected == "cuda" and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"expected a GPU from sm_80, got sm_{major}{minor}"
     if INTERPRETING and dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bfloat16 wrongly"
     return None

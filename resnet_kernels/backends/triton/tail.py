@@ -29,7 +29,6 @@ from .convolution import Convolution
 from .device import affine, relu
 from .launch import Launch, nbytes, nhwc_strides, precision
 
-ARCHES = (90, 100)
 WIDTHS = (64, 128, 256)
 # Channels of the 3x3 and of the next block's 1x1 together: registers hold no more.
 MOST_ACCUMULATED = 384
@@ -122,8 +121,8 @@ def why_not(first: Convolution, last: Convolution, arch: int, config: Config, pr
         return "expected an ungrouped 3x3 convolution and a 1x1 behind it"
     if J not in WIDTHS:
         return f"expected {', '.join(map(str, WIDTHS))} channels between them, got {J}"
-    if arch not in ARCHES or first.x.element_size() > 2:
-        return f"expected 16 bits and one of {', '.join(f'sm_{a}' for a in ARCHES)}: accumulators do not fit others"
+    if first.x.element_size() > 2:
+        return "expected 16 bits: accumulators of fp32 products do not fit"
     if not first.relu or first.shift is None or first.second or first.residual is not None or first.lazy:
         return "expected shift and ReLU between them"
     if last.weight.shape[0] % config.BLOCK_N:
