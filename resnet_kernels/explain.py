@@ -95,7 +95,7 @@ def explain(module_or_op: Any, *inputs: Any, **keywords: Any) -> Explanations:
         def hook(module: nn.Module, args: tuple) -> None:
             if isinstance(module, FrozenTrunk):
                 found.extend(
-                    Explanation(f"{name}: {step.name}", step.backend.NAME, None, {}, False) for step in module.steps
+                    Explanation(f"{name}: {step.name}", step.backend().NAME, None, {}, False) for step in module.steps
                 )
             else:
                 found.append(_explain_block(name or type(module).__name__, module, args[0]))

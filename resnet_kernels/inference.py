@@ -18,7 +18,7 @@ import functools
 import itertools
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from torchvision.models import resnet
 from torchvision.models._utils import IntermediateLayerGetter
 
 from .backends import select
-from .backends.contract import Backend, BackendUnavailable, Block, Geometry, Packed, Pool, wide
+from .backends.contract import Backend, BackendUnavailable, Block, Call, Geometry, Packed, Pool, wide
 from .graphs import Graphs, usable
 from .nn import BasicBlock, Bottleneck, fusable
 from .ops import block as block_op
@@ -41,10 +41,11 @@ BLOCKS = (resnet.BasicBlock, resnet.Bottleneck)
 @dataclasses.dataclass(frozen=True)
 class Step:
     """A stem or block of a trunk: its weights with their batch norms' scales, the chain's shifts (the last with a
-    projection's added), and how they go together."""
+    projection's added), and how they go together. named: the backend that was named when it was frozen."""
 
     name: str
-    backend_name: str
+    call: Call
+    named: str | None
     weights: tuple[Tensor, ...]
     scales: tuple[Tensor, ...]
     shifts: tuple[Tensor, ...]
@@ -52,9 +53,9 @@ class Step:
     shortcut: str | None = None
     pool: Pool | None = None
 
-    @property
-    def backend(self) -> Backend:
-        return select.BY_NAME[self.backend_name]
+    def backend(self, size: tuple[int, ...] = ()) -> Backend:
+        """For an input of (N, C, H, W)."""
+        return select.choose(dataclasses.replace(self.call, size=size), self.named)
 
     def walk(self, size: tuple[int, int, int]) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
         """(C, H, W) of every convolution's operand, and of the activations that follow each other, the result last."""
@@ -65,29 +66,36 @@ class Step:
             maps.append((K, g.output_size(H, self.pool.kernel), g.output_size(W, self.pool.kernel)))
         return operands, maps
 
-    def pack(self, sizes: list[tuple[int, int, int, int]]) -> list[Packed]:
+    def pack(self, backend: Backend, sizes: list[tuple[int, int, int, int]]) -> list[Packed]:
         """Its weights, for operands of these sizes (N, C, H, W)."""
-        backend = self.backend
         if self.pool is not None and hasattr(backend, "pack_stem"):
             return [backend.pack_stem(self.weights[0], self.scales[0], self.geometries[0], self.pool)]
         rows = zip(self.weights, self.scales, self.geometries, sizes, strict=True)
         return [backend.pack(*row) for row in rows]
 
 
-Packing = list[tuple[Step, list[Packed]]]
+class Ready(NamedTuple):
+    """A step with its backend, and its weights packed for it."""
+
+    step: Step
+    backend: Backend
+    packed: list[Packed]
+
+    @property
+    def kind(self) -> tuple[str, bool]:
+        return self.backend.NAME, self.step.pool is not None
 
 
-def _advance(x: Tensor, steps: Packing, ours: bool) -> Tensor:
+def _advance(x: Tensor, steps: list[Ready], ours: bool) -> Tensor:
     """The steps, one after the other. ours: whether x's memory may be taken."""
-    for (is_stem, _), rows in itertools.groupby(steps, lambda row: (row[0].pool is not None, row[0].backend_name)):
-        same = list(rows)
-        first, packed = same[0]
-        if is_stem:
-            assert first.pool is not None
-            x = stem_op.run(first.backend, x, packed[0], first.shifts[0], first.geometries[0], first.pool)
+    for _, same in itertools.groupby(steps, lambda ready: ready.kind):
+        rows = list(same)
+        step, backend, packed = rows[0]
+        if step.pool is not None:
+            x = stem_op.run(backend, x, packed[0], step.shifts[0], step.geometries[0], step.pool)
         else:
-            blocks = [Block(weights, step.shifts, step.geometries, step.shortcut or "") for step, weights in same]
-            x = block_op.run(first.backend, x, blocks, ours)
+            blocks = [Block(weights, s.shifts, s.geometries, s.shortcut or "") for s, _, weights in rows]
+            x = block_op.run(backend, x, blocks, ours)
         ours = True
     return x
 
@@ -109,7 +117,7 @@ class FrozenTrunk(nn.Module):
         self._forget_packed()
 
     def _forget_packed(self) -> None:
-        self._packed: collections.OrderedDict[object, list[list[Packed]]] = collections.OrderedDict()
+        self._packed: collections.OrderedDict[object, list[Ready]] = collections.OrderedDict()
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -120,46 +128,46 @@ class FrozenTrunk(nn.Module):
         super().__setstate__(state)
         self._forget_packed()
 
-    def _plan(self, N: int, size: tuple[int, int, int]) -> list[tuple[int, Packing]]:
-        """For N images of `size` (C, H, W): runs of steps, each with its images per pass and its weights packed for
-        that. Later steps, whose maps are smaller, take more images at a time: as many as a whole number of passes of
-        the run before."""
-        operands, limits, first = [], [], size
+    def _plan(self, N: int, size: tuple[int, int, int]) -> list[tuple[int, list[Ready]]]:
+        """For N images of `size` (C, H, W): runs of steps ready to go, each with its images per pass. Later steps,
+        whose maps are smaller, take more images at a time: as many as a whole number of passes of the run before."""
+        batch, first = N, size
+        operands, limits, backends = [], [], []
         for step in self.steps:
             inner, maps = step.walk(size)
-            limits.append(step.backend.images_per_pass(self.dtype.itemsize * block_op.largest_pair(maps)))
+            backends.append(step.backend((batch, *size)))
+            limits.append(backends[-1].images_per_pass(self.dtype.itemsize * block_op.largest_pair(maps)))
             operands.append(inner)
             size = maps[-1]
         images: list[int] = []
         for limit in reversed(limits):
             N = block_op.pass_size(N, limit)
             images.insert(0, N)
-        sized = any(step.backend.PACKS_FOR_SIZE for step in self.steps)
-        key = (*images, *first) if sized else None
+        sized = any(backend.PACKS_FOR_SIZE for backend in backends)
+        key = tuple(backend.NAME for backend in backends), (*images, *first) if sized else None
         with self._lock:
             if key not in self._packed:
+                rows = zip(self.steps, backends, operands, images, strict=True)
                 self._packed[key] = [
-                    step.pack([(n, *operand) for operand in inner])
-                    for step, inner, n in zip(self.steps, operands, images, strict=True)
+                    Ready(step, backend, step.pack(backend, [(n, *operand) for operand in inner]))
+                    for step, backend, inner, n in rows
                 ]
             self._packed.move_to_end(key)
-            packed = self._packed[key]
+            ready = self._packed[key]
             while len(self._packed) > self.KEPT:
                 self._packed.popitem(last=False)
-        rows = zip(images, self.steps, packed, strict=True)
-        return [
-            (n, [(step, weights) for _, step, weights in run]) for n, run in itertools.groupby(rows, lambda r: r[0])
-        ]
+        runs = itertools.groupby(zip(images, ready, strict=True), lambda row: row[0])
+        return [(n, [step for _, step in run]) for n, run in runs]
 
     @property
     def channels(self) -> int:
         """Of the input."""
         return self.steps[0].weights[0].shape[1] * self.steps[0].geometries[0].groups
 
-    def _buffer_channels(self) -> int:
+    def _buffer_channels(self, x: Tensor) -> int:
         """Of the input in memory: a stem may want zeros behind the image's."""
         first = self.steps[0]
-        wanted = getattr(first.backend, "stem_channels", None)
+        wanted = getattr(first.backend(tuple(x.shape)), "stem_channels", None)
         if first.pool is None or wanted is None:
             return self.channels
         return wanted(tuple(first.weights[0].shape), first.geometries[0], first.pool)
@@ -167,14 +175,14 @@ class FrozenTrunk(nn.Module):
     def buffer(self, x: Tensor) -> Tensor:
         """Where `fill` puts an input like x."""
         N, _, H, W = x.shape
-        zeros = torch.zeros((N, self._buffer_channels(), H, W), dtype=self.dtype, device=x.device)
+        zeros = torch.zeros((N, self._buffer_channels(x), H, W), dtype=self.dtype, device=x.device)
         return zeros.contiguous(memory_format=torch.channels_last)
 
     def fill(self, buffer: Tensor, x: Tensor) -> None:
         buffer[:, : self.channels].copy_(x)
 
     def _load(self, x: Tensor) -> Tensor:
-        if self._buffer_channels() == self.channels:
+        if self._buffer_channels(x) == self.channels:
             return x.to(self.dtype).contiguous(memory_format=torch.channels_last)
         buffer = self.buffer(x)
         self.fill(buffer, x)
@@ -183,7 +191,7 @@ class FrozenTrunk(nn.Module):
     def run(self, x: Tensor, load: Callable[[Tensor], Tensor] = lambda part: part) -> Tensor:
         """The steps over load(x), a few images at a time."""
 
-        def after(images: int, run: Packing, before: Callable[[Tensor], Tensor], ours: bool) -> Callable:
+        def after(images: int, run: list[Ready], before: Callable[[Tensor], Tensor], ours: bool) -> Callable:
             """`before`, then the run, that many images at a time. ours: whether the run may reuse its operand."""
             return lambda part: block_op.in_passes(part, images, lambda p: _advance(before(p), run, ours))
 
@@ -207,7 +215,7 @@ class FrozenTrunk(nn.Module):
         return self.run(x, self._load)
 
     def extra_repr(self) -> str:
-        return f"{', '.join(s.name for s in self.steps)}; {self.steps[0].backend_name}, {self.dtype}"
+        return f"{', '.join(s.name for s in self.steps)}; {self.steps[0].backend().NAME}, {self.dtype}"
 
 
 class FrozenResNet(resnet.ResNet):
@@ -331,7 +339,7 @@ class _Freezer:
 
     def _trunk(self, steps: list[Step]) -> FrozenTrunk:
         self.fused += [step.name for step in steps if step.name not in self.fused]
-        self.compute_dtype = steps[0].backend.compute_dtype(self.dtype)
+        self.compute_dtype = steps[0].backend().compute_dtype(self.dtype)
         return FrozenTrunk(steps, self.compute_dtype, self.graphs)
 
     def _join(self, model: resnet.ResNet, prefix: str) -> None:
@@ -363,12 +371,14 @@ class _Freezer:
             raise ValueError(f"{name}: expected it on {self.device}, as the first block, got {devices}")
         geometries = tuple(fusable.geometry(c) for c in convs)
         shapes = tuple(tuple(c.weight.shape) for c in convs)
-        backend = select.choose(call(self.device, self.dtype, shapes, geometries))
+        described = call(self.device, self.dtype, shapes, geometries)
+        select.choose(described)  # raises if the backend that was named cannot
         affines = [[t.to(wide(self.dtype)) for t in affine_of(bn)] for bn in norms]
         shifts = block_op.chain_shifts([b for _, b in affines], kind.get("shortcut", ""))
         return Step(
             name,
-            backend.NAME,
+            described,
+            select.named(),
             # Copies, so that a later change of the source shows at refresh() and not before.
             tuple(c.weight.detach().to(self.dtype, memory_format=torch.channels_last, copy=True) for c in convs),
             tuple(a for a, _ in affines),

@@ -177,12 +177,14 @@ class Call:
     needs: names of what is asked for: a primitive ("conv", "wgrad", "moments", "bn_pass", "finalize") and features
         ("residual", "two_products", "lazy", "two_tensors", "mask", "reduce", "data_grad", "pool").
     weights: (K, C/groups, R, S) and geometry of each product.
+    size: (N, C, H, W) of the first operand where it is known; only what was measured depends on it.
     """
 
     device: torch.device
     dtype: torch.dtype
     needs: frozenset[str]
     weights: tuple[tuple[tuple[int, ...], Geometry], ...] = field(default=())
+    size: tuple[int, ...] = ()
 
 
 def beyond(
@@ -215,7 +217,7 @@ def call_of(products: Sequence[Product], epilogue: Epilogue) -> Call:
     }
     x = products[0].operand.tensor
     shapes = tuple((p.packed.shape, p.geometry) for p in products)
-    return Call(x.device, x.dtype, frozenset(n for n, there in present.items() if there), shapes)
+    return Call(x.device, x.dtype, frozenset(n for n, there in present.items() if there), shapes, tuple(x.shape))
 
 
 def check_conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[int, int, int, int]:

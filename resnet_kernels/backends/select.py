@@ -1,7 +1,7 @@
 """Which backend runs a call, and why the others do not.
 
-`CANDIDATES` is the order of preference. Automatic choice takes the first whose `why_not` is None and that may be
-chosen unasked; a backend that was named runs or raises `BackendUnavailable`.
+`CANDIDATES` is the order of preference. Automatic choice takes what a measured table says is fastest, else the first
+whose `why_not` is None and that may be chosen unasked; a backend that was named runs or raises `BackendUnavailable`.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ import os
 from contextlib import AbstractContextManager
 from typing import cast
 
-from . import aten, cpu, cuda, reference, triton
+from . import aten, cpu, cuda, measured, reference, triton
 from .contract import Backend, BackendUnavailable, Call
 
 CANDIDATES: tuple[Backend, ...] = tuple(cast(Backend, module) for module in (cpu, triton, cuda, aten, reference))
 BY_NAME = {backend.NAME: backend for backend in CANDIDATES}
 
-# Never chosen unasked, whatever their why_not says.
+# Never chosen unasked, whatever their why_not says, unless a measured table does.
+UNPROVED = "chosen by name, or where a measured table of this GPU says so: there is none for this call"
 ONLY_BY_NAME = {
-    "triton": "chosen only by name: no GPU has proved its kernels",
-    "cuda": "chosen only by name: no GPU has proved its kernels",
+    "triton": UNPROVED,
+    "cuda": UNPROVED,
     "reference": "chosen only by name: it defines the result, slowly",
 }
 
@@ -70,25 +71,27 @@ def use_backend(name: str | None) -> AbstractContextManager:
 
 def reasons(call: Call) -> dict[str, str | None]:
     """For every candidate, in order of preference: None if it may be chosen for the call, else why not."""
-    return {b.NAME: b.why_not(call) or ONLY_BY_NAME.get(b.NAME) for b in CANDIDATES}
+    best = measured.fastest(call)
+    unasked = {name: reason for name, reason in ONLY_BY_NAME.items() if name != best}
+    return {b.NAME: b.why_not(call) or unasked.get(b.NAME) for b in CANDIDATES}
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(call: Call, name: str | None) -> Backend:
+def _choose(call: Call, name: str | None, best: str | None) -> Backend:
     if name is not None:
         reason = BY_NAME[name].why_not(call)
         if reason:
             raise BackendUnavailable(f"backend {name!r} was named and cannot run this call: {reason}")
         return BY_NAME[name]
     why_not = reasons(call)
-    for backend in CANDIDATES:
-        if why_not[backend.NAME] is None:
-            return backend
+    for candidate in (best, *BY_NAME):
+        if candidate is not None and why_not.get(candidate, "unknown") is None:
+            return BY_NAME[candidate]
     raise BackendUnavailable("no backend can run this call: " + "; ".join(f"{n}: {r}" for n, r in why_not.items()))
 
 
-def choose(call: Call) -> Backend:
-    """The backend for a call. Raises `BackendUnavailable`."""
-    name = named()
+def choose(call: Call, name: str | None = None) -> Backend:
+    """The backend for a call: the named one (None: the one the user named, if any). Raises `BackendUnavailable`."""
+    name = name or named()
     # A graph that was compiled before "eager" was named still calls the op: the reference is the plain chain.
-    return _choose(call, reference.NAME if name == EAGER else name)
+    return _choose(call, reference.NAME if name == EAGER else name, measured.fastest(call))

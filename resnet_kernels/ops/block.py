@@ -46,10 +46,11 @@ def call_of_block(
     weights: Sequence[tuple[int, ...]],
     geometries: Sequence[Geometry],
     shortcut: str,
+    size: tuple[int, ...] = (),
 ) -> Call:
     """What a backend must be able to do to run the block; metadata for `select`."""
     needs = {"conv", "two_products" if shortcut == "projection" else "residual"}
-    return Call(device, dtype, frozenset(needs), tuple(zip(weights, geometries, strict=True)))
+    return Call(device, dtype, frozenset(needs), tuple(zip(weights, geometries, strict=True)), size)
 
 
 def chain_shifts(shifts: Sequence[Tensor], shortcut: str) -> list[Tensor]:
@@ -150,7 +151,7 @@ def _forward(
 ) -> Tensor:
     geometries = _geometries(weights, strides, dilations, groups)
     shapes = [tuple(w.shape) for w in weights]
-    backend = select.choose(call_of_block(x.device, x.dtype, shapes, geometries, shortcut))
+    backend = select.choose(call_of_block(x.device, x.dtype, shapes, geometries, shortcut, tuple(x.shape)))
     dtype = backend.compute_dtype(x.dtype)
     operands, maps = walk(x.shape[1:], shapes, geometries, shortcut)
     size = pass_size(x.shape[0], backend.images_per_pass(dtype.itemsize * largest_pair(maps)))
