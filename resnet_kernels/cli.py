@@ -21,6 +21,7 @@ from .backends.contract import Call, Geometry
 from .images import classifier, photographs
 from .testing import Errors
 
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -113,6 +114,19 @@ def explain(console: Console, args: argparse.Namespace) -> int:
     return 0
 
 
+def kernels(console: Console, args: argparse.Namespace) -> int:
+    from .kernels import table
+
+    # Only its sizes matter: no memory is taken for weights.
+    with torch.device("meta"):
+        model = classifier(args.model, None, None).to(DTYPES[args.dtype])
+        images = torch.empty(args.batch, 3, args.size, args.size, dtype=DTYPES[args.dtype])
+    print(f"### {args.model}, {args.dtype}, batch {args.batch}, {args.size} x {args.size}, sm_{args.arch}\n")
+    for line in table(model, images, args.arch):
+        print(line)
+    return 0
+
+
 def demo(console: Console, args: argparse.Namespace) -> int:
     from .demo import demo as run
 
@@ -143,6 +157,12 @@ def parser() -> argparse.ArgumentParser:
             p.add_argument("--dtype", choices=DTYPES, default="fp32")
             p.add_argument("--size", type=_positive, default=224, help="height and width of the images")
             p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        if function is kernels:
+            p.add_argument("--model", default="resnet50", help="a torchvision residual network (default: resnet50)")
+            p.add_argument("--batch", type=_positive, default=256)
+            p.add_argument("--dtype", choices=DTYPES, default="bf16")
+            p.add_argument("--size", type=_positive, default=224, help="height and width of the images")
+            p.add_argument("--arch", type=int, choices=ARCHITECTURES, default=90, help="90 is sm_90")
         if function is demo:
             p.add_argument("--out", type=Path, default=Path("demo"), help="folder of the chart (default: demo)")
 
@@ -154,6 +174,7 @@ def parser() -> argparse.ArgumentParser:
         "model",
         "input",
     )
+    command(kernels, "what the Triton backend launches, compiled and read for a GPU that need not be here, as Markdown")
     command(explain, "which backend runs each block, and why each other candidate does not", "model", "input")
     return top
 

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backends import select
+from .backends import select, triton
 from .backends.contract import Call
-from .inference import FrozenModel, FrozenTrunk
+from .inference import FrozenModel, FrozenResNet, FrozenTrunk
 from .nn import BasicBlock, Bottleneck
 from .nn.fusable import Parts, geometry, parts, why_plain
 from .ops import block as block_op
 from .ops import residual_block
+from .roofline import H200, launches_of
 
 PLAIN = "plain torch modules"
 
@@ -24,7 +25,8 @@ PLAIN = "plain torch modules"
 class Explanation:
     """One block's: what runs it (a backend's name, or the plain chain), and for every candidate None or why not.
 
-    copies: whether the input is converted to channels_last first.
+    copies: whether the input is converted to channels_last first. kernels: where the backend tells, what it launches,
+    with the bytes that must move, the least time on an H200, and what was preferred and could not be taken.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Explanation:
     why_plain: str | None
     candidates: dict[str, str | None]
     copies: bool
+    kernels: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.name}: {self.chosen}" + (f" ({self.why_plain})" if self.why_plain else "")]
@@ -39,6 +42,7 @@ class Explanation:
             lines.append("    its input is converted to channels_last first")
         for name, reason in self.candidates.items():
             lines.append(f"    {name}: {reason or 'can run it'}")
+        lines += [f"    {kernel}" for kernel in self.kernels]
         return "\n".join(lines)
 
 
@@ -49,13 +53,26 @@ class Explanations(list[Explanation]):
         return "\n".join(map(str, self)) if self else "no fused residual block ran"
 
 
-def _explain_call(name: str, call: Call, x: Tensor, reason: str | None) -> Explanation:
+def _kernels(backend: str, module: nn.Module, x: Tensor) -> tuple[str, ...]:
+    """What the Triton backend launches for a block or a frozen trunk."""
+    if backend != triton.NAME:
+        return ()
+    lines = []
+    for launch in launches_of(module, x):
+        floor = f"{launch.work.bytes / 1e6:.2f} MB, at least {1e6 * H200.floor(launch.work):.1f} us"
+        not_taken = "".join(f"; not {name}: {reason}" for name, reason in launch.refused.items())
+        lines.append(f"{launch.name}: {launch.what}: {floor}{not_taken}")
+    return tuple(lines)
+
+
+def _explain_call(name: str, call: Call, x: Tensor, reason: str | None, block: nn.Module | None = None) -> Explanation:
     # All of a block's intermediates are ours, so channels_last: only its input can come otherwise.
     copies = not x.is_contiguous(memory_format=torch.channels_last)
     if reason is None and select.named() == select.EAGER:
         reason = "the backend 'eager' was named"
     chosen = PLAIN if reason else select.choose(call).NAME
-    return Explanation(name, chosen, reason, select.reasons(call), copies)
+    kernels = () if block is None else _kernels(chosen, block, x)
+    return Explanation(name, chosen, reason, select.reasons(call), copies, kernels)
 
 
 def _explain_block(name: str, block: nn.Module, x: Tensor) -> Explanation:
@@ -65,7 +82,18 @@ def _explain_block(name: str, block: nn.Module, x: Tensor) -> Explanation:
         return Explanation(name, PLAIN, reason, {}, False)
     weights = [tuple(c.weight.shape) for c in p.convs]
     geometries = [geometry(c) for c in p.convs]
-    return _explain_call(name, block_op.call_of_block(x.device, x.dtype, weights, geometries, p.shortcut), x, reason)
+    call = block_op.call_of_block(x.device, x.dtype, weights, geometries, p.shortcut, tuple(x.shape))
+    return _explain_call(name, call, x, reason, block)
+
+
+def _explain_trunk(name: str, trunk: FrozenTrunk, x: Tensor) -> list[Explanation]:
+    """Per step. The kernels stand with the first: one may end a block and begin the next."""
+    chosen = trunk.backends(x.shape)
+    kernels = _kernels(chosen[0].NAME, trunk, x) if len({backend.NAME for backend in chosen}) == 1 else ()
+    return [
+        Explanation(f"{name}: {step.name}", backend.NAME, None, select.reasons(step.call), False, () if i else kernels)
+        for i, (step, backend) in enumerate(zip(trunk.steps, chosen, strict=True))
+    ]
 
 
 def explain(module_or_op: Any, *inputs: Any, **keywords: Any) -> Explanations:
@@ -85,7 +113,7 @@ def explain(module_or_op: Any, *inputs: Any, **keywords: Any) -> Explanations:
         shortcut = keywords.get("shortcut", inputs[7] if len(inputs) > 7 else "identity")
         geometries = [block_op.same_padding(*row) for row in zip(weights, strides, dilations, groups, strict=True)]
         shapes = [tuple(w.shape) for w in weights]
-        call = block_op.call_of_block(x.device, x.dtype, shapes, geometries, shortcut)
+        call = block_op.call_of_block(x.device, x.dtype, shapes, geometries, shortcut, tuple(x.shape))
         found.append(_explain_call("residual_block", call, x, None))
         return found
     if not isinstance(module_or_op, nn.Module):
@@ -93,19 +121,25 @@ def explain(module_or_op: Any, *inputs: Any, **keywords: Any) -> Explanations:
 
     def before(name: str) -> Callable[[nn.Module, tuple], None]:
         def hook(module: nn.Module, args: tuple) -> None:
-            if isinstance(module, FrozenTrunk):
-                found.extend(
-                    Explanation(f"{name}: {step.name}", step.backend().NAME, None, {}, False) for step in module.steps
-                )
+            # Once, and gone before the module is looked at: it is no hook of the user's.
+            hooks.pop(name).remove()
+            if isinstance(module, FrozenResNet):
+                found.extend(_explain_trunk(f"{name}.trunk".removeprefix("."), module.trunk, args[0]))
+            elif isinstance(module, FrozenTrunk):
+                found.extend(_explain_trunk(name, module, args[0]))
             else:
                 found.append(_explain_block(name or type(module).__name__, module, args[0]))
 
         return hook
 
-    kinds = (BasicBlock, Bottleneck, FrozenTrunk)
-    hooks = [
-        m.register_forward_pre_hook(before(name)) for name, m in module_or_op.named_modules() if isinstance(m, kinds)
-    ]
+    kinds = (BasicBlock, Bottleneck, FrozenTrunk, FrozenResNet)
+    # A frozen ResNet may run its trunk as part of a graph, past the trunk's hooks.
+    inside = {id(m.trunk) for m in module_or_op.modules() if isinstance(m, FrozenResNet)}
+    hooks = {
+        name: m.register_forward_pre_hook(before(name))
+        for name, m in module_or_op.named_modules()
+        if isinstance(m, kinds) and id(m) not in inside
+    }
     # In training mode the batch norms would take the call for a step.
     training = any(m.training for m in module_or_op.modules())
     buffers = [(b, b.clone()) for b in module_or_op.buffers()] if training else []
@@ -116,7 +150,7 @@ def explain(module_or_op: Any, *inputs: Any, **keywords: Any) -> Explanations:
         with torch.no_grad():
             for buffer, before_call in buffers:
                 buffer.copy_(before_call)
-        for hook in hooks:
+        for hook in hooks.values():
             hook.remove()
     if isinstance(module_or_op, FrozenModel):
         found.extend(Explanation(name, PLAIN, reason, {}, False) for name, reason in module_or_op.left.items())

@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -131,12 +131,11 @@ class FrozenTrunk(nn.Module):
     def _plan(self, N: int, size: tuple[int, int, int]) -> list[tuple[int, list[Ready]]]:
         """For N images of `size` (C, H, W): runs of steps ready to go, each with its images per pass. Later steps,
         whose maps are smaller, take more images at a time: as many as a whole number of passes of the run before."""
-        batch, first = N, size
-        operands, limits, backends = [], [], []
-        for step in self.steps:
+        first = size
+        operands, limits, backends = [], [], self.backends((N, *size))
+        for step, backend in zip(self.steps, backends, strict=True):
             inner, maps = step.walk(size)
-            backends.append(step.backend((batch, *size)))
-            limits.append(backends[-1].images_per_pass(self.dtype.itemsize * block_op.largest_pair(maps)))
+            limits.append(backend.images_per_pass(self.dtype.itemsize * block_op.largest_pair(maps)))
             operands.append(inner)
             size = maps[-1]
         images: list[int] = []
@@ -158,6 +157,15 @@ class FrozenTrunk(nn.Module):
                 self._packed.popitem(last=False)
         runs = itertools.groupby(zip(images, ready, strict=True), lambda row: row[0])
         return [(n, [step for _, step in run]) for n, run in runs]
+
+    def backends(self, size: Sequence[int]) -> list[Backend]:
+        """Each step's, for an input of (N, C, H, W)."""
+        N, *image = size
+        found = []
+        for step in self.steps:
+            found.append(step.backend((N, *image)))
+            image = list(step.walk((image[0], image[1], image[2]))[1][-1])
+        return found
 
     @property
     def channels(self) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends import select
-from .inference import freeze
+from .inference import FrozenTrunk, freeze
 
 if TYPE_CHECKING:
     from .backends.triton.launch import Launch, Work
@@ -40,14 +40,41 @@ H200 = Ceilings("NVIDIA H200", 4.3e12, 5.5e12, 790e12)
 LAUNCH = 2e-6
 
 
-def launches_of(model: nn.Module, x: Tensor, arch: int) -> list[Launch]:
-    """What `freeze(model)(x)` would launch on a GPU of the architecture with the Triton backend. Needs no GPU: only
-    the sizes and dtype of model and x matter.
+def launches_of(module: nn.Module, x: Tensor, arch: int | None = None) -> list[Launch]:
+    """What `freeze(module)(x)`, or a frozen trunk, launches with the Triton backend on a GPU of the architecture (90 is
+    sm_90; None: of x's device). Needs no GPU: only the sizes and dtype of module and x matter.
 
     Raises BackendUnavailable where Triton is not installed.
     """
-    from .backends.triton.launch import recording
+    from .backends.triton.launch import arch_of, recording
 
-    with select.use_backend("triton"), recording(arch) as launches:
-        freeze(copy.deepcopy(model).to("meta"), x.dtype)(torch.empty_like(x, device="meta"))
+    image = torch.empty_like(x, device="meta")
+    with select.use_backend("triton"), recording(arch or arch_of(x.device)) as launches:
+        if isinstance(module, FrozenTrunk):
+            on_meta(module)(image)
+        else:
+            # The memo says what stands for a tensor in a copy: no memory is taken for weights.
+            tensors = [*module.parameters(), *module.buffers()]
+            imagined = copy.deepcopy(module, {id(t): t.detach().to("meta") for t in tensors})
+            freeze(imagined.eval(), x.dtype)(image)
     return launches
+
+
+def on_meta(trunk: FrozenTrunk) -> FrozenTrunk:
+    """The trunk without its numbers, by whatever backend is named."""
+
+    def imagined(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(t.to("meta") for t in tensors)
+
+    steps = [
+        dataclasses.replace(
+            step,
+            call=dataclasses.replace(step.call, device=torch.device("meta")),
+            named=select.named(),
+            weights=imagined(step.weights),
+            scales=imagined(step.scales),
+            shifts=imagined(step.shifts),
+        )
+        for step in trunk.steps
+    ]
+    return FrozenTrunk(steps, trunk.dtype, graphs=False)

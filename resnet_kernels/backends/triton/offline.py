@@ -24,7 +24,7 @@ from .launch import Launch
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 # What bounds the programs on a multiprocessor, beside shared memory: threads and registers.
-THREADS = {80: 2048, 90: 2048, 100: 2048, 120: 1536}
+THREADS = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
 REGISTERS = 65536
 
 

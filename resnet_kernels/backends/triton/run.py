@@ -36,7 +36,16 @@ def choices(c: Convolution) -> list[Choice]:
     itemsize, device = c.x.element_size(), c.x.device
     fma = itemsize == 4 and precision() == "ieee"
     size = configs.Size(
-        c.rows, K, C, R * S, K // c.geometry.groups, itemsize, fma, arch_of(device), processors_of(device)
+        M=c.rows,
+        K=K,
+        C=C,
+        taps=R * S,
+        group=K // c.geometry.groups,
+        itemsize=itemsize,
+        fma=fma,
+        residual=c.residual is not None,
+        arch=arch_of(device),
+        processors=processors_of(device),
     )
     by_boxes, by_gather = configs.for_boxes(size), configs.for_gather(size)
     return [

@@ -1,0 +1,79 @@
+"""`resnet-kernels kernels`: what the Triton backend launches for a model, compiled for GPUs that need not be here."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from .backends.triton import offline
+from .backends.triton.launch import Launch
+from .roofline import H200, launches_of
+
+HEADER = (
+    "n | kernel | computes | tile | warps, stages | registers | shared KB | a multiprocessor holds | instructions | "
+    "MB moved | MB copied | issued | floor us | predicted us"
+)
+
+
+def _tile(launch: Launch) -> str:
+    a = launch.arguments
+    if "BOX_N" in a:
+        rows = f"{a['BOX_N']}x{a['BOX_H']}x{a['BOX_W']}"
+    else:
+        rows = str(a.get("BLOCK_M", a.get("BLOCK_Q")))
+    return f"{rows} by {a['BLOCK_N']} by {a['BLOCK_K']}"
+
+
+def _row(count: int, launch: Launch, c: offline.Compiled) -> str:
+    kinds = [f"{n} {name}" for name, n in c.matrix.items()]
+    kinds += [f"{c.bulk_copies} tensor copies"] * (c.bulk_copies > 0) + [f"{c.async_copies} cp.async"] * (
+        c.async_copies > 0
+    )
+    w = launch.work
+    cells = [
+        count,
+        launch.name,
+        launch.what,
+        _tile(launch),
+        f"{launch.options['num_warps']}, {launch.options.get('num_stages', 1)}",
+        c.registers,
+        f"{c.shared / 1024:.0f}",
+        c.programs,
+        ", ".join([*kinds, f"{c.nan_max} max.NaN"]),
+        f"{w.bytes / 1e6:.0f}",
+        f"{w.copied / 1e6:.0f}",
+        f"{w.issued / w.flops:.2f}x",
+        f"{1e6 * H200.floor(w):.0f}",
+        f"{1e6 * H200.predicted(w):.0f}",
+    ]
+    return " | ".join(map(str, cells))
+
+
+def table(model: nn.Module, images: torch.Tensor, arch: int) -> Iterator[str]:
+    """Markdown. Launches that follow each other and are the same share a row."""
+    launches = launches_of(model, images, arch)
+    yield f"| {HEADER} |"
+    yield "|" + " --- |" * (HEADER.count("|") + 1)
+    for (_, what), same in itertools.groupby(launches, lambda made: (offline.specialize(made, arch)[0], made.what)):
+        rows = list(same)
+        c = offline.read(rows[0], arch)
+        if c.wrong():
+            raise RuntimeError(f"{what} for sm_{arch}: {'; '.join(c.wrong())}")
+        yield f"| {_row(len(rows), rows[0], c)} |"
+    N = images.shape[0]
+    total = {
+        "MB an image moved": sum(made.work.bytes for made in launches) / N / 1e6,
+        "MB an image copied": sum(made.work.copied for made in launches) / N / 1e6,
+        "GFLOP an image": sum(made.work.flops for made in launches) / N / 1e9,
+        "GFLOP an image issued": sum(made.work.issued for made in launches) / N / 1e9,
+    }
+    floor, predicted = (sum(f(made.work) for made in launches) for f in (H200.floor, H200.predicted))
+    yield ""
+    yield f"{len(launches)} launches; " + ", ".join(f"{value:.1f} {name}" for name, value in total.items()) + "."
+    yield (
+        f"At {H200.name}'s ceilings at least {1e6 * floor:.0f} us, {N / floor:,.0f} images/s; predicted "
+        f"{1e6 * predicted:.0f} us, {N / predicted:,.0f} images/s."
+    )
