@@ -10,12 +10,13 @@ from torch import nn
 
 from .backends.triton import offline
 from .backends.triton.launch import Launch
-from .roofline import H200, launches_of
+from .roofline import H200, Ceilings, launches_of
 
 HEADER = (
     "n | kernel | computes | tile | warps, stages | registers | shared KB | a multiprocessor holds | instructions | "
-    "MB moved | MB copied | issued | floor us | predicted us"
+    "MB moved | MB copied | issued"
 )
+TIMES = " | floor us | predicted us"
 
 
 def _tile(launch: Launch) -> str:
@@ -27,7 +28,7 @@ def _tile(launch: Launch) -> str:
     return f"{rows} by {a['BLOCK_N']} by {a['BLOCK_K']}"
 
 
-def _row(count: int, launch: Launch, c: offline.Compiled) -> str:
+def _row(count: int, launch: Launch, c: offline.Compiled, ceilings: Ceilings | None) -> str:
     kinds = [f"{n} {name}" for name, n in c.matrix.items()]
     kinds += [f"{c.bulk_copies} tensor copies"] * (c.bulk_copies > 0) + [f"{c.async_copies} cp.async"] * (
         c.async_copies > 0
@@ -46,23 +47,25 @@ def _row(count: int, launch: Launch, c: offline.Compiled) -> str:
         f"{w.bytes / 1e6:.0f}",
         f"{w.copied / 1e6:.0f}",
         f"{w.issued / w.flops:.2f}x",
-        f"{1e6 * H200.floor(w):.0f}",
-        f"{1e6 * H200.predicted(w):.0f}",
     ]
+    if ceilings is not None:
+        cells += [f"{1e6 * seconds:.0f}" for seconds in (ceilings.floor(w), ceilings.predicted(w))]
     return " | ".join(map(str, cells))
 
 
 def table(model: nn.Module, images: torch.Tensor, arch: int) -> Iterator[str]:
-    """Markdown. Launches that follow each other and are the same share a row."""
+    """Markdown. Launches that follow each other and are the same share a row. Times where the ceilings are known."""
     launches = launches_of(model, images, arch)
-    yield f"| {HEADER} |"
-    yield "|" + " --- |" * (HEADER.count("|") + 1)
+    ceilings = H200 if arch == 90 else None
+    header = HEADER + (TIMES if ceilings else "")
+    yield f"| {header} |"
+    yield "|" + " --- |" * (header.count("|") + 1)
     for (_, what), same in itertools.groupby(launches, lambda made: (offline.specialize(made, arch)[0], made.what)):
         rows = list(same)
         c = offline.read(rows[0], arch)
         if c.wrong():
             raise RuntimeError(f"{what} for sm_{arch}: {'; '.join(c.wrong())}")
-        yield f"| {_row(len(rows), rows[0], c)} |"
+        yield f"| {_row(len(rows), rows[0], c, ceilings)} |"
     N = images.shape[0]
     total = {
         "MB an image moved": sum(made.work.bytes for made in launches) / N / 1e6,
@@ -70,10 +73,12 @@ def table(model: nn.Module, images: torch.Tensor, arch: int) -> Iterator[str]:
         "GFLOP an image": sum(made.work.flops for made in launches) / N / 1e9,
         "GFLOP an image issued": sum(made.work.issued for made in launches) / N / 1e9,
     }
-    floor, predicted = (sum(f(made.work) for made in launches) for f in (H200.floor, H200.predicted))
     yield ""
     yield f"{len(launches)} launches; " + ", ".join(f"{value:.1f} {name}" for name, value in total.items()) + "."
+    if ceilings is None:
+        return
+    floor, predicted = (sum(f(made.work) for made in launches) for f in (ceilings.floor, ceilings.predicted))
     yield (
-        f"At {H200.name}'s ceilings at least {1e6 * floor:.0f} us, {N / floor:,.0f} images/s; predicted "
+        f"At {ceilings.name}'s ceilings at least {1e6 * floor:.0f} us, {N / floor:,.0f} images/s; predicted "
         f"{1e6 * predicted:.0f} us, {N / predicted:,.0f} images/s."
     )

@@ -17,7 +17,8 @@ class Convolution:
 
     x: (N, C, H, W), any strides with channels next to each other. weight: (K, R, S, C/groups), contiguous.
     lazy: (a, b, relu) of relu(a*x + b). second: (x2 (N, C2, P, Q), weight2 (K, 1, 1, C2)).
-    residual: (N, up to K, P, Q), of any such strides; channels it lacks are zero.
+    residual: (N, up to K, P, Q), of any such strides; channels it lacks are zero. joined: groups that the weight holds
+    as one, with zeros between them.
     """
 
     x: Tensor
@@ -29,6 +30,7 @@ class Convolution:
     second: tuple[Tensor, Tensor] | None = None
     residual: Tensor | None = None
     relu: bool = False
+    joined: int = 1
 
     @property
     def output_sizes(self) -> tuple[int, int, int, int]:
@@ -52,7 +54,7 @@ class Convolution:
     def flops(self) -> int:
         """Of the sums as they are written, without a tile's padding or the zeros between joined groups."""
         K, R, S, C = self.weight.shape
-        terms = R * S * C + (self.second[0].shape[1] if self.second else 0)
+        terms = R * S * C // self.joined + (self.second[0].shape[1] if self.second else 0)
         return 2 * self.rows * K * terms
 
     def work(self, config: Config, tiles: int) -> Work:

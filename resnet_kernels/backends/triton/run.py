@@ -148,7 +148,7 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> Tensor:
     if len(products) > 2:
         raise ValueError(f"conv: expected one or two products, got {len(products)}")
     first, second = products[0], products[1] if len(products) > 1 else None
-    weight, scale, _ = _packed(first, keep=False)
+    weight, scale, shape = _packed(first, keep=False)
     x = _view(first.operand)
     lazy = None
     if first.operand.affine is not None or first.operand.relu:
@@ -165,6 +165,7 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> Tensor:
         None if second is None else _second(second),
         None if epilogue.residual is None else _value(epilogue.residual),
         epilogue.relu,
+        weight.shape[3] // shape[1],
     )
     return convolve(c)
 
@@ -198,7 +199,8 @@ def _chain(block: Block) -> list[Convolution]:
     for (weight, scale, shape), shift, geometry in zip(block.weights, block.shifts, block.geometries, strict=False):
         nothing = torch.empty((0, shape[1] * geometry.groups, 1, 1), device="meta")
         g = geometry._replace(groups=nothing.shape[1] // weight.shape[3])
-        chain.append(Convolution(nothing, weight, g, _per_channel(scale), _per_channel(shift), relu=True))
+        c = Convolution(nothing, weight, g, _per_channel(scale), _per_channel(shift), relu=True)
+        chain.append(dataclasses.replace(c, joined=weight.shape[3] // shape[1]))
     return chain
 
 
