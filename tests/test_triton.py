@@ -18,6 +18,7 @@ import torchvision
 from torch import nn
 
 import resnet_kernels as rk
+from resnet_kernels import cli
 from resnet_kernels.backends import measured, select, triton
 from resnet_kernels.backends.contract import Block, Call, Geometry, Operand, Packed, Pool
 from resnet_kernels.backends.triton import boxes, configs, gather, launch, offline, run, tail
@@ -405,6 +406,12 @@ def test_the_lazy_operand_and_passes_compile_clean(arch):
             # Its operand goes through registers: "wgmma" reads it there.
             assert set(c.matrix) == {"wgmma"}, made.what
             assert c.drains == 0 or made.options["num_stages"] == 1, made.what
+
+
+def test_the_documented_table_is_what_compiles(capsys):
+    documented = (HERE.parent / "docs/kernels.md").read_text().split("### ")[1]
+    assert cli.main(["kernels"]) == 0
+    assert capsys.readouterr().out.strip().removeprefix("### ") == documented.strip(), "run `make kernels`"
 
 
 def test_a_reading_that_should_fail_fails():
