@@ -117,12 +117,13 @@ class FrozenTrunk(nn.Module):
         self._forget_packed()
 
     def _forget_packed(self) -> None:
-        self._packed: collections.OrderedDict[object, list[Ready]] = collections.OrderedDict()
+        self._packed: collections.OrderedDict[tuple, Ready] = collections.OrderedDict()
+        self._fixed: collections.OrderedDict[tuple, Ready] = collections.OrderedDict()
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         # Packed weights belong to this process: a copy or an unpickled trunk packs its own.
-        return {name: value for name, value in self.__dict__.items() if name not in ("_packed", "_lock")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_packed", "_fixed", "_lock")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -131,7 +132,6 @@ class FrozenTrunk(nn.Module):
     def _plan(self, N: int, size: tuple[int, int, int]) -> list[tuple[int, list[Ready]]]:
         """For N images of `size` (C, H, W): runs of steps ready to go, each with its images per pass. Later steps,
         whose maps are smaller, take more images at a time: as many as a whole number of passes of the run before."""
-        first = size
         operands, limits, backends = [], [], self.backends((N, *size))
         for step, backend in zip(self.steps, backends, strict=True):
             inner, maps = step.walk(size)
@@ -142,21 +142,23 @@ class FrozenTrunk(nn.Module):
         for limit in reversed(limits):
             N = block_op.pass_size(N, limit)
             images.insert(0, N)
-        sized = any(backend.PACKS_FOR_SIZE for backend in backends)
-        key = tuple(backend.NAME for backend in backends), (*images, *first) if sized else None
         with self._lock:
-            if key not in self._packed:
-                rows = zip(self.steps, backends, operands, images, strict=True)
-                self._packed[key] = [
-                    Ready(step, backend, step.pack(backend, [(n, *operand) for operand in inner]))
-                    for step, backend, inner, n in rows
-                ]
-            self._packed.move_to_end(key)
-            ready = self._packed[key]
-            while len(self._packed) > self.KEPT:
+            rows = zip(range(len(images)), backends, operands, images, strict=True)
+            ready = [self._packed_step(i, backend, [(n, *size) for size in inner]) for i, backend, inner, n in rows]
+            while len(self._packed) > self.KEPT * len(self.steps):
                 self._packed.popitem(last=False)
         runs = itertools.groupby(zip(images, ready, strict=True), lambda row: row[0])
         return [(n, [step for _, step in run]) for n, run in runs]
+
+    def _packed_step(self, i: int, backend: Backend, sizes: list[tuple[int, int, int, int]]) -> Ready:
+        # What does not depend on the size stays for good: graphs read it where it is.
+        kept, key = (
+            (self._packed, (i, backend.NAME, *sizes)) if backend.PACKS_FOR_SIZE else (self._fixed, (i, backend.NAME))
+        )
+        if key not in kept:
+            kept[key] = Ready(self.steps[i], backend, self.steps[i].pack(backend, sizes))
+        kept.move_to_end(key)
+        return kept[key]
 
     def backends(self, size: Sequence[int]) -> list[Backend]:
         """Each step's, for an input of (N, C, H, W)."""
@@ -239,12 +241,18 @@ class FrozenResNet(resnet.ResNet):
             x = getattr(self, name)(x)
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
+    def _known_to_the_end(self) -> bool:
+        """Whether nothing behind the trunk is a user's, which may do what no capture allows, or see no replay."""
+        last = (self.avgpool, self.fc)
+        known = type(last[0]) is nn.AdaptiveAvgPool2d and type(last[1]) in (nn.Linear, nn.Identity)
+        return known and not self.after_trunk and not any(map(fusable.hook_on, last))
+
     def forward(self, x: Tensor) -> Tensor:
         trunk = self.trunk
         trunk.check(x)
-        # A stage that was not folded is a user's module, which may do what no capture allows.
-        if self.graphs is not None and not self.after_trunk and usable(x):
-            return self.graphs.run(x, trunk.buffer, trunk.fill, lambda b: self._after_trunk(trunk.run(b)))
+        if self.graphs is not None and self._known_to_the_end() and usable(x):
+            last = (id(self.avgpool), id(self.fc))
+            return self.graphs.run(x, trunk.buffer, trunk.fill, lambda b: self._after_trunk(trunk.run(b)), last)
         return self._after_trunk(trunk(x))
 
 
@@ -441,9 +449,10 @@ def freeze(model: nn.Module, dtype: torch.dtype | None = None, cuda_graphs: bool
             models and their backbones, your own), in evaluation mode, replaced or not. It is not changed; later
             changes of its weights show after `refresh()`.
         dtype: fp32, bf16, fp16 or fp64 of weights, activations and results; None for the model's own.
-        cuda_graphs: on a GPU, capture one graph per size of input, at the first call with it, and replay that (a ResNet
-            as a whole, other models by their trunks; the 8 latest sizes are kept). Calls on several streams and from
-            several threads wait for each other on the device. False launches kernel by kernel.
+        cuda_graphs: on a GPU, capture one graph per size of input, at the second call with it, and replay that (a
+            ResNet as a whole, other models by their trunks; the 8 latest sizes are kept). While a graph is captured no
+            other thread may synchronise the device. Calls on several streams and from several threads wait for each
+            other on the device. False launches kernel by kernel.
     Returns:
         FrozenModel. Same arguments and results as the model's, results in `dtype`; no gradients.
     Raises:

@@ -15,10 +15,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CONVS = {
     "1x1": ((2, 64, 14, 14), (32, 1), Geometry()),
     "1x1-down": ((2, 32, 9, 7), (48, 1), Geometry(stride=2)),
+    "1x1-padded": ((2, 32, 6, 6), (32, 1), Geometry(padding=1)),
     "3x3": ((2, 32, 14, 14), (32, 3), Geometry(padding=1)),
     "3x3-down-odd": ((2, 16, 9, 11), (24, 3), Geometry(stride=2, padding=1)),
     "3x3-dilated": ((2, 16, 9, 9), (16, 3), Geometry(padding=2, dilation=2)),
     "3x3-groups": ((2, 64, 7, 7), (64, 3), Geometry(padding=1, groups=32)),
+    "3x3-groups-48": ((2, 96, 5, 6), (96, 3), Geometry(padding=1, groups=2)),
     "odd-channels": ((3, 13, 5, 7), (11, 3), Geometry(padding=1)),
     "map-1x1": ((2, 24, 1, 1), (8, 3), Geometry(padding=1)),
     "batch-1": ((1, 8, 6, 6), (8, 1), Geometry()),

@@ -497,7 +497,9 @@ def test_named_backends():
         pytest.raises(rk.BackendUnavailable, match="'cuda' was named .* expected tensors on cuda, got cpu"),
     ):
         model(x)
-    with pytest.raises(ValueError, match="expected a backend named cpu, triton, cuda, aten, reference, eager, got 'cudnn'"):
+    with pytest.raises(
+        ValueError, match="expected a backend named cpu, triton, cuda, aten, reference, eager, got 'cudnn'"
+    ):
         rk.use_backend("cudnn")
     rk.use_backend("reference")
     try:

@@ -55,6 +55,12 @@ def remembered(monkeypatch):
     return captured
 
 
+def twice(frozen, x):
+    """The first call of a size runs without a graph."""
+    frozen(x)
+    return frozen(x)
+
+
 def small(name="resnet18"):
     return randomize_(torchvision.models.get_model(name, num_classes=8)).eval()
 
@@ -68,12 +74,15 @@ def test_one_graph_for_each_size_and_a_bounded_number(remembered, monkeypatch):
         for _ in range(2):
             for x, y in zip(inputs, want, strict=True):
                 torch.testing.assert_close(frozen(x), y)
+        assert len(remembered) == 3, "one capture at the second call of each size"
+        for x, y in zip(inputs, want, strict=True):
+            torch.testing.assert_close(frozen(x), y)
         # A graph is captured on memory of its own: what its input was, or whose, makes no difference.
         torch.testing.assert_close(frozen(inputs[0].contiguous(memory_format=NHWC).double()), want[0])
     assert remembered == [(1, 3, 32, 32), (2, 3, 32, 32), (1, 3, 40, 32)]
     assert Stream.waited == 6, "each replay but the first waits for the one before"
     monkeypatch.setattr(Graphs, "KEPT", 2)
-    frozen(torch.randn(3, 3, 32, 32))
+    twice(frozen, torch.randn(3, 3, 32, 32))
     assert len(frozen.net.graphs) == 2
     frozen(inputs[0])
     assert len(remembered) == 4, "the graph used last was forgotten first"
@@ -84,7 +93,7 @@ def test_one_graph_for_each_size_and_a_bounded_number(remembered, monkeypatch):
 def test_results_stay_when_the_graph_is_replayed(remembered):
     frozen = rk.freeze(small())
     a, b = torch.randn(1, 3, 32, 32), torch.randn(1, 3, 32, 32)
-    first = frozen(a)
+    first = twice(frozen, a)
     kept = first.clone()
     assert not torch.equal(frozen(b), first)
     assert torch.equal(first, kept)
@@ -92,9 +101,9 @@ def test_results_stay_when_the_graph_is_replayed(remembered):
 
 def test_flags_that_a_capture_fixes_get_a_graph_of_their_own(remembered, monkeypatch):
     frozen, x = rk.freeze(small()), torch.randn(1, 3, 32, 32)
-    frozen(x)
+    twice(frozen, x)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not torch.backends.cudnn.allow_tf32)
-    frozen(x)
+    twice(frozen, x)
     frozen(x)
     assert len(remembered) == 2
 
@@ -102,13 +111,13 @@ def test_flags_that_a_capture_fixes_get_a_graph_of_their_own(remembered, monkeyp
 def test_copies_refreshed_and_unpickled_models_capture_anew(remembered):
     model = small()
     frozen, x = rk.freeze(model), torch.randn(1, 3, 32, 32)
-    want = frozen(x)
+    want = twice(frozen, x)
     for other in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen.net))):
-        torch.testing.assert_close(other(x), want)
+        torch.testing.assert_close(twice(other, x), want)
     assert len(remembered) == 3
     nn.init.zeros_(model.fc.weight)
     frozen.refresh()
-    torch.testing.assert_close(frozen(x), model.fc.bias.expand(1, -1))
+    torch.testing.assert_close(twice(frozen, x), model.fc.bias.expand(1, -1))
     assert len(remembered) == 4
 
 
@@ -139,7 +148,8 @@ def test_a_capture_that_fails_leaves_nothing_behind(remembered, monkeypatch):
         raise RuntimeError("no memory")
 
     monkeypatch.setattr(Graphs, "_capture", failing)
-    with pytest.raises(RuntimeError, match="no memory"):
+    frozen(x)
+    with pytest.raises(RuntimeError, match="the capture failed .no memory.; cuda_graphs=False runs without"):
         frozen(x)
     monkeypatch.setattr(Graphs, "_capture", working)
     assert frozen(x).shape == (1, 8) and len(frozen.net.graphs) == 1
@@ -150,7 +160,7 @@ def test_trunks_of_other_models_are_graphs_of_their_own(remembered):
     randomize_(model)
     x = torch.randn(1, 3, 33, 32)
     with torch.no_grad():
-        torch.testing.assert_close(rk.freeze(model)(x)["out"], model(x)["out"], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(twice(rk.freeze(model), x)["out"], model(x)["out"], rtol=1e-3, atol=1e-3)
     assert len(remembered) == 5, "stem and four stages"
 
 
@@ -158,8 +168,46 @@ def test_bad_input_is_named_before_anything_is_captured(remembered):
     frozen = rk.freeze(small())
     with pytest.raises(ValueError, match="expected .N, 3, H, W. of a floating dtype, got .1, 4, 32, 32."):
         frozen(torch.randn(1, 4, 32, 32))
-    assert not remembered
-    assert frozen(torch.randn(0, 3, 32, 32)).shape == (0, 8) and not remembered
+    assert twice(frozen, torch.randn(0, 3, 32, 32)).shape == (0, 8) and not remembered
+
+
+def test_inference_mode_and_back(remembered):
+    frozen, x = rk.freeze(small()), torch.randn(1, 3, 32, 32)
+    with torch.inference_mode():
+        want = twice(frozen, x)
+    torch.testing.assert_close(frozen(x), want.clone())
+    with torch.inference_mode():
+        torch.testing.assert_close(frozen(x), want)
+    assert len(remembered) == 1
+
+
+def test_a_head_of_the_users_own_is_not_captured(remembered):
+    """It may return anything, and its hooks would not see a replay."""
+
+    class Head(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), float(x.sum())
+
+    model = small()
+    model.fc = Head(512, 8)
+    frozen, x = rk.freeze(model), torch.randn(1, 3, 32, 32)
+    logits, number = twice(frozen, x)
+    assert logits.shape == (1, 8) and isinstance(number, float)
+    seen = []
+    model.fc = nn.Linear(512, 8)
+    frozen = rk.freeze(model)
+    frozen.net.avgpool.register_forward_hook(lambda m, args, out: seen.append(out))
+    for _ in range(4):
+        frozen(x)
+    assert len(seen) == 4
+    assert len(remembered) == 2 and len(frozen.net.graphs) == 0, "the trunks were captured"
+
+
+def test_a_head_that_is_replaced_counts(remembered):
+    frozen, x = rk.freeze(small()), torch.randn(1, 3, 32, 32)
+    twice(frozen, x)
+    frozen.net.fc = nn.Linear(512, 5)
+    assert twice(frozen, x).shape == (1, 5)
 
 
 def test_a_compiled_caller_sees_one_opaque_call():
@@ -203,7 +251,7 @@ def test_side_streams_and_threads_on_a_gpu(on_gpu, backend):
     with rk.use_backend(backend):
         frozen = rk.freeze(model)
     inputs = [torch.randn_like(x) for _ in range(8)]
-    want = [frozen(t) for t in inputs]
+    want = [twice(frozen, t) for t in inputs]
     got = [None] * len(inputs)
 
     def call(i):
@@ -226,7 +274,7 @@ def test_side_streams_and_threads_on_a_gpu(on_gpu, backend):
 def test_no_host_synchronisation_on_a_gpu(on_gpu):
     model, x = on_gpu
     frozen = rk.freeze(model)
-    frozen(x)
+    twice(frozen, x)
     torch.cuda.set_sync_debug_mode("error")
     try:
         frozen(x)
@@ -238,7 +286,7 @@ def test_no_host_synchronisation_on_a_gpu(on_gpu):
 def test_inside_another_capture_on_a_gpu(on_gpu):
     model, x = on_gpu
     frozen = rk.freeze(model)
-    want = frozen(x)
+    want = twice(frozen, x)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         got = frozen(x)
@@ -254,7 +302,7 @@ def test_a_second_device():
     x = torch.randn(2, 3, 64, 64, device="cuda:1")
     with rk.use_backend("triton"):
         frozen = rk.freeze(model)
-    assert torch.equal(frozen(x), frozen(x)) and frozen(x).device == x.device
+    assert torch.equal(twice(frozen, x), frozen(x)) and frozen(x).device == x.device
 
 
 @pytest.mark.gpu
@@ -263,7 +311,7 @@ def test_memory_of_graphs_is_bounded_on_a_gpu(on_gpu):
     frozen = rk.freeze(model)
     held = []
     for n in range(1, 25):
-        frozen(torch.randn(n, 3, 64, 64, device="cuda"))
+        twice(frozen, torch.randn(n, 3, 64, 64, device="cuda"))
         held.append(torch.cuda.memory_allocated())
     assert len(frozen.net.graphs) == graphs.Graphs.KEPT
     del frozen

@@ -182,6 +182,54 @@ def test_the_tail_of_a_block_and_the_beginning_of_the_next(name, dtype, device, 
             assert_matches(got, want, exact, 9 * J)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "weights, geometries",
+    [
+        ([(128, 256, 1), (64, 128, 3), (256, 64, 1)], [(1, 1, 1)] * 3),
+        ([(64, 256, 1), (64, 64, 3), (256, 64, 1), (256, 256, 1)], [(1, 1, 1), (1, 1, 1), (2, 1, 1), (2, 1, 1)]),
+        ([(64, 256, 1), (64, 64, 3), (256, 32, 1)], [(1, 1, 1), (1, 1, 1), (1, 1, 2)]),
+        ([(64, 256, 1), (64, 64, 3), (256, 64, 1)], [(1, 1, 1), (1, 2, 1), (1, 1, 1)]),
+    ],
+    ids=["narrowing-3x3", "stride-on-the-last", "groups-in-the-last", "dilated-3x3"],
+)
+def test_blocks_that_are_no_resnets(weights, geometries, device, monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETED_PROCESSORS", 1)
+    x = torch.randn(4, 256, 16, 16, device=device, dtype=torch.float16)
+    ws = [torch.randn(k, c, r, r, device=device, dtype=torch.float16) * (c * r * r) ** -0.5 for k, c, r in weights]
+    scales, shifts = ([torch.rand(w.shape[0], device=device) for w in ws] for _ in range(2))
+    shortcut = "projection" if len(ws) == 4 else "identity"
+
+    def block(backend, dtype):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        per_channel = [[t.to(wide) for t in ts] for ts in (scales, shifts)]
+        with rk.use_backend(backend):
+            sdg = zip(*geometries, strict=True)
+            return rk.ops.residual_block(x.to(dtype), [w.to(dtype) for w in ws], *per_channel, *sdg, shortcut)
+
+    want, exact = block("aten", torch.float16), block("reference", torch.float64)
+    assert_matches(block("triton", torch.float16), want, exact, 9 * 128)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_nan_stays_in_its_group_where_groups_are_not_joined(device):
+    x = torch.randn(1, 192, 6, 6, device=device, dtype=torch.float16).contiguous(memory_format=NHWC)
+    x[0, 100, 2, 2] = float("nan")
+    w = torch.randn(192, 96, 3, 3, device=device, dtype=torch.float16)
+    g = Geometry(1, 1, 1, 2)
+    y, _ = triton.conv([run.Product(Operand(x), w, g)], run.Epilogue())
+    assert torch.equal(y.isnan(), F.conv2d(x, w, None, *g).isnan()) and y.isnan().any() and not y.isnan().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_weight_inside_a_flat_buffer_of_parameters(device):
+    flat = torch.randn(64 * 64 + 1, device=device, dtype=torch.float16)
+    w = flat[1:].view(64, 64, 1, 1)
+    x = torch.randn(2, 64, 8, 8, device=device, dtype=torch.float16).contiguous(memory_format=NHWC)
+    y, _ = triton.conv([run.Product(Operand(x), w)], run.Epilogue())
+    assert_matches(y, F.conv2d(x, w), F.conv2d(x.double(), w.double()), 64)
+
+
 def pooled(x, weight, shift, g, dtype):
     c = F.conv2d(x.to(dtype), weight.to(dtype), None, *g)
     c = (c.to(shift.dtype) + shift[:, None, None]).to(dtype)
@@ -226,6 +274,21 @@ def test_a_stem_that_pools_otherwise_takes_two_kernels(device):
     want = F.max_pool2d(torch.relu(F.conv2d(x, weight, shift, *g)), 2)
     exact = F.max_pool2d(torch.relu(F.conv2d(x.double(), weight.double(), shift.double(), *g)), 2)
     assert_matches(y, want, exact, 147)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_stem_with_groups(device):
+    x, weight = torch.randn(2, 6, 20, 22, device=device), torch.randn(64, 3, 7, 7, device=device) / 12
+    shift, g, pool = torch.randn(64, device=device), Geometry(2, 3, 1, 2), Pool(3, 2, 1)
+    assert triton.stem_channels(tuple(weight.shape), g, pool) == 6
+    packed = triton.pack_stem(weight, torch.ones(64, device=device), g, pool)
+    y = stem_op.run(triton, x.contiguous(memory_format=NHWC), packed, shift, g, pool)
+    assert_matches(
+        y,
+        pooled(x, weight, shift, g, x.dtype),
+        pooled(*(t.double() for t in (x, weight, shift)), g, torch.float64),
+        147,
+    )
 
 
 @pytest.mark.interpreted
@@ -374,13 +437,13 @@ def test_fp32_compiles_clean_by_torchs_flag(tf32, arch, monkeypatch):
         assert bool(c.matrix) == tf32, f"{made.what}: {c.matrix}"
 
 
-@pytest.mark.parametrize("arch", [80, 90, 120])
-def test_odd_blocks_compile_clean(arch):
+@pytest.mark.parametrize("arch, dtype", [(80, torch.bfloat16), (90, torch.bfloat16), (90, torch.float32)], ids=str)
+def test_odd_blocks_compile_clean(arch, dtype):
     found = {}
     for case in ODD_CASES + RESNEXT_CASES:
         if case.N:
-            model = case.make().bfloat16()
-            for made in launches_of(nn.Sequential(model), torch.empty(case.input().shape, dtype=torch.bfloat16), arch):
+            model = case.make().to(dtype)
+            for made in launches_of(nn.Sequential(model), torch.empty(case.input().shape, dtype=dtype), arch):
                 found.setdefault(offline.specialize(made, arch)[0], made)
     for made in found.values():
         c = offline.read(made, arch)

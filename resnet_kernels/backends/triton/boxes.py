@@ -168,14 +168,14 @@ def _line(t: Tensor) -> bool:
 
 def _aligned(t: Tensor) -> bool:
     size = t.element_size()
-    return t.data_ptr() % 16 == 0 and all(s * size % 16 == 0 for s in nhwc_strides(t))
+    return t.data_ptr() % 16 == 0 and all(s > 0 and s * size % 16 == 0 for s in nhwc_strides(t))
 
 
 def in_line(c: Convolution) -> bool:
     """Whether the convolution is a plain matrix product, whose box is a run of rows."""
     K, R, S, _ = c.weight.shape
     maps = [c.x] + ([c.second[0]] if c.second else []) + ([c.residual] if c.residual is not None else [])
-    return (R, S, c.geometry.stride) == (1, 1, 1) and all(map(_line, maps))
+    return (R, S, c.geometry.stride, c.geometry.padding) == (1, 1, 1, 0) and all(map(_line, maps))
 
 
 def box_of(c: Convolution, rows: int) -> tuple[int, int, int]:
@@ -192,13 +192,16 @@ def why_not(c: Convolution, arch: int, config: Config) -> str | None:
     _, _, H, W = c.x.shape
     for name, t in (("x", c.x), ("x2", c.second and c.second[0]), ("residual", c.residual)):
         if t is not None and not _aligned(t):
-            return f"{name} and its strides are not aligned to 16 bytes"
+            return f"{name} and its strides are not multiples of 16 bytes"
     if C * size % 16 or K * size % 16 or (c.second and c.second[0].shape[1] * size % 16):
         return f"channels are not a multiple of {16 // size}"
     if c.residual is not None and c.residual.shape[1] != K:
         return "the residual has fewer channels"
     if c.geometry.groups > 1 and K // c.geometry.groups % config.BLOCK_N:
         return f"{K // c.geometry.groups} channels per group are no whole tiles of {config.BLOCK_N}"
+    if c.geometry.groups > 1 and C % config.BLOCK_K:
+        # A slice would reach into the next group: times zeros, but NaN times zero is NaN.
+        return f"{C} channels per group are no whole slices of {config.BLOCK_K}"
     stride = c.geometry.stride
     if stride > 1 and (H % stride or W % stride or C % config.BLOCK_K):
         return f"stride {stride} needs a map it divides and whole slices of channels, got {C} of {H}x{W}"

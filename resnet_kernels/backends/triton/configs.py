@@ -123,7 +123,7 @@ def _warps(s: Size, BLOCK_M: int, BLOCK_N: int) -> int:
 def for_boxes(s: Size) -> Config:
     BLOCK_M, BLOCK_N = _tile(s)
     most = BY_FMA.BLOCK_K if s.fma else 128 // s.itemsize
-    BLOCK_K = min(most, max(32 // s.itemsize, power_of_two(s.C)))
+    BLOCK_K = min(most, max(16, power_of_two(s.C)))
     if s.taps == 1 and s.C <= BLOCK_K:
         # One step: nothing to pipeline, several programs on a multiprocessor overlap instead.
         return Config(BLOCK_M, BLOCK_N, BLOCK_K, _warps(s, BLOCK_M, BLOCK_N), 1)

@@ -65,8 +65,8 @@ def accumulate_gathered(
     """acc += conv(x, w) at output positions (n, p, q) where `there`, output channels k below K, input channels c_first
     to c_first + C. w is (K, R, S, C)."""
     h0, s0 = p * STRIDE - PADDING, q * STRIDE - PADDING
-    # 64 bits: an activation may have more than 2^31 elements.
-    rows = x_ptr + (n.to(tl.int64) * stride_xn + h0 * stride_xh + s0 * stride_xw)
+    # 64 bits: an activation, or an image, may have more than 2^31 elements.
+    rows = x_ptr + (n.to(tl.int64) * stride_xn + h0.to(tl.int64) * stride_xh + s0 * stride_xw)
     columns = w_ptr + k.to(tl.int64) * (R * S * C)
     for step in range(R * S * tl.cdiv(C, BLOCK_K)):
         tap = step % (R * S)
@@ -157,7 +157,7 @@ def _conv_gather_kernel(
             a_ptr, b_ptr, 1, 1, 1, 0, 1, False, False, PRECISION, CACHE, BLOCK_K,
         )  # fmt: skip
     if RESIDUAL:
-        rows = residual_ptr + (n.to(tl.int64) * stride_rn + p * stride_rh + q * stride_rw)
+        rows = residual_ptr + (n.to(tl.int64) * stride_rn + p.to(tl.int64) * stride_rh + q * stride_rw)
         known = there[:, None] & (k < residual_channels)[None, :]
         acc += tl.load(rows[:, None] + k[None, :], known, 0.0).to(tl.float32)
     if RELU:

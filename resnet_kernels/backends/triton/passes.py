@@ -56,7 +56,7 @@ def _bn_pass_kernel(
     there, known = m < M, c < C
     n, p, q = row_of(m, P, Q)
     h0, s0 = p * STRIDE - PADDING, q * STRIDE - PADDING
-    rows = n.to(tl.int64) * stride_xn + h0 * stride_xh + s0 * stride_xw
+    rows = n.to(tl.int64) * stride_xn + h0.to(tl.int64) * stride_xh + s0 * stride_xw
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     best = tl.full((BLOCK_M, BLOCK_C), float("-inf"), DTYPE)
     for tap in tl.static_range(R * R):
@@ -69,7 +69,7 @@ def _bn_pass_kernel(
             t = relu(t).to(DTYPE).to(tl.float32)
         t = affine(t, None, shift_ptr, c, known, False, SHIFT)
         if RESIDUAL:
-            at = residual_ptr + n.to(tl.int64) * stride_rn + (h0 + r) * stride_rh + (s0 + s) * stride_rw
+            at = residual_ptr + n.to(tl.int64) * stride_rn + (h0 + r).to(tl.int64) * stride_rh + (s0 + s) * stride_rw
             t += tl.load(at[:, None] + c[None, :], mask, 0.0).to(tl.float32)
         if RELU:
             t = relu(t)
@@ -92,7 +92,7 @@ def launch(
     written."""
     N, C, P, Q = y.shape
     BLOCK_C = min(64, power_of_two(C))
-    BLOCK_M = 4096 // BLOCK_C
+    BLOCK_M = min(128, 4096 // BLOCK_C)
     a, b = operand or (None, None)
     arguments = dict(
         x_ptr=x,

@@ -101,6 +101,8 @@ def pack(weight: Tensor, scale: Tensor | None, geometry: Geometry, keep: bool) -
     if keep and scale is not None:
         weight, scale = fold(weight, scale, weight.dtype), None
     nhwc = weight.permute(0, 2, 3, 1).contiguous()
+    if nhwc.data_ptr() % 16:  # a view into a flat buffer of parameters; descriptors want it aligned
+        nhwc = nhwc.clone()
     return Packed(join_groups(nhwc, geometry.groups), scale, shape)
 
 
@@ -286,7 +288,8 @@ def bn_pass(x: Operand, epilogue: Epilogue, pool: Pool | None) -> Tensor:
 
 
 def stem_channels(weight: tuple[int, ...], geometry: Geometry, pool: Pool) -> int:
-    return weight[1] if conv_pool.why_not(weight, geometry, pool) else conv_pool.CHANNELS
+    channels = weight[1] * geometry.groups
+    return channels if conv_pool.why_not(weight, geometry, pool) else conv_pool.CHANNELS
 
 
 def pack_stem(weight: Tensor, scale: Tensor, geometry: Geometry, pool: Pool) -> Packed:
@@ -298,7 +301,8 @@ def pack_stem(weight: Tensor, scale: Tensor, geometry: Geometry, pool: Pool) -> 
 def stem(x: Tensor, weight: Packed, shift: Tensor, geometry: Geometry, pool: Pool) -> Tensor:
     packed, scale, shape = weight
     if conv_pool.why_not(shape, geometry, pool):
-        c = Convolution(_view(Operand(x)), packed, geometry, _per_channel(scale), _per_channel(shift))
+        g = geometry._replace(groups=x.shape[1] // packed.shape[3])
+        c = Convolution(_view(Operand(x)), packed, g, _per_channel(scale), _per_channel(shift))
         return bn_pass(Operand(convolve(c)), Epilogue(relu=True), pool)
     K, _, R, S = shape
     pooled = Geometry(pool.stride, pool.padding)

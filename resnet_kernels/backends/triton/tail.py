@@ -30,8 +30,8 @@ from .device import affine, relu
 from .launch import Launch, nbytes, nhwc_strides, precision
 
 WIDTHS = (64, 128, 256)
-# Channels of the 3x3 and of the next block's 1x1 together: registers hold no more.
-MOST_ACCUMULATED = 384
+# Of the 3x3, if the next block's 1x1 is accumulated beside: registers hold no more.
+WIDTHS_BEFORE = (64, 128)
 
 
 @triton.jit
@@ -53,6 +53,7 @@ def _conv3x3_conv1x1_kernel(
     shift1_ptr,
     q_tiles,
     p_tiles,
+    C,
     K,
     H,
     W,
@@ -83,7 +84,7 @@ def _conv3x3_conv1x1_kernel(
     n0 = box // q_tiles // p_tiles * BOX_N
     h = tl.zeros((BLOCK_M, J), tl.float32)
     h = accumulate(
-        h, x, w, n0, p0, q0, 0, 0, J, H, W, pixel, None, None, 3, 3, STRIDE, PADDING, DILATION,
+        h, x, w, n0, p0, q0, 0, 0, C, H, W, pixel, None, None, 3, 3, STRIDE, PADDING, DILATION,
         False, False, PRECISION, BOX_N, BOX_H, BOX_W, J, BLOCK_K,
     )  # fmt: skip
     j = tl.arange(0, J)
@@ -114,11 +115,16 @@ def _conv3x3_conv1x1_kernel(
         after.store([n0, p0, q0, 0], ahead.to(y.dtype).reshape(BOX_N, BOX_H, BOX_W, J1))
 
 
+def _is_product(c: Convolution) -> bool:
+    """Whether the convolution is a matrix product of every position by itself."""
+    return c.weight.shape[1:3] == (1, 1) and c.geometry == Geometry()
+
+
 def why_not(first: Convolution, last: Convolution, arch: int, config: Config, processors: int) -> str | None:
     """Why the 3x3 and the 1x1 behind it cannot run as one so, or None. last.x stands for what first would write."""
     J, R, S, _ = first.weight.shape
-    if (R, S) != (3, 3) or last.weight.shape[1:3] != (1, 1) or first.geometry.groups > 1:
-        return "expected an ungrouped 3x3 convolution and a 1x1 behind it"
+    if (R, S) != (3, 3) or first.geometry.groups > 1 or not _is_product(last):
+        return "expected an ungrouped 3x3 convolution and a 1x1 of stride 1 behind it"
     if J not in WIDTHS:
         return f"expected {', '.join(map(str, WIDTHS))} channels between them, got {J}"
     if first.x.element_size() > 2:
@@ -135,10 +141,10 @@ def why_not(first: Convolution, last: Convolution, arch: int, config: Config, pr
 def why_not_after(last: Convolution, after: Convolution) -> str | None:
     """Why the next block's first convolution cannot run in the same kernel, or None."""
     J, J1 = last.weight.shape[3], after.weight.shape[0]
-    if after.weight.shape[1:3] != (1, 1) or after.geometry != Geometry() or not after.relu or after.shift is None:
+    if not _is_product(after) or not after.relu or after.shift is None:
         return "expected a 1x1 convolution of stride 1 with shift and ReLU"
-    if J1 not in WIDTHS or J + J1 > MOST_ACCUMULATED:
-        return f"expected {', '.join(map(str, WIDTHS))} channels, with {J} at most {MOST_ACCUMULATED}, got {J1}"
+    if J1 not in WIDTHS or J not in WIDTHS_BEFORE:
+        return f"expected {', '.join(map(str, WIDTHS))} channels behind {WIDTHS_BEFORE}, got {J1} behind {J}"
     return None
 
 
@@ -178,6 +184,7 @@ def launch(
         shift1_ptr=None if following is None else following.shift,
         q_tiles=q_tiles,
         p_tiles=p_tiles,
+        C=first.weight.shape[3],
         K=K,
         H=H,
         W=W,
