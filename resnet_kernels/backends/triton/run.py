@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -135,11 +136,14 @@ def why_not_here(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why kernels cannot run on the device, or None."""
     expected = expected_device()
     if device.type != expected:
-        return f"expected tensors on {expected}, got {device}"
+        hint = " (with TRITON_INTERPRET=1 it runs on CPUs, slowly)" if device.type == "cpu" else ""
+        return f"expected tensors on {expected}, got {device}{hint}"
     if expected == "cuda" and torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             return f"expected a GPU from sm_80, got sm_{major}{minor}"
+    if INTERPRETING and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        return f"Triton's interpreter fails on numpy 2.4 and newer, got {np.__version__}"
     if INTERPRETING and dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bfloat16 wrongly"
     return None
