@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 import resnet_kernels as rk
 
-BASELINES = ("eager", "eager channels_last", "inductor")
-OURS = ("replaced", "frozen")
+BASELINES: tuple[str, ...] = ("eager", "eager channels_last", "inductor")
+OURS: tuple[str, ...] = ("replaced", "frozen")
+if torch.cuda.is_available():
+    BASELINES += ("inductor max-autotune",)
+    OURS += ("frozen triton",)
 
 
 def provider(name: str, model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -22,13 +25,16 @@ def provider(name: str, model: nn.Module) -> Callable[[Tensor], Tensor]:
     model = copy.deepcopy(model).eval()
     if name == "frozen":
         return rk.freeze(model)
+    if name == "frozen triton":
+        with rk.use_backend("triton"):
+            return rk.freeze(model)
     if name != "eager":
         model.to(memory_format=torch.channels_last)
     if name == "replaced":
         rk.replace_blocks(model)
-    if name == "inductor":
-        # Freezing folds the batch norms and packs the weights, as freeze does.
-        compiled = torch.compile(model)
+    if name.startswith("inductor"):
+        # Freezing folds the batch norms and packs the weights, as freeze does. max-autotune captures CUDA graphs too.
+        compiled = torch.compile(model, mode="max-autotune" if name.endswith("max-autotune") else None)
 
         def run(x: Tensor) -> Tensor:
             with torch._inductor.config.patch(freezing=True):
