@@ -287,11 +287,11 @@ class FrozenModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
             raise RuntimeError("a frozen model cannot be traced or exported; export the model it was made from")
-        cast = _caster(self.compute_dtype)
         available = torch.amp.is_autocast_available(self.device.type)  # on meta tensors it is not
         plain = torch.autocast(self.device.type, enabled=False) if available else contextlib.nullcontext()
         with torch.no_grad(), plain:
-            args, kwargs = pytree.tree_map(cast, (args, kwargs))
+            if not isinstance(self.net, FrozenResNet):  # whose trunk casts as it loads
+                args, kwargs = pytree.tree_map(_caster(self.compute_dtype), (args, kwargs))
             return pytree.tree_map(_caster(self.dtype), self.net(*args, **kwargs))
 
     def _apply(self, fn: Callable, recurse: bool = True) -> FrozenModel:
