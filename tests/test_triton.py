@@ -450,6 +450,18 @@ def test_odd_blocks_compile_clean(arch, dtype):
         assert not c.wrong(), f"{made.what}: {c.wrong()}"
 
 
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+@pytest.mark.parametrize("sizes", [(512, 512, 15, 3, 2), (516, 512, 14, 3, 1), (1028, 1024, 14, 1, 1)], ids=str)
+def test_what_boxes_refuse_compiles_clean_in_large(sizes, arch):
+    C, K, H, R, stride = sizes
+    with launch.recording(arch) as launches, torch.device("meta"):
+        x = torch.empty(256, C, H, H, dtype=torch.bfloat16).to(memory_format=NHWC)
+        w = torch.empty(K, C, R, R, dtype=torch.bfloat16)
+        triton.conv([run.Product(Operand(x), w, Geometry(stride, R // 2))], run.Epilogue(torch.empty(K), relu=True))
+    (made,) = launches
+    assert made.name == "conv_gather" and not offline.read(made, arch).wrong(), offline.read(made, arch).wrong()
+
+
 @pytest.mark.parametrize("arch", [80, 90])
 def test_the_lazy_operand_and_passes_compile_clean(arch):
     found = {}

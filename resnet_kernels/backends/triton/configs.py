@@ -99,11 +99,14 @@ class Size:
 LONG = 16
 
 
+def _wide(s: Size) -> bool:
+    """Whether a tile of 128 by 256 by 64 pays."""
+    fits = s.itemsize == 2 and s.arch in OPERANDS_IN_SHARED and not s.residual and s.group % 256 == 0
+    return fits and s.taps * s.C >= LONG * 64 and s.tiles(128, 256) >= s.processors
+
+
 def _tile(s: Size) -> tuple[int, int]:
     """BLOCK_M, BLOCK_N: large tiles read less again, small ones fill the GPU. Groups consist of whole tiles."""
-    fits = s.itemsize == 2 and s.arch in OPERANDS_IN_SHARED and not s.residual and s.group % 256 == 0
-    if fits and s.taps * s.C >= LONG * 64 and s.tiles(128, 256) >= s.processors:
-        return 128, 256
     BLOCK_M, BLOCK_N = (BY_FMA.BLOCK_M, BY_FMA.BLOCK_N) if s.fma else (128, 128)
     if s.itemsize > 2 or s.arch == 120:
         BLOCK_N = min(BLOCK_N, 64)
@@ -121,7 +124,7 @@ def _warps(s: Size, BLOCK_M: int, BLOCK_N: int) -> int:
 
 
 def for_boxes(s: Size) -> Config:
-    BLOCK_M, BLOCK_N = _tile(s)
+    BLOCK_M, BLOCK_N = (128, 256) if _wide(s) else _tile(s)
     most = BY_FMA.BLOCK_K if s.fma else 128 // s.itemsize
     BLOCK_K = min(most, max(16, power_of_two(s.C)))
     if s.taps == 1 and s.C <= BLOCK_K:
@@ -139,9 +142,13 @@ def for_gather(s: Size) -> Config:
     # Where operands take registers, so do the addresses of what is copied.
     most = BY_FMA.BLOCK_K if s.fma else 64 if s.itemsize == 2 and s.arch in OPERANDS_IN_SHARED else 32
     BLOCK_K = min(most, max(16, power_of_two(s.C)))
+    num_warps = _warps(s, BLOCK_M, BLOCK_N)
+    if s.C * s.itemsize % 16:
+        # Too narrow for asynchronous copies: what is loaded waits in registers.
+        BLOCK_N, BLOCK_K, num_warps = min(BLOCK_N, 64), min(BLOCK_K, 32), 8
     stage = (BLOCK_M + BLOCK_N) * BLOCK_K * s.itemsize
     stages = max(2, min(4, (SHARED_MEMORY[s.arch] // 2 - RESERVED) // stage))
-    return Config(BLOCK_M, BLOCK_N, BLOCK_K, _warps(s, BLOCK_M, BLOCK_N), stages, cache=".ca" if s.taps > 1 else "")
+    return Config(BLOCK_M, BLOCK_N, BLOCK_K, num_warps, stages, cache=".ca" if s.taps > 1 else "")
 
 
 def for_tail(arch: int, itemsize: int, M: int, J: int, processors: int) -> Config:
