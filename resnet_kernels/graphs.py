@@ -140,7 +140,7 @@ class Graphs:
             fill(b, x)
             try:
                 self._captured[key] = self._capture(b, function)
-            except Exception as error:
+            except Exception as error:  # whatever it was: raised again, with the way out
                 self._pool = None  # Of unknown state.
                 raise RuntimeError(
                     f"CUDA graph: the capture failed ({error}); cuda_graphs=False runs without"

@@ -185,8 +185,8 @@ class FrozenTrunk(nn.Module):
     def buffer(self, x: Tensor) -> Tensor:
         """Where `fill` puts an input like x."""
         N, _, H, W = x.shape
-        zeros = torch.zeros((N, self._buffer_channels(x), H, W), dtype=self.dtype, device=x.device)
-        return zeros.contiguous(memory_format=torch.channels_last)
+        size, nhwc = (N, self._buffer_channels(x), H, W), torch.channels_last
+        return torch.empty(size, dtype=self.dtype, device=x.device, memory_format=nhwc).zero_()
 
     def fill(self, buffer: Tensor, x: Tensor) -> None:
         buffer[:, : self.channels].copy_(x)

@@ -263,8 +263,11 @@ def fold(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 class Backend(Protocol):
     """A backend is a module with these names. A primitive may be called where `why_not` of its call is None, and need
-    not exist elsewhere. Two more are optional: `residual_blocks(x, blocks, overwrite)` and `stem`, what
-    `ops.block.run` and `ops.stem.run` compose, in one call.
+    not exist elsewhere. Optional are, in one call, what `ops.block.run` and `ops.stem.run` compose:
+
+    residual_blocks(x, blocks, overwrite)
+    stem(x, weight, shift, geometry, pool), with its weight by `pack_stem(weight, scale, geometry, pool)` and its x in
+        memory of `stem_channels(weight sizes, geometry, pool)` channels, zeros behind the image's
 
     PACKS_FOR_SIZE: whether `pack` depends on the operand's size.
     """

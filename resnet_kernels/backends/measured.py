@@ -55,4 +55,6 @@ def fastest(call: Call) -> str | None:
     """The name of the backend that a table says is fastest for the call, or None."""
     if call.device.type != "cuda" or not torch.cuda.is_available():
         return None
-    return _table(torch.cuda.get_device_name(call.device), TABLES).get(key(call))
+    table = _table(torch.cuda.get_device_name(call.device), TABLES)
+    # Every call asks: without a table not even the key is made.
+    return table.get(key(call)) if table else None

@@ -38,6 +38,12 @@ def tap_origin(tap, S: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr
 
 
 @triton.jit
+def box_origin(box, q_tiles, p_tiles, BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr):
+    """(image, output row, output column) where a box begins; columns are counted first."""
+    return box // q_tiles // p_tiles * BOX_N, box // q_tiles % p_tiles * BOX_H, box % q_tiles * BOX_W
+
+
+@triton.jit
 def accumulate(
     acc,
     x,
@@ -137,10 +143,7 @@ def _conv_box_kernel(
         last = first + 1
     for tile in tl.range(first, last, tl.num_programs(0), flatten=PERSISTENT):
         k0 = tile % k_tiles * BLOCK_N
-        box = tile // k_tiles
-        q0 = box % q_tiles * BOX_W
-        p0 = box // q_tiles % p_tiles * BOX_H
-        n0 = box // q_tiles // p_tiles * BOX_N
+        n0, p0, q0 = box_origin(tile // k_tiles, q_tiles, p_tiles, BOX_N, BOX_H, BOX_W)
         acc = tl.zeros((BOX_N * BOX_H * BOX_W, BLOCK_N), tl.float32)
         acc = accumulate(
             acc, x, w, n0, p0, q0, k0, k0 // k_group * C, C, H, W, pixel, a_ptr, b_ptr, R, S, STRIDE, PADDING, DILATION,
@@ -181,6 +184,12 @@ def in_line(c: Convolution) -> bool:
 def box_of(c: Convolution, rows: int) -> tuple[int, int, int]:
     N, _, P, Q = c.output_sizes
     return (1, 1, rows) if in_line(c) else box(N, P, Q, rows)
+
+
+def boxes_of(y: Tensor, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """How many cover the result (N, K, P, Q): along images, rows and columns."""
+    N, _, P, Q = y.shape
+    return -(-N // shape[0]), -(-P // shape[1]), -(-Q // shape[2])
 
 
 def why_not(c: Convolution, arch: int, config: Config) -> str | None:
@@ -251,8 +260,7 @@ def launch(c: Convolution, config: Config, y: Tensor) -> Launch:
     if in_line(c):
         x, out = as_line(x), as_line(y)
         x2, residual = (None if t is None else as_line(t) for t in (x2, residual))
-    N, _, P, Q = out.shape
-    n_tiles, p_tiles, q_tiles = (-(-n // s) for n, s in zip((N, P, Q), shape, strict=True))
+    n_tiles, p_tiles, q_tiles = boxes_of(out, shape)
     k_tiles = -(-K // BLOCK_N)
     tiles = n_tiles * p_tiles * q_tiles * k_tiles
     a, b, lazy_relu = c.lazy or (None, None, False)

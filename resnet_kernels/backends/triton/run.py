@@ -111,6 +111,10 @@ def _per_channel(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.float().contiguous()
 
 
+def _pair(affine: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+    return None if affine is None else (affine[0].float().contiguous(), affine[1].float().contiguous())
+
+
 def _view(operand: Operand) -> Tensor:
     """The operand's tensor, subsampled, with its channels next to each other."""
     s = operand.stride
@@ -127,7 +131,6 @@ def _value(operand: Operand) -> Tensor:
 
 def _packed(p: Product, keep: bool) -> Packed:
     if isinstance(p.weight, Packed):
-        # A second product's scale goes into its weight even if it was packed without.
         return p.weight
     return pack(p.weight, p.scale, p.geometry, keep)
 
@@ -159,8 +162,7 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> Tensor:
     lazy = None
     if first.operand.affine is not None or first.operand.relu:
         ones = torch.ones(x.shape[1], device=x.device)
-        a, b = first.operand.affine or (ones, torch.zeros_like(ones))
-        lazy = (a.float().contiguous(), b.float().contiguous(), first.operand.relu)
+        lazy = (*(_pair(first.operand.affine) or (ones, torch.zeros_like(ones))), first.operand.relu)
     c = Convolution(
         x,
         weight,
@@ -180,7 +182,7 @@ def _second(p: Product) -> tuple[Tensor, Tensor]:
     """A 1x1 product's operand as it is sampled, and its weight with the scale multiplied in."""
     packed = _packed(p, keep=True)
     weight = packed.weight
-    if packed.scale is not None:
+    if packed.scale is not None:  # packed for few calls: the sum of two products has one scale only
         weight = fold(weight, packed.scale, weight.dtype)
     s = p.geometry.stride
     return _value(p.operand)[:, :, ::s, ::s], weight
@@ -275,7 +277,6 @@ def _tail(
 
 def bn_pass(x: Operand, epilogue: Epilogue, pool: Pool | None) -> Tensor:
     t = _view(x)
-    operand = None if x.affine is None else (x.affine[0].float().contiguous(), x.affine[1].float().contiguous())
     residual = None if epilogue.residual is None else _value(epilogue.residual)
     pool = pool or Pool(1, 1, 0)
     N, C, H, W = t.shape
@@ -287,7 +288,9 @@ def bn_pass(x: Operand, epilogue: Epilogue, pool: Pool | None) -> Tensor:
         memory_format=torch.channels_last,
     )
     if y.numel():
-        submit(passes.launch(t, y, operand, x.relu, _per_channel(epilogue.shift), residual, epilogue.relu, pool))
+        submit(
+            passes.launch(t, y, _pair(x.affine), x.relu, _per_channel(epilogue.shift), residual, epilogue.relu, pool)
+        )
     return y
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..contract import Geometry
 from . import boxes
-from .boxes import accumulate, box_of, describe_map, describe_strided, describe_weight
+from .boxes import accumulate, box_of, box_origin, boxes_of, describe_map, describe_strided, describe_weight
 from .configs import Config
 from .convolution import Convolution
 from .device import affine, relu
@@ -78,10 +78,7 @@ def _conv3x3_conv1x1_kernel(
     BLOCK_K: tl.constexpr,
 ):
     BLOCK_M: tl.constexpr = BOX_N * BOX_H * BOX_W
-    box = tl.program_id(0)
-    q0 = box % q_tiles * BOX_W
-    p0 = box // q_tiles % p_tiles * BOX_H
-    n0 = box // q_tiles // p_tiles * BOX_N
+    n0, p0, q0 = box_origin(tl.program_id(0), q_tiles, p_tiles, BOX_N, BOX_H, BOX_W)
     h = tl.zeros((BLOCK_M, J), tl.float32)
     h = accumulate(
         h, x, w, n0, p0, q0, 0, 0, C, H, W, pixel, None, None, 3, 3, STRIDE, PADDING, DILATION,
@@ -159,9 +156,9 @@ def launch(
     """y: (N, K, P, Q) and ahead: (N, J1, P, Q), channels_last, to be written. Only where `why_not` and `why_not_after`
     are None. following: the next block's first convolution; its x stands for y."""
     J = first.weight.shape[0]
-    N, K, P, Q = y.shape
+    K = y.shape[1]
     shape = box_of(first, config.BLOCK_M)
-    n_tiles, p_tiles, q_tiles = (-(-n // s) for n, s in zip((N, P, Q), shape, strict=True))
+    n_tiles, p_tiles, q_tiles = boxes_of(y, shape)
     x2, w2 = last.second or (None, None)
     g = first.geometry
     _, _, H, W = first.x.shape
