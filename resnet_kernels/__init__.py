@@ -6,6 +6,7 @@ from .backends.select import use_backend
 from .explain import explain
 from .inference import FrozenModel, freeze
 from .replace import ReplacementReport, replace_blocks, restore_blocks
+from .tuning import TuningReport, tune
 
 __version__ = "0.1.0"
 
@@ -13,11 +14,13 @@ __all__ = [
     "BackendUnavailable",
     "FrozenModel",
     "ReplacementReport",
+    "TuningReport",
     "explain",
     "freeze",
     "nn",
     "ops",
     "replace_blocks",
     "restore_blocks",
+    "tune",
     "use_backend",
 ]

@@ -5,7 +5,6 @@ import concurrent.futures
 import copy
 import dataclasses
 import functools
-import json
 import os
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from torch import nn
 
 import resnet_kernels as rk
 from resnet_kernels import cli
-from resnet_kernels.backends import measured, select, triton
+from resnet_kernels.backends import triton
 from resnet_kernels.backends.contract import Block, Call, Geometry, Operand, Packed, Pool
 from resnet_kernels.backends.triton import boxes, configs, gather, launch, offline, run, tail
 from resnet_kernels.backends.triton.convolution import Convolution
@@ -41,6 +40,7 @@ INTERPRETED = [
     ["test_contract.py"],
     ["test_blocks.py", "-k", "odd"],
     ["test_triton.py"],
+    ["test_tuning.py"],
 ]
 
 
@@ -524,47 +524,6 @@ def test_the_interpreter_is_refused_bf16(monkeypatch):
     monkeypatch.setattr(run, "INTERPRETING", True)
     assert triton.why_not(call("cpu")) == "Triton's interpreter multiplies bfloat16 wrongly"
     assert triton.why_not(call("cpu", torch.float16)) is None
-
-
-@pytest.fixture
-def h200(monkeypatch, tmp_path):
-    """A GPU by its metadata, and a folder for its tables."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(measured, "TABLES", tmp_path)
-    return tmp_path
-
-
-def write_table(path, call, gpu="NVIDIA H200", version="3.6.0", fastest="triton"):
-    rows = [{"call": measured.key(call), "fastest": fastest}]
-    path.write_text(json.dumps({"gpu": gpu, "triton": version, "rows": rows}))
-
-
-def test_a_measured_table_lets_a_kernel_run_unasked(h200):
-    sized = dataclasses.replace(call(), size=(256, 64, 56, 56))
-    assert select.choose(sized).NAME == "aten"
-    assert "there is none for this call" in select.reasons(sized)["triton"]
-    measured._table.cache_clear()
-    write_table(h200 / "h200.json", sized)
-    assert select.choose(sized).NAME == "triton" and select.reasons(sized)["triton"] is None
-    assert select.choose(dataclasses.replace(sized, size=(1, 64, 56, 56))).NAME == "aten"
-    with rk.use_backend("aten"):
-        assert select.choose(sized).NAME == "aten"
-
-
-@pytest.mark.parametrize("other", [{"gpu": "NVIDIA L4"}, {"version": "3.5.0"}, {"fastest": "a backend of the future"}])
-def test_tables_of_others_do_not_count(h200, other):
-    sized = dataclasses.replace(call(), size=(8, 64, 7, 7))
-    write_table(h200 / "other.json", sized, **other)
-    assert select.choose(sized).NAME == "aten"
-
-
-@pytest.mark.parametrize("text", ["", "[]", '{"gpu": 1}', '{"gpu": "NVIDIA H200", "triton": "3.6.0", "rows": [1]}'])
-def test_a_file_that_is_no_table_is_ignored_with_a_warning(h200, text):
-    (h200 / "broken.json").write_text(text)
-    with pytest.warns(UserWarning, match="broken.json: expected a table of measured choices"):
-        assert select.choose(dataclasses.replace(call(), size=(2, 64, 9, 9))).NAME == "aten"
 
 
 @pytest.mark.gpu

@@ -1,25 +1,43 @@
-"""Measured choices: for each GPU a table that says which backend computed a call right there, and fastest.
+"""Measured choices: for each device a table that says which backend computed a call right there and fastest, and which
+kernel and configuration a launch.
 
-A table is a JSON file in resnet_kernels/tuning, named as you like:
-
-    {"gpu": "NVIDIA H200", "triton": "3.6.0", "rows": [{"call": key(call), "fastest": "triton"}, ...]}
-
-It holds for that GPU and that version of Triton, whose compiler made the kernels that were checked.
+`rk.tune` makes tables (tuning/). They lie, one JSON file per device and versions, in resnet_kernels/tuning, shipped, and
+in the user's cache folder, which wins. A table holds for its `identity` only: whatever else ran the same call would have
+to be measured again. Nothing is measured here: without a table the heuristics decide. RESNET_KERNELS_TUNING=off ignores
+all tables.
 """
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import functools
+import hashlib
 import importlib.metadata
 import json
+import os
+import platform
+import re
 import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from .contract import Call
 
-TABLES = Path(__file__).parent.parent / "tuning"
+SCHEMA = 1
+SHIPPED = Path(__file__).parent.parent / "tuning"
+_TRITON = Path(__file__).parent / "triton"
+
+
+class Table(NamedTuple):
+    """calls: `key` of a call -> its row, {"call", "fastest", "seconds": {backend: median}}. launches: key of a launch
+    -> its row, {"launch", "kernel", "config" or None, ...}; the backend that wrote it knows the rest."""
+
+    calls: dict[str, dict[str, Any]]
+    launches: dict[str, dict[str, Any]]
 
 
 def key(call: Call) -> str:
@@ -29,32 +47,166 @@ def key(call: Call) -> str:
     return f"{str(call.dtype).removeprefix('torch.')} {'+'.join(sorted(call.needs))} {size}: {weights}"
 
 
-@functools.cache
-def _triton_version() -> str:
+def _version(package: str) -> str:
     try:
-        return importlib.metadata.version("triton")
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "none"
 
 
 @functools.cache
-def _table(gpu: str, folder: Path) -> dict[str, str]:
-    """key -> backend. A file that is no table is ignored with a warning."""
-    found: dict[str, str] = {}
-    for path in sorted(folder.glob("*.json")):
-        try:
-            content = json.loads(path.read_text())
-            if (content["gpu"], content["triton"]) == (gpu, _triton_version()):
-                found |= {row["call"]: row["fastest"] for row in content["rows"]}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            warnings.warn(f"{path}: expected a table of measured choices, ignored: {error!r}", stacklevel=2)
-    return found
+def processor() -> str:
+    """The CPU's name, as the system has it."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
+
+
+@functools.cache
+def kernels_digest() -> str:
+    """Of the Triton kernels' code: what a GPU has proved is that code, not a later one. Comments do not count."""
+    digest = hashlib.sha256()
+    for path in sorted(_TRITON.glob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list):
+                if ast.get_docstring(node) is not None:
+                    del node.body[0]
+                digest.update(ast.unparse(node).encode())
+    return digest.hexdigest()[:16]
+
+
+@functools.cache
+def _identity(device: torch.device, threads: int) -> dict[str, str]:
+    from .. import __version__
+
+    if device.type == "cuda":
+        name, capability = torch.cuda.get_device_name(device), "sm_%d%d" % torch.cuda.get_device_capability(device)
+    else:
+        name, capability = processor(), f"{torch.backends.cpu.get_cpu_capability()}, {threads} threads"
+    versions = {"torch": torch.__version__, "triton": _version("triton"), "resnet_kernels": __version__}
+    return {"device": name, "capability": capability, **versions, "kernels": kernels_digest()}
+
+
+def identity(device: torch.device) -> dict[str, str]:
+    """What a table made on the device now would hold for."""
+    return _identity(device, torch.get_num_threads() if device.type == "cpu" else 0)
+
+
+def cache_folder() -> Path:
+    """The user's tables: RESNET_KERNELS_CACHE, else the system's place for caches.
+
+    Raises ModuleNotFoundError where neither is known.
+    """
+    named = os.environ.get("RESNET_KERNELS_CACHE")
+    if named:
+        return Path(named)
+    try:
+        import platformdirs
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("tables need platformdirs, or RESNET_KERNELS_CACHE set to a folder") from error
+    return Path(platformdirs.user_cache_dir("resnet_kernels")) / "tuning"
+
+
+def file_of(holds_for: Mapping[str, str]) -> str:
+    """The name of the table's file."""
+    slug = re.sub(r"[^a-z0-9]+", "-", holds_for["device"].lower()).strip("-")
+    return f"{slug}-{hashlib.sha256(json.dumps(dict(holds_for), sort_keys=True).encode()).hexdigest()[:8]}.json"
+
+
+def read(path: Path) -> tuple[dict[str, str], Table]:
+    """(identity, table) of a file. Raises ValueError where it is no table."""
+    try:
+        content = json.loads(path.read_text())
+        if content["schema"] != SCHEMA:
+            raise ValueError(f"schema {content['schema']!r}")
+        calls = {row["call"]: row for row in content["calls"] if isinstance(row["fastest"], str)}
+        launches = {row["launch"]: row for row in content["launches"] if isinstance(row["kernel"], str)}
+        return {str(k): str(v) for k, v in content["identity"].items()}, Table(calls, launches)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: expected a table of measured choices of schema {SCHEMA}: {error!r}") from error
+
+
+def _tables(folders: tuple[Path, ...], holds_for: Mapping[str, str]) -> Iterator[Table]:
+    for folder in folders:
+        for path in sorted(folder.glob("*.json")):
+            try:
+                found, table = read(path)
+            except ValueError as error:
+                warnings.warn(f"{error}; ignored", stacklevel=2)
+                continue
+            if found == dict(holds_for):
+                yield table
+
+
+@functools.cache
+def _table(device: torch.device, threads: int, folders: tuple[Path, ...]) -> Table:
+    merged = Table({}, {})
+    for table in _tables(folders, _identity(device, threads)):
+        merged.calls.update(table.calls)
+        merged.launches.update(table.launches)
+    return merged
+
+
+@functools.cache
+def _folders(shipped: Path, named: str | None) -> tuple[Path, ...]:
+    try:
+        return shipped, cache_folder()
+    except ModuleNotFoundError:
+        return (shipped,)
+
+
+def forget() -> None:
+    """Files are read again at the next call."""
+    _table.cache_clear()
+    _folders.cache_clear()
+
+
+def table(device: torch.device) -> Table:
+    """What was measured on the device, by these versions; empty on devices that are none."""
+    known = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
+    setting = os.environ.get("RESNET_KERNELS_TUNING", "")
+    if setting not in ("", "off"):
+        raise ValueError(f"RESNET_KERNELS_TUNING: expected off or nothing, got {setting!r}")
+    if not known or setting == "off":
+        return Table({}, {})
+    threads = torch.get_num_threads() if device.type == "cpu" else 0
+    return _table(device, threads, _folders(SHIPPED, os.environ.get("RESNET_KERNELS_CACHE")))
 
 
 def fastest(call: Call) -> str | None:
     """The name of the backend that a table says is fastest for the call, or None."""
-    if call.device.type != "cuda" or not torch.cuda.is_available():
-        return None
-    table = _table(torch.cuda.get_device_name(call.device), TABLES)
+    calls = table(call.device).calls
     # Every call asks: without a table not even the key is made.
-    return table.get(key(call)) if table else None
+    row = calls.get(key(call)) if calls else None
+    return row["fastest"] if row else None
+
+
+def store(path: Path, holds_for: Mapping[str, str], measured: Table) -> None:
+    """Add to the file, or begin it. Other processes may read and write it meanwhile; a file that is no table of these
+    is replaced, with a warning."""
+    from filelock import FileLock
+
+    from ..results import write_atomically
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        merged = Table({}, {})
+        if path.exists():
+            try:
+                found, merged = read(path)
+                if found != dict(holds_for):
+                    raise ValueError(f"{path}: expected a table for {dict(holds_for)}, got one for {found}")
+            except ValueError as error:
+                warnings.warn(f"{error}; replaced", stacklevel=2)
+                merged = Table({}, {})
+        merged.calls.update(measured.calls)
+        merged.launches.update(measured.launches)
+        content = {
+            "schema": SCHEMA,
+            "identity": dict(holds_for),
+            "calls": list(merged.calls.values()),
+            "launches": list(merged.launches.values()),
+        }
+        write_atomically(path, json.dumps(content, indent=1) + "\n")
+    forget()

@@ -40,6 +40,12 @@ def _kernels() -> tuple[Any, str | None]:
         return None, f"triton does not load: {error}"
 
 
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter."""
+    run, reason = _kernels()
+    return reason is None and run.INTERPRETING
+
+
 def why_not(call: Call) -> str | None:
     run, reason = _kernels()
     if reason:

@@ -5,7 +5,10 @@ measured table overrides them.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Iterator
+from typing import Any
 
 # Bytes of shared memory a program may use, beside those that the system keeps of it for each.
 RESERVED = 1024
@@ -41,6 +44,16 @@ class Config:
     @property
     def options(self) -> dict[str, int]:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def parse(fields: Any) -> Config:
+    """From a table's row. Raises ValueError where it is no configuration."""
+    kinds = {
+        f.name: type(f.default) if f.default is not dataclasses.MISSING else int for f in dataclasses.fields(Config)
+    }
+    if not isinstance(fields, dict) or {n: type(v) for n, v in fields.items()} != kinds:
+        raise ValueError(f"expected a configuration of {', '.join(kinds)}, got {fields!r}")
+    return Config(**fields)
 
 
 def known(arch: int) -> int:
@@ -149,6 +162,53 @@ def for_gather(s: Size) -> Config:
     stage = (BLOCK_M + BLOCK_N) * BLOCK_K * s.itemsize
     stages = max(2, min(4, (SHARED_MEMORY[s.arch] // 2 - RESERVED) // stage))
     return Config(BLOCK_M, BLOCK_N, BLOCK_K, num_warps, stages, cache=".ca" if s.taps > 1 else "")
+
+
+# Of fp32 accumulators a thread; with more ptxas spills.
+MOST_ACCUMULATORS = 128
+
+
+def _tilings(s: Size, ms: tuple[int, ...], ns: tuple[int, ...], k: int) -> Iterator[Config]:
+    """Tiles, warps and stages that fit shared memory and registers, whole tiles to a group, none mostly padding."""
+    if s.group < s.K:
+        ns = tuple(n for n in ns if s.group % n == 0)
+    else:
+        ns = tuple(n for n in ns if n <= max(16, power_of_two(s.K)))
+    most = BY_FMA.num_warps * 32 * 16 if s.fma else MOST_ACCUMULATORS * 32 * 8
+    for m, n, warps, stages in itertools.product(ms, ns, (4, 8), (2, 3, 4)):
+        accumulators = m * n / (warps * 32)
+        buffers = stages * (m + n) * k * s.itemsize + m * n * s.itemsize
+        small = m > 64 and s.M <= m // 2
+        if m * n <= most and 4 <= accumulators <= MOST_ACCUMULATORS and buffers <= SHARED_MEMORY[s.arch] and not small:
+            yield Config(m, n, k, warps, stages)
+
+
+def box_candidates(s: Size) -> Iterator[Config]:
+    """To be measured beside `for_boxes`."""
+    k = for_boxes(s).BLOCK_K
+    for config in _tilings(s, (64, 128, 256), (32, 64, 128, 256), k):
+        if s.taps * s.C > k:
+            yield config
+            if s.tiles(config.BLOCK_M, config.BLOCK_N) > s.processors:
+                yield dataclasses.replace(config, persistent=True)
+        elif config.num_stages == 2:
+            # One step: nothing to pipeline.
+            yield dataclasses.replace(config, num_stages=1)
+
+
+def gather_candidates(s: Size) -> Iterator[Config]:
+    """To be measured beside `for_gather`."""
+    chosen = for_gather(s)
+    for config in _tilings(s, (64, 128), (32, 64, 128), chosen.BLOCK_K):
+        yield dataclasses.replace(config, cache=chosen.cache)
+
+
+def tail_candidates(arch: int, itemsize: int, J: int) -> Iterator[Config]:
+    """To be measured beside `for_tail`."""
+    for m, warps, stages in itertools.product((64, 128), (4, 8), (2, 3, 4)):
+        buffers = stages * (m + J) * 128
+        if m * J / (warps * 32) <= MOST_ACCUMULATORS and buffers <= SHARED_MEMORY[arch]:
+            yield Config(m, 64, 128 // itemsize, warps, stages)
 
 
 def for_tail(arch: int, itemsize: int, M: int, J: int, processors: int) -> Config:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
 from ..contract import Geometry
 from .configs import Config
-from .launch import Work, nbytes
+from .launch import Work, nbytes, nhwc_strides, precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,44 @@ class Convolution:
     residual: Tensor | None = None
     relu: bool = False
     joined: int = 1
+
+    @property
+    def key(self) -> str:
+        """Equal for convolutions that a launch configuration measured on one serves as well on the other."""
+        N, C, H, W = self.x.shape
+        g = self.geometry
+        present = {"scale": self.scale, "shift": self.shift, "relu": self.relu or None}
+        parts = [str(self.x.dtype).removeprefix("torch."), f"{N}: {self}", f"padding {g.padding}"]
+        parts += [name for name, value in present.items() if value is not None]
+        maps = {"x": self.x, "x2": self.second and self.second[0], "residual": self.residual}
+        for name, t in maps.items():
+            if t is not None and nhwc_strides(t) != (
+                t.shape[2] * t.shape[3] * t.shape[1],
+                t.shape[3] * t.shape[1],
+                t.shape[1],
+            ):
+                parts.append(f"{name} by {'x'.join(map(str, nhwc_strides(t)))}")
+        if self.residual is not None and self.residual.shape[1] != self.weight.shape[0]:
+            parts.append(f"residual of {self.residual.shape[1]}")
+        parts += [precision()] * (self.x.element_size() == 4)
+        return " ".join(parts)
+
+    @property
+    def parts(self) -> tuple[Convolution, ...]:
+        """The convolutions that the problem consists of."""
+        return (self,)
+
+    def map(self, function: Callable[[str, Tensor], Tensor]) -> Convolution:
+        """With function(name, tensor) for each tensor; names as in the formula, a and b of a lazy x."""
+
+        def each(name: str, value: Any) -> Any:
+            return function(name, value) if isinstance(value, Tensor) else value
+
+        fields = {f.name: each(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)}
+        for name, inner in {"second": ("x2", "weight2"), "lazy": ("a", "b", "relu")}.items():
+            if fields[name] is not None:
+                fields[name] = tuple(each(*pair) for pair in zip(inner, fields[name], strict=True))
+        return Convolution(**fields)
 
     @property
     def output_sizes(self) -> tuple[int, int, int, int]:

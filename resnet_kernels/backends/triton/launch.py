@@ -19,6 +19,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .. import measured
 from ..contract import tf32_allowed
 from .configs import known
 
@@ -42,7 +43,8 @@ class Work(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Launch:
-    """kernel[grid](**arguments, **options). refused: kernels that were preferred, and why they were not taken."""
+    """kernel[grid](**arguments, **options). refused: kernels that were preferred, and why they were not taken. problem:
+    what it computes, as what chose it was given it: another launch may compute the same."""
 
     kernel: Any
     grid: int
@@ -51,6 +53,7 @@ class Launch:
     what: str
     work: Work
     refused: dict[str, str] = dataclasses.field(default_factory=dict)
+    problem: Any = None
 
     @property
     def device(self) -> torch.device:
@@ -64,7 +67,10 @@ class Launch:
 
 @dataclasses.dataclass
 class Recording:
+    """device: whose tables choose, and which has so many multiprocessors; None: an H200 before anything was measured."""
+
     arch: int
+    device: torch.device | None = None
     launches: list[Launch] = dataclasses.field(default_factory=list)
 
 
@@ -73,9 +79,10 @@ _assumed_arch: contextvars.ContextVar[int] = contextvars.ContextVar("assumed_arc
 
 
 @contextlib.contextmanager
-def recording(arch: int) -> Iterator[list[Launch]]:
-    """Inside, launches on meta tensors are recorded as a GPU of this architecture would run them."""
-    record = Recording(arch)
+def recording(arch: int, device: torch.device | None = None) -> Iterator[list[Launch]]:
+    """Inside, launches on meta tensors are recorded as a GPU of this architecture would run them: the device, with
+    what was measured on it, or if there is none an H200 without tables."""
+    record = Recording(arch, device)
     token = _recording.set(record)
     try:
         yield record.launches
@@ -112,10 +119,22 @@ def arch_of(device: torch.device) -> int:
     return known(_properties(device)[0]) if device.type == "cuda" else _assumed_arch.get()
 
 
+def measured_choice(device: torch.device, problem: Any) -> dict[str, Any] | None:
+    """What a table says of a launch with operands on the device, that computes what `problem.key` says."""
+    record = _recording.get()
+    tables = device if record is None else record.device
+    rows = {} if tables is None else measured.table(tables).launches
+    # Every launch asks: without a table not even the key is made.
+    return rows.get(problem.key) if rows else None
+
+
 def processors_of(device: torch.device) -> int:
-    if device.type == "cuda":
-        return _properties(device)[1]
-    return RECORDED_PROCESSORS if device.type == "meta" else INTERPRETED_PROCESSORS
+    record = _recording.get()
+    if record is not None and device.type == "meta":
+        if record.device is None:
+            return RECORDED_PROCESSORS
+        device = record.device
+    return _properties(device)[1] if device.type == "cuda" else INTERPRETED_PROCESSORS
 
 
 def precision() -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -14,9 +15,13 @@ from ..contract import Block, Epilogue, Geometry, Operand, Packed, Pool, Product
 from . import boxes, configs, conv_pool, gather, passes, tail
 from .configs import Config
 from .convolution import Convolution, channels_last_strides
-from .launch import INTERPRETING, Launch, arch_of, expected_device, precision, processors_of, submit
+from .launch import INTERPRETING, Launch, arch_of, expected_device, measured_choice, precision, processors_of, submit
+from .tail import Tail
 
 __all__ = ["bn_pass", "conv", "pack", "pack_stem", "residual_blocks", "stem", "stem_channels", "why_not_here"]
+
+# The ways of a tail: as kernels of its own, and as one, with or without the next block's first convolution.
+SEPARATE, TAIL, TAIL_AND_NEXT = "separate kernels", "conv3x3_conv1x1", "conv3x3_conv1x1 with the next 1x1"
 
 # Channels that groups are joined to, input and output: the least that fills a matrix tile.
 JOINED = 32
@@ -24,58 +29,159 @@ JOINED = 32
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A kernel that may run a convolution, with its configuration, or why not."""
+    """A way that may run a convolution or a tail, with its configuration (None: separate kernels), or why not."""
 
     kernel: str
-    config: Config
-    why_not: str | None
+    config: Config | None
+    why_not: str | None = None
 
 
-def choices(c: Convolution) -> list[Choice]:
-    """In order of preference."""
+def _measured_first(rows: list[Choice], device: torch.device, problem: Convolution | Tail) -> list[Choice]:
+    found = measured_choice(device, problem)
+    if found is None:
+        return rows
+    try:
+        config = None if found["config"] is None else configs.parse(found["config"])
+    except (KeyError, ValueError) as error:
+        warnings.warn(f"a table's choice for {problem.key} is ignored: {error!r}", stacklevel=2)
+        return rows
+    return [judge(problem, found["kernel"], config), *rows]
+
+
+def judge(problem: Convolution | Tail, kernel: str, config: Config | None) -> Choice:
+    """Whether the kernel may run the problem so."""
+    if config is None:
+        known = kernel == SEPARATE and isinstance(problem, Tail)
+        return Choice(kernel, config, None if known else f"unknown: {kernel}")
+    if isinstance(problem, Tail):
+        first, last, following = problem.first, problem.last, problem.following
+        if kernel not in (TAIL, TAIL_AND_NEXT):
+            return Choice(kernel, config, f"unknown: {kernel}")
+        arch, processors = arch_of(first.x.device), processors_of(first.x.device)
+        reason = tail.why_not(first, last, arch, config, processors)
+        if kernel == TAIL_AND_NEXT and reason is None:
+            reason = "nothing follows" if following is None else tail.why_not_after(last, following)
+        return Choice(kernel, config, reason)
+    if kernel == "boxes":
+        return Choice(kernel, config, boxes.why_not(problem, arch_of(problem.x.device), config))
+    return Choice(kernel, config, gather.why_not(problem, config) if kernel == "gather" else f"unknown: {kernel}")
+
+
+def size_of(c: Convolution) -> configs.Size:
+    """What the rules of configs.py look at."""
     K, R, S, C = c.weight.shape
     itemsize, device = c.x.element_size(), c.x.device
-    fma = itemsize == 4 and precision() == "ieee"
-    size = configs.Size(
+    return configs.Size(
         M=c.rows,
         K=K,
         C=C,
         taps=R * S,
         group=K // c.geometry.groups,
         itemsize=itemsize,
-        fma=fma,
+        fma=itemsize == 4 and precision() == "ieee",
         residual=c.residual is not None,
         arch=arch_of(device),
         processors=processors_of(device),
     )
-    by_boxes, by_gather = configs.for_boxes(size), configs.for_gather(size)
-    return [
-        Choice("boxes", by_boxes, boxes.why_not(c, size.arch, by_boxes)),
-        Choice("gather", by_gather, gather.why_not(c, by_gather)),
-    ]
+
+
+def choices(c: Convolution) -> list[Choice]:
+    """In order of preference; what was measured on this device first."""
+    size = size_of(c)
+    rows = [judge(c, "boxes", configs.for_boxes(size)), judge(c, "gather", configs.for_gather(size))]
+    return _measured_first(rows, c.x.device, c)
+
+
+def tail_choices(t: Tail) -> list[Choice]:
+    """In order of preference; what was measured on this device first. The last is always possible."""
+    first = t.first
+    arch, processors = arch_of(first.x.device), processors_of(first.x.device)
+    config = configs.for_tail(arch, first.x.element_size(), first.rows, first.weight.shape[0], processors)
+    rows = [judge(t, TAIL, config), judge(t, SEPARATE, None)]
+    if t.following is not None:
+        rows.insert(0, judge(t, TAIL_AND_NEXT, config))
+    return _measured_first(rows, first.x.device, t)
+
+
+def candidates(problem: Convolution | Tail) -> Iterator[Choice]:
+    """Ways to run the problem that may be worth measuring, those chosen without a measurement first."""
+    if isinstance(problem, Tail):
+        first = problem.first
+        rows = tail_choices(problem)
+        kernels = [choice.kernel for choice in rows if choice.config is not None]
+        found = configs.tail_candidates(arch_of(first.x.device), first.x.element_size(), first.weight.shape[0])
+        more = [(kernel, config) for config in found for kernel in kernels]
+    else:
+        rows, size = choices(problem), size_of(problem)
+        more = [("boxes", config) for config in configs.box_candidates(size)]
+        more += [("gather", config) for config in configs.gather_candidates(size)]
+    known = {(choice.kernel, choice.config) for choice in rows}
+    rows += [judge(problem, *way) for way in dict.fromkeys(more) if way not in known]
+    return (choice for choice in rows if choice.why_not is None)
 
 
 def _empty(c: Convolution, device: torch.device) -> Tensor:
     return torch.empty(c.output_sizes, dtype=c.x.dtype, device=device, memory_format=torch.channels_last)
 
 
-def plan(c: Convolution, y: Tensor, refused: dict[str, str]) -> Launch:
-    """The launch of the first kernel that may run."""
-    for choice in choices(c):
+def _first_possible(rows: list[Choice]) -> tuple[Choice, dict[str, str]]:
+    """The first way that may run, and why those before it may not."""
+    refused: dict[str, str] = {}
+    for choice in rows:
         if choice.why_not is None:
-            launch = (boxes if choice.kernel == "boxes" else gather).launch(c, choice.config, y)
-            launch.refused.update(refused)
-            return launch
-        refused = refused | {choice.kernel: choice.why_not}
-    raise AssertionError(f"no kernel for {c}: {refused}")  # gather refuses nothing that `pack` made
+            return choice, refused
+        refused[choice.kernel] = choice.why_not
+    raise AssertionError(f"no kernel: {refused}")  # gather refuses nothing that `pack` made
+
+
+def launch_of(
+    problem: Convolution | Tail,
+    choice: Choice,
+    y: Tensor,
+    ahead: Tensor | None = None,
+    refused: dict[str, str] | None = None,
+) -> Launch:
+    """One way's. y and, for what follows a tail, ahead are to be written. Only where `choice.why_not` is None."""
+    assert choice.config is not None
+    if isinstance(problem, Tail):
+        following = problem.following if choice.kernel == TAIL_AND_NEXT else None
+        made = tail.launch(problem.first, problem.last, choice.config, y, following, ahead)
+    else:
+        made = (boxes if choice.kernel == "boxes" else gather).launch(problem, choice.config, y)
+    return dataclasses.replace(made, problem=problem, refused=refused or {})
 
 
 def convolve(c: Convolution, refused: dict[str, str] | None = None) -> Tensor:
     """refused: what was considered instead, for the record."""
     y = _empty(c, c.x.device)
     if y.numel():
-        submit(plan(c, y, refused or {}))
+        choice, others = _first_possible(choices(c))
+        submit(launch_of(c, choice, y, None, (refused or {}) | others))
     return y
+
+
+def launch_so(problem: Convolution | Tail, choice: Choice) -> Launch:
+    """What the choice, which is no separate kernels', launches."""
+    results = [_empty(c, problem.parts[0].x.device) for c in problem.parts[-2:]]
+    if isinstance(problem, Convolution) or problem.following is None:
+        return launch_of(problem, choice, results[-1])
+    y, ahead = results
+    return launch_of(problem, choice, y, ahead)
+
+
+def run_so(problem: Convolution | Tail, choice: Choice) -> list[Tensor]:
+    """The problem's results, one after the other, by the choice; kernels beside it as they are chosen."""
+    if isinstance(problem, Convolution):
+        y = _empty(problem, problem.x.device)
+        submit(launch_of(problem, choice, y))
+        return [y]
+    if choice.kernel == SEPARATE:
+        y, ahead = convolve(_given(problem.last, convolve(problem.first))), None
+    else:
+        y, ahead = _tail(problem, choice, {})
+    if problem.following is None:
+        return [y]
+    return [y, convolve(_given(problem.following, y)) if ahead is None else ahead]
 
 
 def join_groups(weight: Tensor, groups: int) -> Tensor:
@@ -240,38 +346,20 @@ def _run_block(
         c = _given(c, h)
         if i == len(chain) - 2 and i > 0:
             behind = _given(last, _later(c))
-            choice = tail_choice(c, behind)
-            if choice.why_not is None:
-                return _tail(c, behind, choice.config, following)
-            refused = {choice.kernel: choice.why_not}
+            t = Tail(c, behind, None if following is None else _given(following, _later(behind)))
+            choice, refused = _first_possible(tail_choices(t))
+            if choice.kernel != SEPARATE:
+                return _tail(t, choice, refused)
         h = convolve(c, refused)
     return convolve(_given(last, h), refused), None
 
 
-def tail_choice(first: Convolution, last: Convolution) -> Choice:
-    J = first.weight.shape[0]
-    arch, processors = arch_of(first.x.device), processors_of(first.x.device)
-    config = configs.for_tail(arch, first.x.element_size(), first.rows, J, processors)
-    return Choice("conv3x3_conv1x1", config, tail.why_not(first, last, arch, config, processors))
-
-
-def _tail(
-    first: Convolution, last: Convolution, config: Config, following: Convolution | None
-) -> tuple[Tensor, Tensor | None]:
-    y = _empty(last, first.x.device)
-    ahead: Tensor | None = None
-    refused: dict[str, str] = {}
-    if following is not None:
-        following = _given(following, y)
-        reason = tail.why_not_after(last, following)
-        if reason:
-            following, refused = None, {"conv3x3_conv1x1 with the next 1x1": reason}
-        else:
-            ahead = _empty(following, first.x.device)
+def _tail(t: Tail, choice: Choice, refused: dict[str, str]) -> tuple[Tensor, Tensor | None]:
+    device = t.first.x.device
+    y = _empty(t.last, device)
+    ahead = _empty(t.following, device) if t.following is not None and choice.kernel == TAIL_AND_NEXT else None
     if y.numel():
-        launch = tail.launch(first, last, config, y, following, ahead)
-        launch.refused.update(refused)
-        submit(launch)
+        submit(launch_of(t, choice, y, ahead, refused))
     return y, ahead
 
 

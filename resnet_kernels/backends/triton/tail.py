@@ -16,6 +16,7 @@ per program from L2. J and J1 are 64, 128 or 256: they must fit accumulators.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import triton
 import triton.language as tl
@@ -110,6 +111,28 @@ def _conv3x3_conv1x1_kernel(
         j1 = tl.arange(0, J1)
         ahead = relu(affine(ahead, scale1_ptr, shift1_ptr, j1, j1 < J1, SCALE1, True))
         after.store([n0, p0, q0, 0], ahead.to(y.dtype).reshape(BOX_N, BOX_H, BOX_W, J1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tail:
+    """A 3x3, the 1x1 behind it and the next block's first convolution. x of the last and of the next stand for what the
+    one before would write."""
+
+    first: Convolution
+    last: Convolution
+    following: Convolution | None
+
+    @property
+    def key(self) -> str:
+        return " > ".join(c.key for c in self.parts)
+
+    @property
+    def parts(self) -> tuple[Convolution, ...]:
+        return (self.first, self.last) if self.following is None else (self.first, self.last, self.following)
+
+    def map(self, function: Callable[[str, Tensor], Tensor]) -> Tail:
+        first, last, *rest = (c.map(function) for c in self.parts)
+        return Tail(first, last, rest[0] if rest else None)
 
 
 def _is_product(c: Convolution) -> bool:

@@ -1,0 +1,291 @@
+"""tune: measure, on this device, what runs a model's calls right and fastest, and keep it in a table.
+
+Two choices are measured: for each launch of the Triton backend the kernel and its configuration, then for each residual
+block and stem the backend. A candidate is checked against fp64, on random inputs of the call's own sizes and strides,
+before it is timed; one that is wrong, or does not compile without spills, is out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from ..backends import measured, reference, select, triton
+from ..backends.contract import wide
+from ..inference import FrozenModel, FrozenResNet, FrozenTrunk, Step, freeze
+from ..ops import block as block_op
+from ..testing import compare
+from ..timing import Clock, interleaved
+
+# A challenger replaces what would be chosen anyway only if it is faster by more than noise.
+WORTH = 0.99
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One choice. seconds: of every candidate that was right, by name. out: candidates that were not timed, and why.
+    default: what would be chosen without a table."""
+
+    what: str
+    chosen: str
+    default: str
+    seconds: dict[str, float]
+    out: dict[str, str]
+
+    def __str__(self) -> str:
+        if not self.seconds:
+            return f"{self.what}: nothing ran right"
+        before = self.seconds.get(self.default)
+        gain = (
+            f", {before / self.seconds[self.chosen]:.2f}x {self.default}"
+            if before and self.chosen != self.default
+            else ""
+        )
+        text = f"{self.what}: {self.chosen}, {1e6 * self.seconds[self.chosen]:.1f} us{gain}"
+        return text + "".join(f"\n    out: {name}: {reason}" for name, reason in self.out.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningReport:
+    """What was measured, in order; how many choices the table held before, and how many the budget left. path: of the
+    table."""
+
+    path: Path
+    measured: tuple[Measured, ...]
+    kept: int
+    left: int
+
+    def __str__(self) -> str:
+        lines = [str(m) for m in self.measured]
+        lines.append(f"{len(self.measured)} choices measured, {self.kept} known before, {self.left} left; {self.path}")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def tune(
+    model: nn.Module,
+    example_input: Tensor,
+    *,
+    candidates: int = 8,
+    budget: float = math.inf,
+    path: Path | None = None,
+    again: bool = False,
+    console: Console | None = None,
+) -> TuningReport:
+    """Measure what runs a model's residual blocks and stem fastest on its device, for inputs like the example, and keep
+    it in a table that later calls with these sizes follow: replaced models and models frozen from then on.
+
+    Args:
+        model: a model that `freeze` takes, in evaluation mode, or a frozen one. It is not changed.
+        example_input: (N, C, H, W) on the model's device; choices hold for its sizes and dtype (a frozen model's own).
+        candidates: launch configurations to time per launch of the Triton backend, best predicted first.
+        budget: seconds after which no further choice is begun.
+        path: of the table; None for one in the user's cache folder, named after device and versions.
+        again: measure also what the table holds already.
+        console: where a progress bar goes; None for none.
+    Returns:
+        TuningReport. The table is written after every choice: what was measured before an interruption stays.
+    Raises:
+        ValueError: as `freeze` does.
+        ModuleNotFoundError: no path was given and the cache folder is not known.
+    Numerics: a candidate's error against fp64 is at most twice that of torch's own chain in the same dtype
+        (`testing.compare`), over the whole batch.
+    """
+    if isinstance(model, FrozenModel):
+        frozen = model
+    else:
+        frozen = freeze(model, example_input.dtype, cuda_graphs=False)
+    holds_for = measured.identity(frozen.device)
+    path = path or measured.cache_folder() / measured.file_of(holds_for)
+    if again or not path.exists():
+        known = measured.Table({}, {})
+    else:
+        known = _known(path, holds_for)
+    trunks = _trunks(frozen, example_input)
+    jobs = [*_launch_jobs(trunks, candidates), *_call_jobs(trunks)]  # whose kernels are then the measured ones
+    todo = [job for job in jobs if job.key not in known.calls and job.key not in known.launches]
+    begun, rows = time.monotonic(), []
+    progress = Progress(console=console, transient=True, disable=console is None)
+    with progress:
+        bar = progress.add_task("tuning", total=len(todo))
+        for job in todo:
+            if time.monotonic() - begun > budget:
+                break
+            progress.update(bar, description=job.what[:60])
+            row, table = job.run()
+            rows.append(row)
+            measured.store(path, holds_for, table)
+            progress.advance(bar)
+    return TuningReport(path, tuple(rows), len(jobs) - len(todo), len(todo) - len(rows))
+
+
+def _known(path: Path, holds_for: dict[str, str]) -> measured.Table:
+    try:
+        found, table = measured.read(path)
+    except ValueError:
+        return measured.Table({}, {})  # `store` replaces the file, and says so
+    return table if found == holds_for else measured.Table({}, {})
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A choice to be measured. run returns what was found, and it as a table's row."""
+
+    key: str
+    what: str
+    run: Callable[[], tuple[Measured, measured.Table]]
+
+
+def _trunks(frozen: FrozenModel, example: Tensor) -> list[tuple[FrozenTrunk, tuple[int, ...]]]:
+    """The trunks that run, with the sizes of their inputs."""
+    seen: list[tuple[FrozenTrunk, tuple[int, ...]]] = []
+    hooks = [
+        m.register_forward_pre_hook(lambda m, args: seen.append((m, tuple(args[0].shape))))
+        for m in frozen.modules()
+        if isinstance(m, FrozenTrunk)
+    ]
+    graphs = [(m, m.graphs) for m in frozen.modules() if isinstance(m, (FrozenTrunk, FrozenResNet))]
+    for m, _ in graphs:
+        m.graphs = None  # a graph runs past its trunk's hooks
+    try:
+        frozen(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for m, kept in graphs:
+            m.graphs = kept
+    return seen
+
+
+def _best(seconds: dict[str, float], default: str) -> str:
+    best = min(seconds, key=lambda name: seconds[name])
+    return default if seconds.get(default, math.inf) * WORTH <= seconds[best] else best
+
+
+def _time(calls: Mapping[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
+    on_gpu = device.type == "cuda"
+    samples = interleaved(calls, Clock(device, queued=True), 30 if on_gpu else 5, 0.4 if on_gpu else 4.0)
+    return {name: s.median for name, s in samples.items()}
+
+
+def _call_jobs(trunks: Iterable[tuple[FrozenTrunk, tuple[int, ...]]]) -> list[Job]:
+    jobs: dict[str, Job] = {}
+    for trunk, (N, *image) in trunks:
+        for step in trunk.steps:
+            call = dataclasses.replace(step.call, size=(N, *image))
+            names = [b.NAME for b in select.CANDIDATES if b is not reference and b.why_not(call) is None]
+            if triton.interpreting() and triton.NAME in names:
+                names.remove(triton.NAME)  # the interpreter is for proofs
+            key = measured.key(call)
+            if len(names) > 1:
+                run = functools.partial(_tune_call, step, (N, *image), names, key)
+                jobs.setdefault(key, Job(key, f"{step.name} {'x'.join(map(str, call.size))}", run))
+            image = list(step.walk((image[0], image[1], image[2]))[1][-1])
+    return list(jobs.values())
+
+
+def _plain_step(step: Step, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """As torch's own modules compute it, in dtype."""
+
+    def conv_bn(h: Tensor, i: int) -> Tensor:
+        c = F.conv2d(h, step.weights[i].to(dtype), None, *step.geometries[i])
+        # The chain's shifts are one fewer than its weights if there is a projection, whose shift is in the last.
+        shift = step.shifts[i] if i < len(step.shifts) else torch.zeros_like(step.scales[i])
+        a, b = (t.to(wide(dtype))[:, None, None] for t in (step.scales[i], shift))
+        return (c.to(a.dtype) * a + b).to(dtype)
+
+    x = x.to(dtype)
+    last = len(step.shifts) - 1
+    h = x
+    for i in range(last):
+        h = torch.relu(conv_bn(h, i))
+    h = conv_bn(h, last)
+    if step.pool is not None:
+        return F.max_pool2d(torch.relu(h), *step.pool)
+    if step.shortcut == "projection":
+        return torch.relu(h + conv_bn(x, last + 1))
+    if step.shortcut == "zero_pad":
+        x = block_op.zero_pad(x, block_op.total_stride(step.geometries), h.shape[1])
+    return torch.relu(h + x)
+
+
+def _by_images(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Some at a time: in fp64 the intermediates of all may not fit."""
+    return torch.cat([function(part) for part in x.split(32)]) if len(x) else function(x)
+
+
+def _tune_call(step: Step, size: tuple[int, ...], names: list[str], key: str) -> tuple[Measured, measured.Table]:
+    x = torch.randn(size, device=step.shifts[0].device)
+    x = (x if step.pool is not None else torch.relu(x)).to(step.call.dtype, memory_format=torch.channels_last)
+    exact = _by_images(lambda part: _plain_step(step, part, torch.float64), x)
+    plain = _by_images(lambda part: _plain_step(step, part, x.dtype), x)
+    terms = max(w[0].numel() for w in step.weights)
+    calls, out = {}, {}
+    for name in names:
+        named = dataclasses.replace(step, named=name)
+        trunk = FrozenTrunk([named], named.backend().compute_dtype(x.dtype), graphs=True)
+        for _ in range(3):  # the second of a size captures a graph, the third replays it
+            y = trunk(x)
+        errors = compare(y.to(x.dtype), plain, exact, terms)
+        if errors.ok:
+            calls[name] = functools.partial(trunk, x)
+        else:
+            out[name] = f"wrong: {errors}"
+    default = select.choose(dataclasses.replace(step.call, size=())).NAME
+    seconds = _time(calls, x.device)
+    what = f"{step.name} {'x'.join(map(str, size))}"
+    if not seconds:
+        return Measured(what, "", default, seconds, out), measured.Table({}, {})
+    chosen = _best(seconds, default)
+    row = {"call": key, "fastest": chosen, "seconds": seconds}
+    return Measured(what, chosen, default, seconds, out), measured.Table({key: row}, {})
+
+
+def _launch_jobs(trunks: Iterable[tuple[FrozenTrunk, tuple[int, ...]]], most: int) -> list[Job]:
+    """Of the Triton backend, where it runs."""
+    from . import launches
+
+    jobs: dict[str, Job] = {}
+    for trunk, size in trunks:
+        device = trunk.steps[0].shifts[0].device
+        if any(triton.why_not(step.call) for step in trunk.steps):
+            continue
+        for problem in launches.problems_of(trunk, torch.empty(size, dtype=trunk.dtype, device=device)):
+            what = problem.key.split(": ", 1)[1]
+            run = functools.partial(_tune_launch, problem, what, device, most)
+            jobs.setdefault(problem.key, Job(problem.key, what, run))
+    return list(jobs.values())
+
+
+def _tune_launch(problem: Any, what: str, device: torch.device, most: int) -> tuple[Measured, measured.Table]:
+    from . import launches
+
+    real = launches.materialize(problem, device)
+    default, choices, out = launches.prune(real, most)
+    exact, plain = launches.plain(real, torch.float64), launches.plain(real, real.parts[0].x.dtype)
+    terms = max(c.weight[0].numel() for c in real.parts)
+    calls, named = {}, {launches.name(choice): choice for choice in choices}
+    for name, choice in named.items():
+        call = functools.partial(launches.run_so, real, choice)
+        errors = [compare(got, p, e, terms) for got, p, e in zip(call(), plain, exact, strict=True)]
+        if all(e.ok for e in errors):
+            calls[name] = call
+        else:
+            out[name] = "wrong: " + "; ".join(str(e) for e in errors if not e.ok)
+    seconds = _time(calls, device)
+    if not seconds:
+        return Measured(what, "", default, seconds, out), measured.Table({}, {})
+    chosen = _best(seconds, default)
+    row = {"launch": problem.key, **launches.row(named[chosen]), "seconds": seconds}
+    return Measured(what, chosen, default, seconds, out), measured.Table({}, {problem.key: row})

@@ -1,0 +1,401 @@
+"""Tables of measured choices: how they are found, read and written, what they change, and the tuner that makes them."""
+
+import dataclasses
+import functools
+import json
+import multiprocessing
+import subprocess
+import sys
+
+import pytest
+import torch
+import torchvision
+
+import resnet_kernels as rk
+from resnet_kernels.backends import aten, measured, select
+from resnet_kernels.backends.contract import Call, Geometry
+from resnet_kernels.backends.measured import Table
+from resnet_kernels.backends.triton import ahead, configs, launch, run
+from resnet_kernels.backends.triton.configs import Config
+from resnet_kernels.backends.triton.launch import assume_arch, recording
+from resnet_kernels.backends.triton.tail import Tail
+from resnet_kernels.roofline import launches_of
+from resnet_kernels.testing import randomize_
+from resnet_kernels.tuning import launches, tuner
+
+THREE = (((64, 64, 3, 3), Geometry(1, 1)),)
+
+
+def call(device="cuda", dtype=torch.bfloat16, size=(256, 64, 56, 56)):
+    return Call(torch.device(device), dtype, frozenset({"conv", "residual"}), THREE, size)
+
+
+@pytest.fixture
+def folders(monkeypatch, tmp_path):
+    """Where tables lie: shipped, and the user's."""
+    shipped, user = tmp_path / "shipped", tmp_path / "user"
+    shipped.mkdir()
+    user.mkdir()
+    monkeypatch.setattr(measured, "SHIPPED", shipped)
+    monkeypatch.setenv("RESNET_KERNELS_CACHE", str(user))
+    measured.forget()
+    yield shipped, user
+    measured.forget()
+
+
+@pytest.fixture
+def h200(monkeypatch, folders):
+    """A GPU by its metadata."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(launch, "_properties", lambda device: (90, 132))
+    measured._identity.cache_clear()
+    yield folders
+    measured._identity.cache_clear()
+
+
+def write_table(folder, call, fastest="triton", **other):
+    identity = measured.identity(call.device) | other
+    row = {"call": measured.key(call), "fastest": fastest}
+    measured.store(folder / measured.file_of(identity), identity, Table({row["call"]: row}, {}))
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["shipped", "the user's"])
+def test_a_measured_table_lets_a_kernel_run_unasked(h200, place, monkeypatch):
+    assert select.choose(call()).NAME == "aten"
+    assert "there is none for this call" in select.reasons(call())["triton"]
+    write_table(h200[place], call())
+    assert select.choose(call()).NAME == "triton" and select.reasons(call())["triton"] is None
+    assert select.choose(call(size=(1, 64, 56, 56))).NAME == "aten"
+    with rk.use_backend("aten"):
+        assert select.choose(call()).NAME == "aten"
+    monkeypatch.setenv("RESNET_KERNELS_TUNING", "off")
+    assert select.choose(call()).NAME == "aten"
+    monkeypatch.setenv("RESNET_KERNELS_TUNING", "sometimes")
+    with pytest.raises(ValueError, match="RESNET_KERNELS_TUNING: expected off or nothing, got 'sometimes'"):
+        select.choose(call())
+
+
+def test_the_users_table_wins(h200):
+    write_table(h200[0], call(), "triton")
+    write_table(h200[1], call(), "aten")
+    assert select.choose(call()).NAME == "aten"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"device": "NVIDIA L4"},
+        {"capability": "sm_89"},
+        {"torch": "2.10.0"},
+        {"triton": "3.5.0"},
+        {"resnet_kernels": "0.0.1"},
+        {"kernels": "0123456789abcdef"},
+        {"fastest": "a backend of the future"},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_tables_of_others_do_not_count(h200, other):
+    write_table(h200[1], call(), **other)
+    assert select.choose(call()).NAME == "aten"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"schema": 1}', '{"schema": 2, "identity": {}, "calls": [], "launches": []}']
+)
+def test_a_file_that_is_no_table_is_ignored_with_a_warning_and_rebuilt(h200, text):
+    identity = measured.identity(torch.device("cuda"))
+    path = h200[1] / measured.file_of(identity)
+    path.write_text(text)
+    with pytest.warns(UserWarning, match="expected a table of measured choices of schema 1.*ignored"):
+        assert select.choose(call()).NAME == "aten"
+    with pytest.warns(UserWarning, match="replaced"):
+        write_table(h200[1], call())
+    assert select.choose(call()).NAME == "triton"
+
+
+def test_a_table_of_other_versions_under_its_name_is_replaced_with_a_warning(h200):
+    identity = measured.identity(torch.device("cuda"))
+    path = h200[1] / measured.file_of(identity)
+    measured.store(path, identity | {"torch": "1.0"}, Table({"old": {"call": "old", "fastest": "aten"}}, {}))
+    with pytest.warns(UserWarning, match="expected a table for .*replaced"):
+        write_table(h200[1], call())
+    assert "old" not in measured.read(path)[1].calls
+
+
+def _store(path, i):
+    row = {"call": f"call {i}", "fastest": "aten"}
+    measured.store(path, {"device": "one"}, Table({row["call"]: row}, {}))
+
+
+def test_processes_that_write_one_table_lose_nothing(tmp_path):
+    path = tmp_path / "table.json"
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        pool.map(functools.partial(_store, path), range(24))
+    assert set(measured.read(path)[1].calls) == {f"call {i}" for i in range(24)}
+    assert not [p for p in tmp_path.iterdir() if p.suffix not in (".json", ".lock")]
+
+
+def test_the_cache_folder_is_where_the_system_has_such(monkeypatch, tmp_path):
+    monkeypatch.delenv("RESNET_KERNELS_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert tmp_path in measured.cache_folder().parents and "resnet_kernels" in str(measured.cache_folder())
+
+
+def test_the_digest_is_the_kernels_code_and_not_its_comments(tmp_path, monkeypatch):
+    source = (
+        "@triton.jit\ndef kernel(x):\n    '''Docs.'''\n    # Why.\n    return x + 1\n\ndef launcher():\n    return 1\n"
+    )
+    digests = []
+    for text in (
+        source,
+        source.replace("Why", "Because").replace("Docs", "More docs"),
+        source.replace("return 1", "return 2"),
+        source.replace("x + 1", "x + 2"),
+    ):
+        (tmp_path / "kernel.py").write_text(text)
+        monkeypatch.setattr(measured, "_TRITON", tmp_path)
+        measured.kernels_digest.cache_clear()
+        digests.append(measured.kernels_digest())
+    measured.kernels_digest.cache_clear()
+    assert digests[0] == digests[1] == digests[2] != digests[3]
+
+
+# Launches
+
+
+def problems(batch=256, arch=90):
+    with torch.device("meta"):
+        model, x = (
+            torchvision.models.resnet50().eval().bfloat16(),
+            torch.empty(batch, 3, 224, 224, dtype=torch.bfloat16),
+        )
+    made = [m.problem for m in launches_of(model, x, arch) if m.problem is not None]
+    return model, x, {p.key: p for p in made}
+
+
+def test_a_measured_configuration_is_what_is_launched(h200, monkeypatch):
+    """As a GPU would: recorded with the tables of the device."""
+    model, x, found = problems()
+    tail = next(p for p in found.values() if isinstance(p, Tail) and "64->256 56x56 + residual" in p.key)
+    plain = next(p for p in found.values() if "1x1 2048->512 7x7" in p.key and not isinstance(p, Tail))
+    other = Config(64, 128, 64, 4, 3)
+    rows = [
+        {"launch": tail.key, "kernel": run.SEPARATE, "config": None},
+        {"launch": plain.key, "kernel": "boxes", "config": dataclasses.asdict(other)},
+    ]
+    device = torch.device("cuda")
+    identity = measured.identity(device)
+    measured.store(h200[1] / "t.json", identity, Table({}, {row["launch"]: row for row in rows}))
+    with select.use_backend("triton"), recording(90, device) as made:
+        rk.freeze(model)(x)
+    assert [m.problem.key for m in made if m.problem and m.problem.key == tail.key] == []
+    chosen = [m for m in made if m.problem and m.problem.key == plain.key]
+    assert chosen and all((m.arguments["BLOCK_N"], m.options["num_warps"]) == (128, 4) for m in chosen)
+    with select.use_backend("triton"), recording(90) as made:  # no tables: as always
+        rk.freeze(model)(x)
+    assert any(m.problem and m.problem.key == tail.key for m in made)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"kernel": "boxes", "config": {"BLOCK_M": 64}},
+        {"kernel": "boxes", "config": dataclasses.asdict(Config(64, 128, 64, 4, 3)) | {"num_warps": "4"}},
+        {"kernel": "boxes"},
+    ],
+)
+def test_a_row_that_is_no_choice_is_ignored_with_a_warning(h200, row):
+    _, _, found = problems()
+    key, problem = next((k, p) for k, p in found.items() if not isinstance(p, Tail))
+    identity = measured.identity(torch.device("cuda"))
+    measured.store(h200[1] / "t.json", identity, Table({}, {key: row | {"launch": key}}))
+    with recording(90, torch.device("cuda")), pytest.warns(UserWarning, match="is ignored"):
+        assert run.choices(problem)[0].config is not None
+
+
+@pytest.mark.parametrize("row", [("of the future", Config(64, 64, 64, 4, 3)), ("boxes", None)])
+def test_a_choice_nobody_knows_is_refused(row):
+    _, _, found = problems()
+    problem = next(p for p in found.values() if not isinstance(p, Tail))
+    with recording(90):
+        assert run.judge(problem, *row).why_not.startswith("unknown")
+
+
+def test_keys_tell_apart_what_configurations_depend_on():
+    """Sizes, strides, what is fused; not the numbers."""
+    _, _, large = problems()
+    _, _, small = problems(32)
+    assert not set(large) & set(small)
+    c = next(p for p in large.values() if not isinstance(p, Tail))
+    assert c.key == dataclasses.replace(c, weight=c.weight.clone()).key
+    strided = torch.empty_strided(
+        c.x.shape, [2 * s for s in c.x.stride()[:1]] + list(c.x.stride()[1:]), dtype=c.x.dtype, device="meta"
+    )
+    changes = [{"relu": False}, {"shift": None}, {"x": strided}, {"geometry": Geometry(1, 1)}]
+    assert len({c.key, *(dataclasses.replace(c, **change).key for change in changes)}) == 5
+
+
+def test_candidates_are_many_and_within_the_limits():
+    _, _, found = problems()
+    for problem in found.values():
+        with recording(90):
+            ways = list(run.candidates(problem))
+            assert len(ways) >= 5 and len({(w.kernel, w.config) for w in ways}) == len(ways)
+            for way in ways:
+                if way.config is not None:
+                    made = run.launch_so(problem, way)
+                    assert made.grid > 0 and made.work.issued >= made.work.flops > 0
+
+
+def test_compiled_ahead_is_what_compiles_here():
+    """In processes of their own, with what does not compile told."""
+    _, _, found = problems()
+    problem = next(p for p in found.values() if "1x1 2048->512 7x7" in p.key)
+    with recording(90):
+        choice = run.choices(problem)[0]
+        sound = run.launch_so(problem, choice)
+        config = dataclasses.replace(choice.config, num_warps=3)
+        unsound = run.launch_so(problem, run.Choice("boxes", config))
+    first, second = ahead.compile_all([sound, unsound], 90, workers=2)
+    assert first.matrix["wgmma"] > 0 and not first.wrong()
+    assert isinstance(second, str) and second
+
+
+# The tuner
+
+
+@pytest.fixture
+def small():
+    model = randomize_(torchvision.models.resnet18()).eval()
+    return model, torch.randn(2, 3, 32, 32)
+
+
+def test_tune_chooses_the_fastest_that_is_right(folders, small, monkeypatch):
+    """A backend that is wrong has no time, however fast it would be."""
+    times = {"cpu": 2e-3, "aten": 1e-3}
+    monkeypatch.setattr(tuner, "_time", lambda calls, device: {name: times[name] for name in calls})
+    model, x = small
+    report = rk.tune(model, x)
+    assert {m.chosen for m in report.measured} == {"aten"} and report.left == 0
+    assert report.path.parent == folders[1] and "1000.0 us, 2.00x cpu" in str(report)
+    assert {e.chosen for e in rk.explain(rk.freeze(model), x)} == {"aten"}
+    assert {e.chosen for e in rk.explain(rk.freeze(model), torch.randn(3, 3, 32, 32))} == {"cpu"}
+    conv = aten.conv
+    monkeypatch.setattr(aten, "conv", lambda *args: (conv(*args)[0] * 1.01, None))
+    report = rk.tune(model, x, again=True)
+    assert {m.chosen for m in report.measured} == {"cpu"}
+    assert all("wrong: rms" in m.out["aten"] and "aten" not in m.seconds for m in report.measured)
+    assert {e.chosen for e in rk.explain(rk.freeze(model), x)} == {"cpu"}
+
+
+def test_tune_goes_on_where_it_was_cut_off(folders, small):
+    model, x = small
+    first = rk.tune(model, x, budget=0)
+    assert first.measured == () and first.left > 5 and not first.path.exists()
+    path = first.path
+    whole = rk.tune(model, x)
+    content = json.loads(path.read_text())
+    content["calls"] = content["calls"][:2]
+    path.write_text(json.dumps(content))
+    second = rk.tune(model, x)
+    assert second.kept == 2 and len(second.measured) == len(whole.measured) - 2 and second.left == 0
+    assert rk.tune(model, x).measured == ()
+
+
+def test_what_is_tuned_is_left_as_it_was_and_computes_the_same(folders, small):
+    model, x = small
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    frozen = rk.freeze(model)
+    want, graphs = frozen(x), frozen.net.graphs
+    rk.tune(frozen, x)
+    assert frozen.net.graphs is graphs and all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+    assert not frozen.net.trunk._forward_pre_hooks
+    torch.testing.assert_close(rk.freeze(model)(x), want, rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_is_measured_unasked(folders, small, monkeypatch):
+    model, x = small
+    monkeypatch.setattr(tuner, "_time", lambda *args: pytest.fail("measured"))
+    rk.freeze(model)(x)
+    assert not list(folders[1].iterdir())
+
+
+def test_tune_refuses_what_freeze_refuses(folders, small):
+    with pytest.raises(ValueError, match="expected it in evaluation mode"):
+        rk.tune(small[0].train(), small[1])
+
+
+def test_tune_tells_where_no_cache_folder_is_known(monkeypatch, small):
+    monkeypatch.delenv("RESNET_KERNELS_CACHE", raising=False)
+    monkeypatch.setitem(sys.modules, "platformdirs", None)
+    with pytest.raises(ModuleNotFoundError, match="platformdirs, or RESNET_KERNELS_CACHE"):
+        rk.tune(*small)
+
+
+def test_tune_by_command(folders):
+    """With a progress bar, and a table in the folder."""
+    command = [
+        sys.executable,
+        "-m",
+        "resnet_kernels.cli",
+        "tune",
+        "--model",
+        "resnet18",
+        "--size",
+        "32",
+        "--batch",
+        "1",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "choices measured" in done.stdout and list(folders[1].glob("*.json"))
+
+
+@pytest.mark.interpreted
+def test_launches_are_tuned_and_run_as_measured(folders):
+    """In the interpreter: every way of a bottleneck's tail and of its convolutions is right."""
+    chain = torch.nn.Sequential(rk.nn.Bottleneck(256, 64), rk.nn.Bottleneck(256, 64))
+    model, x = randomize_(chain).eval().half(), torch.relu(torch.randn(1, 256, 16, 16)).half()
+    path = folders[1] / "t.json"
+    with rk.use_backend("triton"), assume_arch(90):
+        report = rk.tune(model, x, path=path, candidates=1)
+        assert all(m.seconds and not m.out for m in report.measured)
+        assert any(set(m.seconds) > {run.SEPARATE} and len(m.seconds) >= 3 for m in report.measured)
+        rows = measured.read(path)[1].launches
+        tails = [row for key, row in rows.items() if " > " in key]
+        assert tails and {row["kernel"] for row in rows.values()} <= {
+            "boxes",
+            "gather",
+            run.SEPARATE,
+            run.TAIL,
+            run.TAIL_AND_NEXT,
+        }
+        want = rk.freeze(model)(x)
+        for row in tails:
+            row |= {"kernel": run.SEPARATE, "config": None}
+        identity = measured.identity(x.device)
+        measured.store(path, identity, Table({}, rows))
+        torch.testing.assert_close(rk.freeze(model)(x), want, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.interpreted
+def test_a_wrong_configuration_is_out(folders, monkeypatch):
+    model, x = randomize_(rk.nn.Bottleneck(64, 16)).eval().half(), torch.relu(torch.randn(1, 64, 4, 4)).half()
+    real = launches.run_so
+    monkeypatch.setattr(
+        launches, "run_so", lambda p, c: [y * (1.1 if c.config.num_warps == 8 else 1) for y in real(p, c)]
+    )
+    with rk.use_backend("triton"), assume_arch(90):
+        report = rk.tune(torch.nn.Sequential(model), x, path=folders[1] / "t.json", candidates=4)
+    ours = [m for m in report.measured if "->" in m.what]
+    assert any("wrong: " in reason for m in ours for reason in m.out.values())
+    assert not any("8 warps" in m.chosen for m in ours)
+
+
+def test_configurations_are_parsed_strictly():
+    config = Config(64, 128, 64, 4, 3, True, ".ca")
+    assert configs.parse(dataclasses.asdict(config)) == config
+    with pytest.raises(ValueError, match="expected a configuration of BLOCK_M"):
+        configs.parse({"BLOCK_M": 64})
