@@ -1,96 +1,317 @@
-"""What is compared: PyTorch as a knowledgeable user would run it, and ours. Used by every benchmark."""
+"""Who computes a case: PyTorch and its rivals as a knowledgeable user would run them, and ours.
+
+A provider is data: its name, whose it is, which sections it takes part in, why not here, and `build`, which gives a
+callable of the case's inputs per mode: "call", launched from Python, and "graph", one captured CUDA graph. Where a
+provider brings no graph of its own, `measure` captures its calls.
+"""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
-import statistics
-import time
+import importlib.util
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import resnet_kernels as rk
+from resnet_kernels.backends import select
+from resnet_kernels.backends.contract import Epilogue, Geometry, Operand, Product, call_of
+from resnet_kernels.ops.batch_norm import affine_of
 
-BASELINES: tuple[str, ...] = ("eager", "eager channels_last", "inductor")
-OURS: tuple[str, ...] = ("replaced", "frozen")
-if torch.cuda.is_available():
-    BASELINES += ("inductor max-autotune",)
-    OURS += ("frozen triton",)
+from . import cudnn_graph
+from .cases import Case, ConvAct, Prepared, loss_of
+from .folding import folded
 
-
-def provider(name: str, model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The model as the provider runs it, in inference. The model is not changed."""
-    model = copy.deepcopy(model).eval()
-    if name == "frozen":
-        return rk.freeze(model)
-    if name == "frozen triton":
-        with rk.use_backend("triton"):
-            return rk.freeze(model)
-    if name != "eager":
-        model.to(memory_format=torch.channels_last)
-    if name == "replaced":
-        rk.replace_blocks(model)
-    if name.startswith("inductor"):
-        # Freezing folds the batch norms and packs the weights, as freeze does. max-autotune captures CUDA graphs too.
-        compiled = torch.compile(model, mode="max-autotune" if name.endswith("max-autotune") else None)
-
-        def run(x: Tensor) -> Tensor:
-            with torch._inductor.config.patch(freezing=True):
-                return compiled(x)
-
-        return run
-    return model
+INFERENCE = frozenset({"primitives", "blocks", "inference"})
+MODELS = frozenset({"blocks", "inference"})
+ALONE = frozenset({"inference"})
 
 
-def arrange(name: str, x: Tensor) -> Tensor:
-    """The input in the layout the provider likes best."""
-    return x.contiguous() if name == "eager" else x.contiguous(memory_format=torch.channels_last)
+@dataclasses.dataclass
+class Built:
+    """runs: by mode. module: of a training step, whose gradients are to be checked."""
+
+    runs: dict[str, Callable[..., Any]]
+    module: nn.Module | None = None
 
 
-def synchronize(x: Tensor) -> None:
-    if x.device.type == "cuda":
-        torch.cuda.synchronize(x.device)
+@dataclasses.dataclass(frozen=True)
+class Provider:
+    """contiguous: its inputs are NCHW; else channels_last. patience: seconds that building may take on a GPU machine
+    and on two CPU cores; not begun where fewer are left."""
+
+    name: str
+    peer: bool
+    sections: frozenset[str]
+    build: Callable[[Prepared, Case], Built]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    why_not: Callable[[Prepared, Case], str | None] = lambda prepared, case: None
+    contiguous: bool = False
+    patience: tuple[float, float] = (1.0, 5.0)
 
 
-@functools.cache
-def peak_gflops(device: str, dtype: torch.dtype) -> float:
-    """The best rate a dense product or a 3x3 convolution of torch reaches here: what shares of the peak refer to."""
-    n = 8192 if device == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    images = 256 if device == "cuda" else 4
-    x = torch.randn(images, 256, 28, 28, device=device).to(dtype, memory_format=torch.channels_last)
-    w = torch.randn(256, 256, 3, 3, device=device).to(dtype, memory_format=torch.channels_last)
-    work = {2 * n**3: lambda: a @ b, 2 * images * 28 * 28 * 9 * 256**2: lambda: nn.functional.conv2d(x, w, padding=1)}
-    best = 0.0
+def _copied(prepared: Prepared) -> nn.Module:
+    return copy.deepcopy(prepared.module)
+
+
+def _nhwc(prepared: Prepared) -> nn.Module:
+    return _copied(prepared).to(memory_format=torch.channels_last)
+
+
+def _no_grad(function: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*inputs: Tensor) -> Any:
+        with torch.no_grad():
+            return function(*inputs)
+
+    return run
+
+
+def _step(module: nn.Module, case: Case) -> Built:
+    """A training step's forward and backward; gradients are made anew each time."""
+    module.train()
+
+    def run(*inputs: Tensor) -> Tensor:
+        module.zero_grad(set_to_none=True)
+        _, loss = loss_of(module, inputs, case.dtype)
+        loss.backward()
+        return loss
+
+    return Built({"call": run}, module)
+
+
+def _inference_or_step(module: nn.Module, case: Case) -> Built:
+    return _step(module, case) if case.training else Built({"call": _no_grad(module)})
+
+
+# Peers
+
+
+def _eager(prepared: Prepared, case: Case) -> Built:
+    return _inference_or_step(_copied(prepared), case)
+
+
+def _channels_last(prepared: Prepared, case: Case) -> Built:
+    return _inference_or_step(_nhwc(prepared), case)
+
+
+def _folded(prepared: Prepared, case: Case) -> Built:
+    return Built({"call": _no_grad(folded(prepared.module))})
+
+
+def _inductor(prepared: Prepared, case: Case, mode: str | None = None) -> Built:
+    torch._dynamo.reset()
+    module = _nhwc(prepared)
+    compiled = torch.compile(module, mode=mode, dynamic=False)
+    if case.training:
+        return _step(compiled, case)  # type: ignore[arg-type]
+
+    def run(*inputs: Tensor) -> Any:
+        # Freezing folds the batch norms and packs the weights, as freeze does.
+        with torch._inductor.config.patch(freezing=True), torch.no_grad():
+            return compiled(*inputs)
+
+    # max-autotune captures CUDA graphs by itself.
+    return Built({"graph" if mode == "max-autotune" else "call": run})
+
+
+def _timm_why_not(prepared: Prepared, case: Case) -> str | None:
+    if importlib.util.find_spec("timm") is None:
+        return "timm is not installed"
+    import timm
+
+    return None if case.name in timm.list_models() else f"timm has no {case.name}"
+
+
+def _timm(prepared: Prepared, case: Case) -> Built:
+    import timm
+
+    module = timm.create_model(case.name, pretrained=False)
+    module.load_state_dict(prepared.module.state_dict())
+    like = next(prepared.module.parameters())
+    module = module.eval().to(like.device, like.dtype, memory_format=torch.channels_last)
+    return _inference_or_step(module, case)
+
+
+def _exported(prepared: Prepared, path: Path) -> None:
+    """ONNX, with batch norms folded, for the inputs' sizes."""
+    module = folded(prepared.module).to(memory_format=torch.contiguous_format)
+    inputs = tuple(t.contiguous() for t in prepared.inputs[0])
+    torch.onnx.export(module, inputs, path, dynamo=True, optimize=True, verbose=False)
+
+
+def _missing(package: str) -> Callable[[Prepared, Case], str | None]:
+    def why_not(prepared: Prepared, case: Case) -> str | None:
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed (pip install 'resnet_kernels[peers]')"
+        return None if case.dtype == "fp32" else f"expected fp32 here, got {case.dtype}"
+
+    return why_not
+
+
+def _openvino(prepared: Prepared, case: Case) -> Built:
+    import openvino
+
+    with tempfile.TemporaryDirectory() as folder:
+        _exported(prepared, Path(folder, "model.onnx"))
+        model = openvino.Core().read_model(Path(folder, "model.onnx"))
+    # In the dtype asked for: by default OpenVINO may choose a narrower one.
+    options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
+    options["INFERENCE_PRECISION_HINT"] = "f32"
+    compiled = openvino.Core().compile_model(model, "CPU", options)
+
+    def run(*inputs: Tensor) -> Tensor:
+        return torch.from_numpy(compiled([t.numpy() for t in inputs])[0])
+
+    return Built({"call": run})
+
+
+def _onnxruntime(prepared: Prepared, case: Case) -> Built:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        _exported(prepared, Path(folder, "model.onnx"))
+        session = onnxruntime.InferenceSession(
+            str(Path(folder, "model.onnx")), options, providers=["CPUExecutionProvider"]
+        )
+    names = [i.name for i in session.get_inputs()]
+
+    def run(*inputs: Tensor) -> Tensor:
+        given = dict(zip(names, (t.numpy() for t in inputs), strict=True))
+        return torch.from_numpy(session.run(None, given)[0])
+
+    return Built({"call": run})
+
+
+def _cudnn_why_not(prepared: Prepared, case: Case) -> str | None:
+    return cudnn_graph.why_not()
+
+
+def _cudnn(prepared: Prepared, case: Case) -> Built:
+    return Built({"call": _no_grad(cudnn_graph.fuse(prepared.module))})
+
+
+# Ours
+
+
+def _by(backend: str | None, function: Callable[..., Any]) -> Callable[..., Any]:
+    """With the backend named; None: automatic choice."""
+    if backend is None:
+        return function
+
+    @functools.wraps(function)
+    def run(*inputs: Tensor) -> Any:
+        with rk.use_backend(backend):
+            return function(*inputs)
+
+    return run
+
+
+def _replaced(prepared: Prepared, case: Case, backend: str | None = None) -> Built:
+    module = _nhwc(prepared)
+    rk.replace_blocks(module)
+    built = _inference_or_step(module, case)
+    built.runs = {mode: _by(backend, run) for mode, run in built.runs.items()}
+    return built
+
+
+def _frozen(prepared: Prepared, case: Case, backend: str | None = None) -> Built:
+    with rk.use_backend(backend):
+        if not prepared.inputs[0][0].is_cuda:
+            return Built({"call": rk.freeze(prepared.module)})
+        ways = {"call": False, "graph": True}
+        return Built({mode: rk.freeze(prepared.module, cuda_graphs=graphs) for mode, graphs in ways.items()})
+
+
+def _conv(prepared: Prepared, case: Case, backend: str) -> Built:
+    """A convolution by the contract, with its weight packed beforehand."""
+    b, module = select.BY_NAME[backend], prepared.module
+    assert isinstance(module, ConvAct)
+    x, *residual = prepared.inputs[0]
     with torch.no_grad():
-        for flops, run in work.items():
-            run()
-            for _ in range(10):
-                synchronize(x)
-                start = time.perf_counter()
-                run()
-                synchronize(x)
-                best = max(best, flops / (time.perf_counter() - start) / 1e9)
-    return best
+        scale, shift = affine_of(module.bn1)
+        weight, geometry = module.conv1.weight.detach(), _geometry(module.conv1)
+        packed = b.pack(weight, scale, geometry, tuple(x.shape))
+
+    def run(x: Tensor, *residual: Tensor) -> Tensor:
+        added = Operand(residual[0]) if residual else None
+        return b.conv([Product(Operand(x), packed, geometry)], Epilogue(shift, added, relu=True))[0]
+
+    return Built({"call": _no_grad(run)})
 
 
-def interleaved(
-    runs: dict[str, Callable[[], object]], rounds: int, after: Callable[[], None]
-) -> dict[str, dict[str, float]]:
-    """Seconds of each run as median, p20 and p80, over rounds in which every run has its turn, in rotating order."""
-    names = list(runs)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            after()
-            start = time.perf_counter()
-            runs[name]()
-            after()
-            seconds[name].append(time.perf_counter() - start)
-    out = {}
-    for name, s in seconds.items():
-        deciles = statistics.quantiles(s, n=10, method="inclusive")
-        out[name] = {"median": statistics.median(s), "p20": deciles[1], "p80": deciles[7]}
-    return out
+def _geometry(conv: nn.Conv2d) -> Geometry:
+    assert not isinstance(conv.padding, str)
+    return Geometry(conv.stride[0], conv.padding[0], conv.dilation[0], conv.groups)
+
+
+def _conv_why_not(prepared: Prepared, case: Case, backend: str) -> str | None:
+    module = prepared.module
+    if not isinstance(module, ConvAct):
+        return "statistics come with fused training"
+    x, *residual = prepared.inputs[0]
+    product = Product(Operand(x), module.conv1.weight, _geometry(module.conv1))
+    return select.BY_NAME[backend].why_not(call_of([product], Epilogue(residual=Operand(residual[0]) if residual else None)))
+
+
+def _block_why_not(prepared: Prepared, case: Case, backend: str) -> str | None:
+    """Why the backend does not run the case's blocks: what it says of a plain one in their dtype."""
+    x = prepared.inputs[0][0]
+    needs, weights = frozenset({"conv", "residual"}), (((64, 64, 3, 3), Geometry(1, 1)),)
+    return select.BY_NAME[backend].why_not(select.Call(x.device, x.dtype, needs, weights))
+
+
+def _of_backend(backend: str, devices: tuple[str, ...]) -> list[Provider]:
+    def bind(function: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.partial(function, backend=backend)
+
+    why = bind(_block_why_not)
+    return [
+        Provider(backend, False, frozenset({"primitives"}), bind(_conv), devices, bind(_conv_why_not)),
+        Provider(f"replaced {backend}", False, frozenset({"blocks"}), bind(_replaced), devices, why),
+        Provider(f"frozen {backend}", False, MODELS, bind(_frozen), devices, why),
+    ]
+
+
+def _everywhere() -> frozenset[str]:
+    return INFERENCE | {"training"}
+
+
+# In the order of the tables; what takes long to build comes last among the peers, so that a cut leaves the others.
+PROVIDERS: list[Provider] = [
+    Provider("eager", True, _everywhere(), _eager, contiguous=True),
+    Provider("eager channels_last", True, _everywhere(), _channels_last),
+    Provider("eager folded", True, MODELS | {"primitives"}, _folded),
+    Provider("timm", True, frozenset({"inference", "training"}), _timm, why_not=_timm_why_not, patience=(3.0, 10.0)),
+    Provider("cudnn graph", True, INFERENCE, _cudnn, ("cuda",), _cudnn_why_not, patience=(10.0, 0.0)),
+    Provider("openvino", True, ALONE, _openvino, ("cpu",), _missing("openvino"), True, (0.0, 30.0)),
+    Provider("onnxruntime", True, ALONE, _onnxruntime, ("cpu",), _missing("onnxruntime"), True, (0.0, 30.0)),
+    Provider("inductor", True, MODELS | {"training"}, _inductor, patience=(25.0, 60.0)),
+    Provider(
+        "inductor max-autotune",
+        True,
+        MODELS,
+        functools.partial(_inductor, mode="max-autotune"),
+        ("cuda",),
+        patience=(75.0, 0.0),
+    ),
+    Provider("replaced", False, MODELS | {"training"}, _replaced),
+    Provider("frozen", False, MODELS, _frozen),
+    *_of_backend("cpu", ("cpu",)),
+    *_of_backend("triton", ("cuda",)),
+    *_of_backend("cuda", ("cuda",)),
+    *_of_backend("aten", ("cpu", "cuda")),
+]
+
+
+def providers_of(section: str, device: str, names: list[str] | None = None) -> list[Provider]:
+    """Those of the section on the device; of these names only, if names are given."""
+    found = [p for p in PROVIDERS if section in p.sections and device in p.devices]
+    return found if names is None else [p for p in found if p.name in names]

@@ -1,0 +1,277 @@
+"""What is measured: convolutions with what is fused around them, residual blocks, whole models, training steps."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from resnet_kernels import traffic
+from resnet_kernels.backends.contract import Geometry
+from resnet_kernels.results import Row
+from resnet_kernels.testing import RESNET_CASES, RESNEXT_CASES, BlockCase, randomize_
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CLASSES = 1000
+
+
+class ConvAct(nn.Module):
+    """y = [relu](bn(conv(x)) [+ residual]), in evaluation mode."""
+
+    def __init__(self, C: int, K: int, R: int, stride: int, relu: bool = True) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(C, K, R, stride, R // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(K)
+        self.relu = nn.ReLU() if relu else nn.Identity()
+
+    def forward(self, x: Tensor, *residual: Tensor) -> Tensor:
+        y = self.bn1(self.conv1(x))
+        return self.relu(y + residual[0] if residual else y)
+
+
+class ConvStats(nn.Module):
+    """c = conv(x), with its sum and its sum of squares per channel: what a batch norm in training takes its statistics
+    from."""
+
+    def __init__(self, C: int, K: int, R: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(C, K, R, stride, R // 2, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        c = self.conv1(x)
+        wide = c if c.dtype == torch.float64 else c.float()
+        return c, wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3))
+
+
+def results_of(result: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+class Prepared(NamedTuple):
+    """A case on a device. module: in the case's dtype, not to be changed. inputs: several sets, of which every call
+    takes the next. eager, exact: results for the first set (in training for `trial`), PyTorch's own and in fp64."""
+
+    module: nn.Module
+    inputs: list[tuple[Tensor, ...]]
+    trial: tuple[Tensor, ...]
+    eager: list[Tensor]
+    exact: list[Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One thing to compute. make: the module, fp32, in evaluation mode. channels: of x. residual: sizes of a second
+    operand. needs: what it must move and compute at least, of each kernel of the plan that needs the least. terms: of
+    its longest sum."""
+
+    section: str
+    name: str
+    dtype: str
+    batch: int
+    size: int
+    channels: int
+    make: Callable[[], nn.Module]
+    needs: tuple[traffic.Need, ...]
+    terms: int
+    residual: tuple[int, ...] | None = None
+
+    @property
+    def training(self) -> bool:
+        return self.section == "training"
+
+    @property
+    def need(self) -> traffic.Need:
+        return traffic.total(self.needs)
+
+    def floor(self, facts: dict[str, Any]) -> float | None:
+        """Seconds it takes at least on a machine of these ceilings; None where they were not measured."""
+        memory, matrix = facts.get("memory"), facts.get("matrix", {}).get(self.dtype)
+        return sum(need.seconds(memory, matrix) for need in self.needs) if memory and matrix else None
+
+    def row(self, provider: str, status: str, **rest: object) -> Row:
+        return Row(
+            self.section,
+            self.name,
+            provider,
+            status,
+            dtype=self.dtype,
+            batch=self.batch,
+            size=self.size,
+            bytes=self.need.bytes,
+            flops=self.need.flops,
+            **rest,  # type: ignore[arg-type]
+        )
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.dtype}-{self.batch}"
+
+    def _inputs(self, device: torch.device, batch: int) -> tuple[Tensor, ...]:
+        dtype = torch.float32 if self.training else DTYPES[self.dtype]
+        x = torch.randn(batch, self.channels, self.size, self.size, device=device)
+        if self.section in ("primitives", "blocks"):
+            x = torch.relu(x)  # what a block sees
+        tensors = [x.to(dtype)]
+        if self.residual is not None:
+            tensors.append(torch.randn(batch, *self.residual, device=device).to(dtype))
+        tensors = [t.contiguous(memory_format=torch.channels_last) for t in tensors]
+        if self.training:
+            tensors.append(torch.randint(CLASSES, (batch,), device=device))
+        return tuple(tensors)
+
+    def prepare(self, device: torch.device, seed: int = 0) -> Prepared:
+        """On the device, with random inputs: as many sets as no cache of it holds, at most 4."""
+        torch.manual_seed(seed)
+        module = self.make().to(device)
+        if not self.training:
+            module = module.eval().to(DTYPES[self.dtype])
+        sets = max(2, min(4, -(-(128 << 20) // max(1, self.need.bytes))))
+        inputs = [self._inputs(device, self.batch) for _ in range(sets)]
+        # A step's gradients are compared on fewer images: in fp64 a whole batch's activations may not fit.
+        fewer = 32 if device.type == "cuda" else 8
+        trial = self._inputs(device, fewer) if self.training and self.batch > fewer else inputs[0]
+        return Prepared(
+            module, inputs, trial, self._computed(module, trial, double=False), self._computed(module, trial, double=True)
+        )
+
+    def _computed(self, module: nn.Module, inputs: tuple[Tensor, ...], double: bool) -> list[Tensor]:
+        module = copy.deepcopy(module).to(memory_format=torch.channels_last)
+        if double:
+            module.double()
+            inputs = tuple(t.double() if t.is_floating_point() else t for t in inputs)
+        if self.training:
+            return trained(module, inputs, "fp32" if double else self.dtype)
+        with torch.no_grad():
+            if isinstance(module, ConvStats) or not double:
+                return results_of(module(*inputs))
+            # In fp64 a few images at a time: their intermediates may not fit.
+            parts = zip(*(t.split(32) for t in inputs), strict=True)
+            return [torch.cat([module(*part) for part in parts])]
+
+
+def loss_of(module: nn.Module, inputs: tuple[Tensor, ...], dtype: str) -> tuple[Tensor, Tensor]:
+    """(logits, loss), under autocast where the dtype is not the parameters'."""
+    images, labels = inputs
+    with torch.autocast(images.device.type, DTYPES[dtype], enabled=dtype != "fp32"):
+        logits = module(images)
+        return logits, F.cross_entropy(logits, labels)
+
+
+def trained(module: nn.Module, inputs: tuple[Tensor, ...], dtype: str) -> list[Tensor]:
+    """The logits of a step on these images and all its gradients, one behind the other."""
+    module.train().zero_grad(set_to_none=True)
+    logits, loss = loss_of(module, inputs, dtype)
+    loss.backward()
+    gradients = [p.grad.flatten() for p in module.parameters() if p.grad is not None]
+    module.zero_grad(set_to_none=True)
+    return [logits.detach(), torch.cat(gradients)]
+
+
+def _convolution(C: int, K: int, R: int, size: int, stride: int, residual: bool, dtype: str, batch: int) -> Case:
+    out = Geometry(stride, R // 2).output_size(size, R)
+    return Case(
+        "primitives",
+        f"{R}x{R} {C}->{K} {size}x{size}" + f"/{stride}" * (stride > 1) + " + residual" * residual,
+        dtype,
+        batch,
+        size,
+        C,
+        functools.partial(_randomized, functools.partial(ConvAct, C, K, R, stride)),
+        (
+            traffic.convolution(
+                (batch, C, size, size), (K, C, R, R), Geometry(stride, R // 2), DTYPES[dtype].itemsize, residual
+            ),
+        ),
+        C * R * R,
+        (K, out, out) if residual else None,
+    )
+
+
+def _statistics(C: int, K: int, R: int, size: int, dtype: str, batch: int) -> Case:
+    return Case(
+        "primitives",
+        f"{R}x{R} {C}->{K} {size}x{size}, statistics",
+        dtype,
+        batch,
+        size,
+        C,
+        functools.partial(ConvStats, C, K, R, 1),
+        (traffic.convolution((batch, C, size, size), (K, C, R, R), Geometry(1, R // 2), DTYPES[dtype].itemsize),),
+        batch * size * size,
+    )
+
+
+def _randomized(make: Callable[[], nn.Module]) -> nn.Module:
+    return randomize_(make())
+
+
+# Of ResNet-50, one of each kind and map: C, K, R, map, stride, residual.
+CONVOLUTIONS = (
+    (64, 64, 3, 56, 1, False),
+    (64, 256, 1, 56, 1, True),
+    (256, 64, 1, 56, 1, False),
+    (128, 128, 3, 56, 2, False),
+    (128, 128, 3, 28, 1, False),
+    (128, 512, 1, 28, 1, True),
+    (512, 128, 1, 28, 1, False),
+    (256, 256, 3, 14, 1, False),
+    (256, 1024, 1, 14, 1, True),
+    (1024, 256, 1, 14, 1, False),
+    (512, 512, 3, 7, 1, False),
+    (512, 2048, 1, 7, 1, True),
+    (2048, 512, 1, 7, 1, False),
+)
+
+
+def primitives(dtype: str, batch: int, full: bool) -> Iterator[Case]:
+    for shape in CONVOLUTIONS if full else CONVOLUTIONS[:3]:
+        yield _convolution(*shape, dtype, batch)
+    if full:
+        yield _statistics(64, 64, 3, 56, dtype, batch)
+
+
+def _block(case: BlockCase, dtype: str, batch: int) -> Case:
+    sizes = (batch, case.inplanes, case.H, case.W)
+    with torch.device("meta"):
+        shapes = [m.weight.shape for m in case.make().modules() if isinstance(m, nn.Conv2d)]
+        need = traffic.block(case.make(), sizes, DTYPES[dtype].itemsize)
+    return Case(
+        "blocks", case.name, dtype, batch, case.H, case.inplanes, case.make, (need,), max(s[1:].numel() for s in shapes)
+    )
+
+
+# The ones where most of ResNet-18's and ResNet-50's time goes, of every kind of shortcut.
+FEW_BLOCKS = ("r18-layer1", "r50-layer1", "r50-layer2-down", "r50-layer3")
+
+
+def blocks(dtype: str, batch: int, full: bool) -> Iterator[Case]:
+    for case in (*RESNET_CASES, RESNEXT_CASES[3]) if full else RESNET_CASES:
+        if full or case.name in FEW_BLOCKS:
+            yield _block(case, dtype, batch)
+
+
+def _model(name: str) -> nn.Module:
+    return randomize_(torchvision.models.get_model(name))
+
+
+def model(section: str, name: str, dtype: str, batch: int, size: int = 224) -> Case:
+    """section: "inference" or "training"."""
+    with torch.device("meta"):
+        network = torchvision.models.get_model(name)
+    plan = "block" if section == "inference" else "lazy"
+    kernels = traffic.kernels(network, (batch, 3, size, size), DTYPES[dtype].itemsize, plan)
+    needs = tuple(k.need for part in kernels.values() for k in part)
+    return Case(section, name, dtype, batch, size, 3, functools.partial(_model, name), needs, 2048)
+
+
+def networks(section: str, models: Sequence[str], dtypes: Sequence[str], batches: Sequence[int]) -> Iterator[Case]:
+    for name in models:
+        for dtype in dtypes:
+            for batch in batches:
+                yield model(section, name, dtype, batch)

@@ -1,0 +1,198 @@
+"""Check, then time: a provider whose result is outside the rule of `testing.compare` has no time."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import gc
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_kernels.results import Row
+from resnet_kernels.testing import compare
+from resnet_kernels.timing import Clock, Sample, captured, interleaved, rotating, synchronize
+
+from .cases import Case, Prepared, results_of, trained
+from .events import Log
+from .providers import Built, Provider
+
+
+@dataclasses.dataclass
+class Ready:
+    """A provider in a mode, checked. call: the next of its calls."""
+
+    row: Row
+    call: Callable[[], Any]
+    queued: bool
+
+
+def check(case: Case, prepared: Prepared, got: Sequence[Tensor]) -> tuple[bool, dict[str, float], str]:
+    """(whether all results are within the rule, the first's errors, what is wrong)."""
+    wrong, first = [], {}
+    for i, (out, eager, exact) in enumerate(zip(got, prepared.eager, prepared.exact, strict=True)):
+        errors = compare(out, eager, exact, case.terms)
+        # Of gradients, where one flipped sign of a ReLU moves a whole value, the RMS is the measure.
+        ok = errors.ok if not case.training else errors.misplaced == 0 and errors.rms <= errors.allowed_rms
+        if not ok:
+            wrong.append(str(errors))
+        if i == 0:
+            names = ("rms", "max", "eager_rms", "eager_max", "allowed_rms", "allowed_max")
+            first = {name: getattr(errors, name) for name in names}
+        elif case.training:
+            first |= {"gradient_rms": errors.rms, "eager_gradient_rms": errors.eager_rms}
+    return not wrong, first, "; ".join(wrong)
+
+
+def _as(provider: Provider, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(t.contiguous() for t in inputs) if provider.contiguous else inputs
+
+
+def _results(case: Case, prepared: Prepared, built: Built, run: Callable[..., Any], inputs: tuple) -> list[Tensor]:
+    """Of the first inputs, or of a trial step."""
+    if not case.training:
+        for _ in range(2):  # a frozen model captures its graph at the second call; the one below replays it
+            run(*inputs)
+        return [t.clone() for t in results_of(run(*inputs))]
+    assert built.module is not None
+    state = {name: t.clone() for name, t in built.module.state_dict().items()}
+    found = trained(built.module, inputs, case.dtype)
+    built.module.load_state_dict(state)  # the trial moved the running statistics
+    return found
+
+
+def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
+    """Memory above what there is before a call, at most; None where it cannot be told. On a CPU resident memory, of
+    what the process has not yet: the least of two, after a first call."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+
+    def status(key: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+    peaks = []
+    with contextlib.suppress(OSError, StopIteration):
+        for _ in range(2):
+            gc.collect()
+            with contextlib.suppress(OSError, AttributeError):
+                ctypes.CDLL("libc.so.6").malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+            before = status("VmRSS:")
+            call()
+            peaks.append(status("VmHWM:") - before)
+    return min(peaks, default=None)
+
+
+def _modes(built: Built, inputs: tuple, case: Case) -> dict[str, tuple[Callable[..., Any], str]]:
+    """Each mode's function, or "" and why there is none. Captures what brings no graph of its own, on a GPU."""
+    modes: dict[str, tuple[Callable[..., Any], str]] = {mode: (run, "") for mode, run in built.runs.items()}
+    if inputs[0].is_cuda and not case.training and "graph" not in modes:
+        run = built.runs["call"]
+        run(*inputs)
+        try:
+            replay, result = captured(run, inputs)
+        except RuntimeError as error:
+            modes["graph"] = run, _line(error)
+        else:
+            # The graph's input is the first set, always: what it reads is cold all the same, the clock sees to that.
+            modes["graph"] = lambda *_: (replay(), result)[1], ""
+    return modes
+
+
+def _line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"[:300]
+
+
+def build(
+    case: Case, prepared: Prepared, provider: Provider, log: Log, floor: float | None
+) -> dict[tuple[str, str], Ready]:
+    """The provider's modes that are right; the others are told to the log."""
+    device = prepared.inputs[0][0].device
+    row = case.row(provider.name, "ok", peer=provider.peer, floor=floor)
+    if log.knows(row):
+        return {}
+    reason = provider.why_not(prepared, case)
+    if reason:
+        log.row(dataclasses.replace(row, status="unavailable", reason=reason))
+        return {}
+    patience = provider.patience[0 if device.type == "cuda" else 1]
+    if log.left() < patience:
+        reason = f"{max(0, log.left()):.0f} s of the budget are left, building may take {patience:.0f}"
+        log.row(dataclasses.replace(row, status="cut", reason=reason))
+        return {}
+    log.begin(row)
+    ready: dict[tuple[str, str], Ready] = {}
+    try:
+        built = provider.build(prepared, case)
+        trial = _as(provider, prepared.trial)
+        for mode, (run, reason) in _modes(built, trial, case).items():
+            mine = dataclasses.replace(row, mode=mode)
+            if reason:
+                log.row(dataclasses.replace(mine, status="unavailable", reason=f"no graph: {reason}"))
+                continue
+            ok, mine.errors, wrong = check(case, prepared, _results(case, prepared, built, run, trial))
+            if not ok:
+                log.row(dataclasses.replace(mine, status="wrong", reason=wrong))
+                continue
+            call = rotating(run, [_as(provider, inputs) for inputs in prepared.inputs])
+            if case.section in ("inference", "training") and mode == next(iter(built.runs)):
+                call()
+                mine.peak_bytes = peak_bytes(call, device)
+            ready[provider.name, mode] = Ready(mine, call, queued=mode == "graph")
+        synchronize(device)
+    except Exception as error:  # whatever it was, it is this provider's
+        log.row(dataclasses.replace(row, status="failed", reason=_line(error)))
+        synchronize(device)  # raises where the device is lost: then this process is, and the next goes on
+        ready = {}
+    log.begin(None)
+    return ready
+
+
+def measure(
+    case: Case, device: torch.device, providers: Sequence[Provider], log: Log, rounds: int, seconds: float
+) -> dict[tuple[str, str], Sample]:
+    """Every provider on the case, in rounds in which each has its turn; `seconds` for them. Rows go to the log."""
+    first = case.row("", "ok")
+    if log.knows(first):
+        return {}
+    floor = case.floor(log.facts)
+    log.begin(case.row("preparation", "ok"))
+    prepared = case.prepare(device)
+    log.begin(None)
+    ready: dict[tuple[str, str], Ready] = {}
+    for provider in providers:
+        ready |= build(case, prepared, provider, log, floor)
+    if ready and log.left() > 0:
+        log.begin(case.row("one of those timed", "ok"))
+        clocks = {queued: Clock(device, queued) for queued in (False, True)}
+        samples = interleaved(
+            {f"{name}\n{mode}": r.call for (name, mode), r in ready.items()},
+            {f"{name}\n{mode}": clocks[r.queued] for (name, mode), r in ready.items()},
+            rounds,
+            min(seconds, log.left()),
+        )
+        log.begin(None)
+    else:
+        samples = {}
+    found = {}
+    for key, r in ready.items():
+        sample = samples.get("\n".join(key))
+        if sample is None:
+            log.row(dataclasses.replace(r.row, status="cut", reason="the budget ended before it was timed"))
+            continue
+        r.row.seconds, r.row.p20, r.row.p80, r.row.rounds = sample
+        log.row(r.row)
+        found[key] = sample
+    log.done(first.group)
+    return found

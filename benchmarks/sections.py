@@ -1,0 +1,297 @@
+"""The sections that measure, each a process of its own: a kernel that crashes takes only that process along.
+
+    python -m benchmarks.sections NAME --device cuda --events FILE --budget SECONDS
+
+`gpu_suite` starts them, and starts one again where it ended before its work was done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor
+
+import resnet_kernels as rk
+from resnet_kernels.backends import measured, triton
+from resnet_kernels.roofline import launches_of
+from resnet_kernels.timing import Clock, sample
+
+from . import cases, layers
+from .cases import DTYPES, Case
+from .events import Log
+from .measure import measure
+from .providers import providers_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the user may choose. None: what suits the device. full: every case, else the ones that tell most."""
+
+    models: list[str] | None = None
+    dtypes: list[str] | None = None
+    batches: list[int] | None = None
+    providers: list[str] | None = None
+    rounds: int | None = None
+    full: bool = False
+
+
+@dataclasses.dataclass
+class Context:
+    device: torch.device
+    log: Log
+    options: Options
+
+    @property
+    def gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def rounds(self, gpu: int, cpu: int) -> int:
+        return self.options.rounds or (gpu if self.gpu else cpu)
+
+
+# Facts
+
+
+def _version(package: str) -> str:
+    return measured._version(package)
+
+
+PACKAGES = ("torch", "torchvision", "triton", "nvidia-cudnn-frontend", "timm", "openvino", "onnxruntime", "numpy")
+
+
+def static_facts(device: str) -> dict[str, Any]:
+    """That nothing has to run for."""
+    root = Path(__file__).parent.parent
+    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*"]
+    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    versions = {name: _version(name) for name in PACKAGES}
+    facts = {
+        "device": device,
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit or "unknown",
+        "python": platform.python_version(),
+        "versions": {"resnet_kernels": rk.__version__, **{n: v for n, v in versions.items() if v != "none"}},
+        "threads": torch.get_num_threads(),
+    }
+    if device == "cpu":
+        capability = torch.backends.cpu.get_cpu_capability()
+        return facts | {"processor": measured.processor(), "capability": capability}
+    return facts | {"processor": torch.cuda.get_device_name(), "cudnn": torch.backends.cudnn.version()}
+
+
+def _smi(query: str) -> dict[str, str]:
+    """What nvidia-smi says, or nothing."""
+    try:
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+        line = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.splitlines()[0]
+    except (OSError, IndexError, subprocess.TimeoutExpired):
+        return {}
+    return dict(zip(query.split(","), (v.strip() for v in line.split(",")), strict=False))
+
+
+def _best_seconds(call: Callable[[], Any], device: torch.device, rounds: int) -> float:
+    clock = Clock(device, queued=True)
+    call()
+    return sample([clock.seconds(call) for _ in range(rounds)]).p20
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes read and written a second by a large copy."""
+    source = torch.empty(1 << (30 if device.type == "cuda" else 27), dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    return 2 * source.numel() / _best_seconds(lambda: target.copy_(source), device, 10)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of the better of a large product and a 3x3 convolution, of normal numbers."""
+    n, images = (8192, 256) if device.type == "cuda" else (1536, 4)
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    x = torch.randn(images, 256, 28, 28, device=device).to(dtype, memory_format=torch.channels_last)
+    w = torch.randn(256, 256, 3, 3, device=device).to(dtype, memory_format=torch.channels_last)
+    work: dict[float, Callable[[], Tensor]] = {
+        2 * n**3: lambda: a @ b,
+        2 * images * 28 * 28 * 9 * 256**2: lambda: torch.nn.functional.conv2d(x, w, padding=1),
+    }
+    return max(flops / _best_seconds(run, device, 10) for flops, run in work.items())
+
+
+def fp8_rate(device: torch.device) -> float:
+    """Of a large product of e4m3 numbers. Raises where the GPU has none."""
+    n = 8192
+    a, b = (torch.randn(n, n, device=device).to(torch.float8_e4m3fn) for _ in range(2))
+    one = torch.ones((), device=device)
+    run = lambda: torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16)  # noqa: E731
+    return 2 * n**3 / _best_seconds(run, device, 10)
+
+
+def facts(c: Context) -> None:
+    """The machine, and its ceilings as they are found: no clock is set."""
+    found = static_facts(c.device.type)
+    if c.gpu:
+        p = torch.cuda.get_device_properties(c.device)
+        found |= {
+            "capability": f"sm_{p.major}{p.minor}",
+            "multiprocessors": p.multi_processor_count,
+            "memory_size": p.total_memory,
+            "l2": p.L2_cache_size,
+            **{f"nvidia-smi {n}": v for n, v in _smi("driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit").items()},
+        }
+    c.log.tell("facts", found)
+    with torch.no_grad():
+        c.log.tell("facts", {"memory": copy_rate(c.device)})
+        matrix = {}
+        for name, dtype in DTYPES.items():
+            # Emulated on a CPU without such instructions, a product would take minutes.
+            if c.gpu or name == "fp32" or torch.ops.mkldnn._is_mkldnn_bf16_supported() and name == "bf16":
+                matrix[name] = matrix_rate(c.device, dtype)
+        if c.gpu:
+            try:
+                matrix["fp8"] = fp8_rate(c.device)
+            except RuntimeError as error:
+                c.log.tell("details", {"fp8": str(error).splitlines()[0]})
+        c.log.tell("facts", {"matrix": matrix})
+    if c.gpu:
+        c.log.tell("facts", {f"nvidia-smi {n} after": v for n, v in _smi("clocks.sm,clocks.mem").items()})
+
+
+# Compilation ahead
+
+
+def ahead(c: Context) -> None:
+    """Compile what the Triton backend will launch, on all cores, into its cache. Needs no GPU time."""
+    from resnet_kernels.backends.triton.ahead import compile_all
+    from resnet_kernels.backends.triton.launch import arch_of
+
+    arch = arch_of(c.device)
+    made = []
+    for case in _models(c, "inference"):
+        with torch.device("meta"):
+            model = torchvision.models.get_model(case.name).eval().to(DTYPES[case.dtype])
+            images = torch.empty(case.batch, 3, case.size, case.size, dtype=DTYPES[case.dtype])
+        made += launches_of(model, images, arch)
+    begun = time.monotonic()
+    compiled = compile_all(made, arch, max(1, (os.cpu_count() or 2) - 2))
+    bad = [f"{m.what}: {r}" for m, r in zip(made, compiled, strict=True) if isinstance(r, str)]
+    c.log.tell("details", {"launches": len(made), "failed": bad, "seconds": round(time.monotonic() - begun, 1)})
+
+
+# Tuning
+
+
+def tuning(c: Context) -> None:
+    """rk.tune, into the folder of tables that later sections read."""
+    todo = list(_models(c, "inference"))
+    report = {}
+    for i, case in enumerate(todo):
+        if c.log.left() <= 0:
+            report[str(case)] = "not begun"
+            continue
+        model = case.make().eval().to(c.device, DTYPES[case.dtype])
+        x = torch.randn(case.batch, 3, case.size, case.size, device=c.device).to(DTYPES[case.dtype])
+        # The first gets half of what is left, and so on: it is the one that matters most.
+        budget = c.log.left() if i == len(todo) - 1 else c.log.left() / 2
+        found = rk.tune(model, x.contiguous(memory_format=torch.channels_last), budget=budget)
+        report[str(case)] = str(found).splitlines()
+        c.log.tell("details", dict(report))
+
+
+# Measurements
+
+
+def _few(c: Context, section: str, full: dict[str, Any]) -> dict[str, Any]:
+    """The user's choice, else the section's."""
+    chosen = {name: getattr(c.options, name) for name in ("models", "dtypes", "batches")}
+    return {name: chosen[name] or default for name, default in full.items()}
+
+
+def _models(c: Context, section: str) -> Iterable[Case]:
+    """In order of value: a cut leaves the first."""
+    if c.gpu and section == "inference":
+        first = cases.networks(section, **_few(c, section, {"models": ["resnet50"], "dtypes": ["bf16"], "batches": [256, 32, 1]}))
+        rest = ["resnet18", "resnet101", "resnext50_32x4d"]
+        more = cases.networks(section, rest, c.options.dtypes or ["bf16"], c.options.batches or [256, 32, 1])
+        return [*first, *([] if c.options.models else more)]
+    if c.gpu:
+        few = {"models": ["resnet50", "resnet18"], "dtypes": ["bf16"], "batches": [128]}
+    elif section == "inference":
+        few = {"models": ["resnet50", "resnet18"], "dtypes": ["fp32"], "batches": [16]}
+    else:
+        few = {"models": ["resnet18", "resnet50"], "dtypes": ["fp32"], "batches": [8]}
+    return cases.networks(section, **_few(c, section, few))
+
+
+def _measure(c: Context, todo: Iterable[Case], rounds: int, seconds: float) -> None:
+    for case in todo:
+        providers = providers_of(case.section, c.device.type, c.options.providers)
+        measure(case, c.device, providers, c.log, rounds, seconds)
+
+
+def primitives(c: Context) -> None:
+    few = _few(c, "primitives", {"dtypes": ["bf16"] if c.gpu else ["fp32"], "batches": [256 if c.gpu else 4]})
+    for dtype in few["dtypes"]:
+        for batch in few["batches"]:
+            _measure(c, cases.primitives(dtype, batch, c.gpu or c.options.full), c.rounds(30, 8), 3.0)
+
+
+def blocks(c: Context) -> None:
+    few = _few(c, "blocks", {"dtypes": ["bf16"] if c.gpu else ["fp32"], "batches": [256 if c.gpu else 4]})
+    for dtype in few["dtypes"]:
+        for batch in few["batches"]:
+            _measure(c, cases.blocks(dtype, batch, c.options.full), c.rounds(30, 8), 4.0 if c.gpu else 8.0)
+
+
+def layers_of(c: Context) -> None:
+    for case in list(_models(c, "inference"))[:2]:
+        if c.log.left() > 0:
+            layers.measure(case, c.device, c.log, c.rounds(20, 4))
+
+
+def inference(c: Context) -> None:
+    _measure(c, _models(c, "inference"), c.rounds(25, 6), 6.0 if c.gpu else 90.0)
+
+
+def training(c: Context) -> None:
+    _measure(c, _models(c, "training"), c.rounds(15, 4), 10.0 if c.gpu else 120.0)
+
+
+RUN: dict[str, Callable[[Context], None]] = {
+    "facts": facts,
+    "ahead": ahead,
+    "tuning": tuning,
+    "primitives": primitives,
+    "blocks": blocks,
+    "layers": layers_of,
+    "inference": inference,
+    "training": training,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("section", choices=RUN)
+    parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
+    parser.add_argument("--events", type=Path, required=True)
+    parser.add_argument("--budget", type=float, required=True)
+    parser.add_argument("--options", default="{}", help="as JSON")
+    parser.add_argument("--plugin", help="a module to import first: it may add to providers.PROVIDERS")
+    args = parser.parse_args()
+    if args.plugin:
+        importlib.import_module(args.plugin)
+    log = Log(args.events, args.budget)
+    RUN[args.section](Context(torch.device(args.device), log, Options(**json.loads(args.options))))
+
+
+if __name__ == "__main__":
+    main()
