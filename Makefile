@@ -1,4 +1,5 @@
 # make demo | test | bench | lint | kernels: each creates the environment and builds what is missing, then runs.
+# make gpu: on a machine with an NVIDIA GPU, builds, checks, tunes and measures everything there in nine minutes.
 PYTHON ?= python3
 PINNED := 2.11.0
 TORCH ?= $(PINNED)
@@ -19,7 +20,7 @@ ifneq ($(INSTALL),-e .)
 SOURCES += $(wildcard resnet_kernels/*.py resnet_kernels/*/*.py)
 endif
 
-.PHONY: demo test bench lint kernels clean
+.PHONY: demo test bench gpu lint kernels readme clean
 demo: $(VENV)/built
 	$(BIN)/resnet-kernels demo --out demo
 
@@ -28,6 +29,18 @@ test: $(VENV)/built
 
 bench: $(VENV)/built
 	$(BIN)/pytest benchmarks --benchmark-only --benchmark-json=benchmark.json $(ARGS)
+
+# With the Python that has torch already, where there is one: such machines may have no network. Without a GPU it ends
+# before anything is installed.
+gpu:
+	@command -v nvidia-smi >/dev/null && nvidia-smi -L | grep -q . || \
+	{ echo "make gpu: there is no NVIDIA GPU here (nvidia-smi lists none); on a CPU: make bench" >&2; exit 2; }
+	@if $(PYTHON) -c "import torch, torchvision, rich" 2>/dev/null; then $(PYTHON) -m benchmarks.gpu_suite $(ARGS); \
+	else $(MAKE) $(VENV)/built && $(BIN)/python -m benchmarks.gpu_suite $(ARGS); fi
+
+# The README's tables, from the committed results.
+readme: $(VENV)/built
+	$(BIN)/resnet-kernels report --readme README.md
 
 lint: $(VENV)/built
 	$(BIN)/python -m ruff check .

@@ -137,7 +137,11 @@ class Case:
         fewer = 32 if device.type == "cuda" else 8
         trial = self._inputs(device, fewer) if self.training and self.batch > fewer else inputs[0]
         return Prepared(
-            module, inputs, trial, self._computed(module, trial, double=False), self._computed(module, trial, double=True)
+            module,
+            inputs,
+            trial,
+            self._computed(module, trial, double=False),
+            self._computed(module, trial, double=True),
         )
 
     def _computed(self, module: nn.Module, inputs: tuple[Tensor, ...], double: bool) -> list[Tensor]:

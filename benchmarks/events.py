@@ -1,5 +1,5 @@
-"""What a section's process tells while it works, one JSON object a line, so that nothing is lost when it is cut, hangs or
-takes its process with it:
+"""What a section's process tells while it works, one JSON object a line, so that nothing is lost when it is cut, hangs
+or takes its process with it:
 
     {"begin": row}       from here on whatever ends the process is the row's doing (null: nobody's)
     {"row": row}         a result

@@ -105,13 +105,11 @@ def measure(case: Case, device: torch.device, log: Log, rounds: int) -> None:
     x_sizes = (case.batch, 3, case.size, case.size)
     with torch.device("meta"):
         needs = traffic.parts(copy.deepcopy(prepared.module).to("meta"), x_sizes, DTYPES[case.dtype].itemsize, "block")
-    memory, matrix = log.facts.get("memory"), log.facts.get("matrix", {}).get(case.dtype)
     for name, parts in seconds.items():
         for part, values in parts.items():
             need, s = needs[part], sample(values)
-            floor = need.seconds(memory, matrix) if memory and matrix else None
-            row = case.row(name, "ok", peer=WAYS[name][0], part=part, floor=floor)
-            row = dataclasses.replace(row, section="layers", bytes=need.bytes, flops=need.flops)
+            part_case = dataclasses.replace(case, section="layers", needs=(need,))
+            row = part_case.row(name, "ok", peer=WAYS[name][0], part=part, floor=part_case.floor(log.facts))
             row.seconds, row.p20, row.p80, row.rounds = s
             log.row(row)
     log.done(dataclasses.replace(case.row("", "ok"), section="layers", part="head").group)

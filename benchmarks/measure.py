@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import dataclasses
 import gc
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnet_kernels.backends import extension
 from resnet_kernels.results import Row
 from resnet_kernels.testing import compare
-from resnet_kernels.timing import Clock, Sample, captured, interleaved, rotating, synchronize
+from resnet_kernels.timing import Clock, captured, interleaved, rotating, synchronize
 
 from .cases import Case, Prepared, results_of, trained
 from .events import Log
@@ -24,11 +26,12 @@ from .providers import Built, Provider
 
 @dataclasses.dataclass
 class Ready:
-    """A provider in a mode, checked. call: the next of its calls."""
+    """A provider in a mode, checked. call: the next of its calls, which took about so many seconds."""
 
     row: Row
     call: Callable[[], Any]
     queued: bool
+    seconds: float
 
 
 def check(case: Case, prepared: Prepared, got: Sequence[Tensor]) -> tuple[bool, dict[str, float], str]:
@@ -66,8 +69,8 @@ def _results(case: Case, prepared: Prepared, built: Built, run: Callable[..., An
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Memory above what there is before a call, at most; None where it cannot be told. On a CPU resident memory, of
-    what the process has not yet: the least of two, after a first call."""
+    """Memory above what there is before a call, at most; None where it cannot be told. On a CPU resident memory, and
+    what our pool of activations holds ready: the least of two, after a first call."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -80,14 +83,14 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
-    peaks = []
+    peaks, (module, _) = [], extension.load()
     with contextlib.suppress(OSError, StopIteration):
         for _ in range(2):
             gc.collect()
             with contextlib.suppress(OSError, AttributeError):
                 ctypes.CDLL("libc.so.6").malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
-            before = status("VmRSS:")
+            before = status("VmRSS:") - (module.pool_bytes() if module is not None else 0)
             call()
             peaks.append(status("VmHWM:") - before)
     return min(peaks, default=None)
@@ -114,12 +117,14 @@ def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0] if text else ''}"[:300]
 
 
-def build(
-    case: Case, prepared: Prepared, provider: Provider, log: Log, floor: float | None
-) -> dict[tuple[str, str], Ready]:
-    """The provider's modes that are right; the others are told to the log."""
+# Seconds within which a provider of a single convolution or block is built.
+SMALL_PATIENCE = 1.0
+
+
+def build(case: Case, prepared: Prepared, provider: Provider, log: Log, left: float) -> dict[tuple[str, str], Ready]:
+    """The provider's modes that are right; the others are told to the log. left: seconds there are for it."""
     device = prepared.inputs[0][0].device
-    row = case.row(provider.name, "ok", peer=provider.peer, floor=floor)
+    row = case.row(provider.name, "ok", peer=provider.peer, floor=case.floor(log.facts))
     if log.knows(row):
         return {}
     reason = provider.why_not(prepared, case)
@@ -127,8 +132,10 @@ def build(
         log.row(dataclasses.replace(row, status="unavailable", reason=reason))
         return {}
     patience = provider.patience[0 if device.type == "cuda" else 1]
-    if log.left() < patience:
-        reason = f"{max(0, log.left()):.0f} s of the budget are left, building may take {patience:.0f}"
+    if case.section in ("primitives", "blocks"):
+        patience = min(patience, SMALL_PATIENCE)
+    if left < patience:
+        reason = f"{max(0, left):.0f} s of the budget are left, building may take {patience:.0f}"
         log.row(dataclasses.replace(row, status="cut", reason=reason))
         return {}
     log.begin(row)
@@ -146,10 +153,14 @@ def build(
                 log.row(dataclasses.replace(mine, status="wrong", reason=wrong))
                 continue
             call = rotating(run, [_as(provider, inputs) for inputs in prepared.inputs])
-            if case.section in ("inference", "training") and mode == next(iter(built.runs)):
-                call()
+            begun = time.perf_counter()
+            call()
+            synchronize(device)
+            seconds = time.perf_counter() - begun
+            whole = case.section in ("inference", "training") and mode == next(iter(built.runs))
+            if whole and not provider.keeps_memory:
                 mine.peak_bytes = peak_bytes(call, device)
-            ready[provider.name, mode] = Ready(mine, call, queued=mode == "graph")
+            ready[provider.name, mode] = Ready(mine, call, mode == "graph", seconds)
         synchronize(device)
     except Exception as error:  # whatever it was, it is this provider's
         log.row(dataclasses.replace(row, status="failed", reason=_line(error)))
@@ -159,40 +170,43 @@ def build(
     return ready
 
 
+# Rounds of timing for which time is kept while providers are built.
+KEPT_ROUNDS = 3
+
+
 def measure(
-    case: Case, device: torch.device, providers: Sequence[Provider], log: Log, rounds: int, seconds: float
-) -> dict[tuple[str, str], Sample]:
-    """Every provider on the case, in rounds in which each has its turn; `seconds` for them. Rows go to the log."""
-    first = case.row("", "ok")
+    case: Case,
+    device: torch.device,
+    providers: Sequence[Provider],
+    log: Log,
+    rounds: int,
+    seconds: float,
+    budget: float,
+) -> None:
+    """Every provider on the case, in rounds in which each has its turn, of at most `seconds`; all in `budget` seconds,
+    or as soon after as a provider that was begun ends. Rows go to the log."""
+    first, deadline = case.row("", "ok"), time.monotonic() + budget
     if log.knows(first):
-        return {}
-    floor = case.floor(log.facts)
+        return
     log.begin(case.row("preparation", "ok"))
     prepared = case.prepare(device)
     log.begin(None)
     ready: dict[tuple[str, str], Ready] = {}
-    for provider in providers:
-        ready |= build(case, prepared, provider, log, floor)
-    if ready and log.left() > 0:
+    # What takes long to build comes last, so that a cut leaves the others.
+    for provider in sorted(providers, key=lambda p: max(p.patience)):
+        kept = KEPT_ROUNDS * sum(r.seconds for r in ready.values())
+        ready |= build(case, prepared, provider, log, deadline - time.monotonic() - kept)
+    if ready:
         log.begin(case.row("one of those timed", "ok"))
         clocks = {queued: Clock(device, queued) for queued in (False, True)}
         samples = interleaved(
             {f"{name}\n{mode}": r.call for (name, mode), r in ready.items()},
             {f"{name}\n{mode}": clocks[r.queued] for (name, mode), r in ready.items()},
             rounds,
-            min(seconds, log.left()),
+            min(seconds, deadline - time.monotonic()),
         )
         log.begin(None)
-    else:
-        samples = {}
-    found = {}
-    for key, r in ready.items():
-        sample = samples.get("\n".join(key))
-        if sample is None:
-            log.row(dataclasses.replace(r.row, status="cut", reason="the budget ended before it was timed"))
-            continue
-        r.row.seconds, r.row.p20, r.row.p80, r.row.rounds = sample
-        log.row(r.row)
-        found[key] = sample
+        for (name, mode), r in ready.items():
+            r.row.seconds, r.row.p20, r.row.p80, r.row.rounds = samples[f"{name}\n{mode}"]
+            log.row(r.row)
     log.done(first.group)
-    return found

@@ -43,7 +43,8 @@ class Built:
 
 @dataclasses.dataclass(frozen=True)
 class Provider:
-    """contiguous: its inputs are NCHW; else channels_last. patience: seconds that building may take on a GPU machine
+    """contiguous: its inputs are NCHW; else channels_last. keeps_memory: between calls, so that a call's own cannot be
+    told. patience: seconds that building may take on a GPU machine
     and on two CPU cores; not begun where fewer are left."""
 
     name: str
@@ -53,6 +54,7 @@ class Provider:
     devices: tuple[str, ...] = ("cpu", "cuda")
     why_not: Callable[[Prepared, Case], str | None] = lambda prepared, case: None
     contiguous: bool = False
+    keeps_memory: bool = False
     patience: tuple[float, float] = (1.0, 5.0)
 
 
@@ -258,7 +260,9 @@ def _conv_why_not(prepared: Prepared, case: Case, backend: str) -> str | None:
         return "statistics come with fused training"
     x, *residual = prepared.inputs[0]
     product = Product(Operand(x), module.conv1.weight, _geometry(module.conv1))
-    return select.BY_NAME[backend].why_not(call_of([product], Epilogue(residual=Operand(residual[0]) if residual else None)))
+    return select.BY_NAME[backend].why_not(
+        call_of([product], Epilogue(residual=Operand(residual[0]) if residual else None))
+    )
 
 
 def _block_why_not(prepared: Prepared, case: Case, backend: str) -> str | None:
@@ -291,8 +295,8 @@ PROVIDERS: list[Provider] = [
     Provider("eager folded", True, MODELS | {"primitives"}, _folded),
     Provider("timm", True, frozenset({"inference", "training"}), _timm, why_not=_timm_why_not, patience=(3.0, 10.0)),
     Provider("cudnn graph", True, INFERENCE, _cudnn, ("cuda",), _cudnn_why_not, patience=(10.0, 0.0)),
-    Provider("openvino", True, ALONE, _openvino, ("cpu",), _missing("openvino"), True, (0.0, 30.0)),
-    Provider("onnxruntime", True, ALONE, _onnxruntime, ("cpu",), _missing("onnxruntime"), True, (0.0, 30.0)),
+    Provider("openvino", True, ALONE, _openvino, ("cpu",), _missing("openvino"), True, True, (0.0, 30.0)),
+    Provider("onnxruntime", True, ALONE, _onnxruntime, ("cpu",), _missing("onnxruntime"), True, True, (0.0, 30.0)),
     Provider("inductor", True, MODELS | {"training"}, _inductor, patience=(25.0, 60.0)),
     Provider(
         "inductor max-autotune",

@@ -24,7 +24,7 @@ import torchvision
 from torch import Tensor
 
 import resnet_kernels as rk
-from resnet_kernels.backends import measured, triton
+from resnet_kernels.backends import measured
 from resnet_kernels.roofline import launches_of
 from resnet_kernels.timing import Clock, sample
 
@@ -146,7 +146,10 @@ def facts(c: Context) -> None:
             "multiprocessors": p.multi_processor_count,
             "memory_size": p.total_memory,
             "l2": p.L2_cache_size,
-            **{f"nvidia-smi {n}": v for n, v in _smi("driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit").items()},
+            **{
+                f"nvidia-smi {n}": v
+                for n, v in _smi("driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit").items()
+            },
         }
     c.log.tell("facts", found)
     with torch.no_grad():
@@ -203,7 +206,7 @@ def tuning(c: Context) -> None:
         # The first gets half of what is left, and so on: it is the one that matters most.
         budget = c.log.left() if i == len(todo) - 1 else c.log.left() / 2
         found = rk.tune(model, x.contiguous(memory_format=torch.channels_last), budget=budget)
-        report[str(case)] = str(found).splitlines()
+        report[str(case)] = [*map(str, found.measured), f"{found.kept} known before, {found.left} left"]
         c.log.tell("details", dict(report))
 
 
@@ -219,23 +222,33 @@ def _few(c: Context, section: str, full: dict[str, Any]) -> dict[str, Any]:
 def _models(c: Context, section: str) -> Iterable[Case]:
     """In order of value: a cut leaves the first."""
     if c.gpu and section == "inference":
-        first = cases.networks(section, **_few(c, section, {"models": ["resnet50"], "dtypes": ["bf16"], "batches": [256, 32, 1]}))
+        first = cases.networks(
+            section, **_few(c, section, {"models": ["resnet50"], "dtypes": ["bf16"], "batches": [256, 32, 1]})
+        )
         rest = ["resnet18", "resnet101", "resnext50_32x4d"]
         more = cases.networks(section, rest, c.options.dtypes or ["bf16"], c.options.batches or [256, 32, 1])
         return [*first, *([] if c.options.models else more)]
     if c.gpu:
         few = {"models": ["resnet50", "resnet18"], "dtypes": ["bf16"], "batches": [128]}
     elif section == "inference":
-        few = {"models": ["resnet50", "resnet18"], "dtypes": ["fp32"], "batches": [16]}
+        few = {"models": ["resnet50", "resnet18"], "dtypes": ["fp32"], "batches": [8]}
     else:
         few = {"models": ["resnet18", "resnet50"], "dtypes": ["fp32"], "batches": [8]}
     return cases.networks(section, **_few(c, section, few))
 
 
 def _measure(c: Context, todo: Iterable[Case], rounds: int, seconds: float) -> None:
-    for case in todo:
+    waiting = list(todo)
+    while waiting:
+        case, *waiting = waiting
+        # The first half of the time is the first case's, which tells most.
+        budget = c.log.left() / (2 if waiting else 1)
+        if budget < 1:
+            row = case.row("all", "cut", reason="the budget ended before it was begun")
+            c.log.row(row)
+            continue
         providers = providers_of(case.section, c.device.type, c.options.providers)
-        measure(case, c.device, providers, c.log, rounds, seconds)
+        measure(case, c.device, providers, c.log, rounds, seconds, budget)
 
 
 def primitives(c: Context) -> None:
@@ -255,7 +268,7 @@ def blocks(c: Context) -> None:
 def layers_of(c: Context) -> None:
     for case in list(_models(c, "inference"))[:2]:
         if c.log.left() > 0:
-            layers.measure(case, c.device, c.log, c.rounds(20, 4))
+            layers.measure(case, c.device, c.log, c.rounds(20, 3))
 
 
 def inference(c: Context) -> None:

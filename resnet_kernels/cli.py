@@ -114,6 +114,15 @@ def explain(console: Console, args: argparse.Namespace) -> int:
     return 0
 
 
+def tune(console: Console, args: argparse.Namespace) -> int:
+    images = torch.randn(args.batch, 3, args.size, args.size).to(args.device, DTYPES[args.dtype])
+    model = classifier(args.model, args.weights, None).to(args.device, DTYPES[args.dtype])
+    budget = float("inf") if args.budget is None else args.budget
+    report = rk.tune(model, images, budget=budget, path=args.table, again=args.again, console=console)
+    console.print(str(report), markup=False, highlight=False)
+    return 0 if all(m.seconds for m in report.measured) else 1
+
+
 def kernels(console: Console, args: argparse.Namespace) -> int:
     from .kernels import table
 
@@ -131,6 +140,16 @@ def demo(console: Console, args: argparse.Namespace) -> int:
     from .demo import demo as run
 
     return 0 if run(args.model, args.weights, args.out, args.batch, console) else 1
+
+
+def report(console: Console, args: argparse.Namespace) -> int:
+    from .report import readme, report
+
+    if args.readme is None and not args.check:
+        return report(console, args.results, args.out, args.png, args.fail_on_regression)
+    if args.readme is None or args.results:
+        raise ValueError("expected --readme FILE, with or without --check, and no results files beside it")
+    return readme(console, args.readme, args.check)
 
 
 def _positive(text: str) -> int:
@@ -157,6 +176,10 @@ def parser() -> argparse.ArgumentParser:
             p.add_argument("--dtype", choices=DTYPES, default="fp32")
             p.add_argument("--size", type=_positive, default=224, help="height and width of the images")
             p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        if function is tune:
+            p.add_argument("--budget", type=float, help="seconds after which no further choice is begun")
+            p.add_argument("--table", type=Path, help="file of the table (default: one in the user's cache folder)")
+            p.add_argument("--again", action="store_true", help="measure also what the table holds already")
         if function is kernels:
             p.add_argument("--model", default="resnet50", help="a torchvision residual network (default: resnet50)")
             p.add_argument("--batch", type=_positive, default=256)
@@ -165,6 +188,17 @@ def parser() -> argparse.ArgumentParser:
             p.add_argument("--arch", type=int, choices=ARCHITECTURES, default=90, help="90 is sm_90")
         if function is demo:
             p.add_argument("--out", type=Path, default=Path("demo"), help="folder of the chart (default: demo)")
+        if function is report:
+            p.add_argument("results", type=Path, nargs="*", help="a results file, or two: the baseline and the new one")
+            p.add_argument("--out", type=Path, default=Path("report"), help="folder of the report (default: report)")
+            p.add_argument("--png", action="store_true", help="write each plot as a PNG beside it too")
+            p.add_argument(
+                "--fail-on-regression",
+                action="store_true",
+                help="of two files: exit code 1 if a row of ours is slower, or right no more",
+            )
+            p.add_argument("--readme", type=Path, help="instead: make the tables between its markers anew")
+            p.add_argument("--check", action="store_true", help="of a README: change nothing, exit code 1 if it would")
 
     command(info, "versions, GPU, what was built for which architectures, which backends run and why the others do not")
     command(demo, "a photograph through torchvision's model, the replaced and the frozen one", "model")
@@ -174,8 +208,16 @@ def parser() -> argparse.ArgumentParser:
         "model",
         "input",
     )
+    command(
+        tune,
+        "measure which backend and kernel configuration runs each block right and fastest here, and keep it in a "
+        "table; exit code 1 if nothing ran right",
+        "model",
+        "input",
+    )
     command(kernels, "what the Triton backend launches, compiled and read for a GPU that need not be here, as Markdown")
     command(explain, "which backend runs each block, and why each other candidate does not", "model", "input")
+    command(report, "a results file as Markdown and HTML with plots, two compared, or the README's tables")
     return top
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 SCHEMA = 1
 
-# ok: right, and timed. wrong: outside the rule of `testing.compare`, so not timed. unavailable: cannot run here, for the
-# reason given. failed: raised, crashed or hung. cut: the budget ended before it.
+# ok: right, and timed. wrong: outside the rule of `testing.compare`, so not timed. unavailable: cannot run here, for
+# the reason given. failed: raised, crashed or hung. cut: the budget ended before it.
 STATUSES = ("ok", "wrong", "unavailable", "failed", "cut")
 SECTION_STATUSES = ("ok", "failed", "skipped", "cut", "running", "waiting")
 
@@ -181,15 +181,19 @@ def parse(content: Any) -> Results:
         got = content.get("schema") if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"expected a results file of schema {SCHEMA}, got {got!r}")
     facts = content.get("facts")
-    wanted = ("device", "processor", "date", "commit", "versions")
-    if not isinstance(facts, dict) or any(name not in facts for name in wanted):
+    wanted = {"device": str, "processor": str, "date": str, "commit": str, "versions": dict}
+    if not isinstance(facts, dict) or any(not isinstance(facts.get(name), kind) for name, kind in wanted.items()):
         raise ValueError(f"facts: expected at least {', '.join(wanted)}, got {facts!r}")
     sections = [_typed(Section, s, f"sections[{i}]") for i, s in enumerate(content.get("sections", []))]
     rows = [_typed(Row, r, f"rows[{i}]") for i, r in enumerate(content.get("rows", []))]
     for s in sections:
         if s.status not in SECTION_STATUSES:
             raise ValueError(f"section {s.name}: expected a status of {', '.join(SECTION_STATUSES)}, got {s.status!r}")
+    seen: dict[tuple, int] = {}
     for i, r in enumerate(rows):
+        first = seen.setdefault((r.group, r.provider, r.mode), i)
+        if first != i:
+            raise ValueError(f"rows[{i}]: expected one row a provider and mode, got another than rows[{first}]")
         if r.status not in STATUSES:
             raise ValueError(f"rows[{i}]: expected a status of {', '.join(STATUSES)}, got {r.status!r}")
         if r.seconds is not None and r.status != "ok":

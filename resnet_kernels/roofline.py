@@ -42,8 +42,8 @@ LAUNCH = 2e-6
 
 def launches_of(module: nn.Module, x: Tensor, arch: int | None = None) -> list[Launch]:
     """What `freeze(module)(x)`, or a frozen trunk, launches with the Triton backend on a GPU of the architecture (90 is
-    sm_90), before anything was measured; or, if None, on x's device, with what was measured there. Needs no GPU: only the
-    sizes and dtype of module and x matter.
+    sm_90), before anything was measured; or, if None, on x's device, with what was measured there. Needs no GPU: only
+    the sizes and dtype of module and x matter.
 
     Raises BackendUnavailable where Triton is not installed.
     """

@@ -21,6 +21,7 @@ from resnet_kernels.backends.triton.launch import assume_arch, recording
 from resnet_kernels.backends.triton.tail import Tail
 from resnet_kernels.roofline import launches_of
 from resnet_kernels.testing import randomize_
+from resnet_kernels.timing import Sample
 from resnet_kernels.tuning import launches, tuner
 
 THREE = (((64, 64, 3, 3), Geometry(1, 1)),)
@@ -275,20 +276,43 @@ def small():
 
 def test_tune_chooses_the_fastest_that_is_right(folders, small, monkeypatch):
     """A backend that is wrong has no time, however fast it would be."""
-    times = {"cpu": 2e-3, "aten": 1e-3}
-    monkeypatch.setattr(tuner, "_time", lambda calls, device: {name: times[name] for name in calls})
+    times = {"cpu": 2e-3, "aten": 1e-3, "default": 2e-3, "measured": 1e-3}
+    monkeypatch.setattr(tuner, "_time", lambda calls, device: {name: Sample(*3 * [times[name]], 5) for name in calls})
     model, x = small
     report = rk.tune(model, x)
-    assert {m.chosen for m in report.measured} == {"aten"} and report.left == 0
+    *steps, together = report.measured
+    assert {m.chosen for m in steps} == {"aten"} and together.chosen == "measured" and report.left == 0
     assert report.path.parent == folders[1] and "1000.0 us, 2.00x cpu" in str(report)
     assert {e.chosen for e in rk.explain(rk.freeze(model), x)} == {"aten"}
     assert {e.chosen for e in rk.explain(rk.freeze(model), torch.randn(3, 3, 32, 32))} == {"cpu"}
     conv = aten.conv
     monkeypatch.setattr(aten, "conv", lambda *args: (conv(*args)[0] * 1.01, None))
     report = rk.tune(model, x, again=True)
-    assert {m.chosen for m in report.measured} == {"cpu"}
+    assert {m.chosen for m in report.measured} == {"cpu"}  # nothing is left to be compared together
     assert all("wrong: rms" in m.out["aten"] and "aten" not in m.seconds for m in report.measured)
     assert {e.chosen for e in rk.explain(rk.freeze(model), x)} == {"cpu"}
+
+
+def test_choices_that_lose_together_are_dropped(folders, small, monkeypatch):
+    times = {"cpu": 2e-3, "aten": 1e-3, "default": 1e-3, "measured": 1e-3}
+    monkeypatch.setattr(tuner, "_time", lambda calls, device: {name: Sample(*3 * [times[name]], 5) for name in calls})
+    model, x = small
+    report = rk.tune(model, x)
+    assert report.measured[-1].chosen == "default" and report.measured[0].chosen == "aten"
+    assert {e.chosen for e in rk.explain(rk.freeze(model), x)} == {"cpu"}
+    assert {row.get("alone") for row in measured.read(report.path)[1].calls.values()} == {"aten", None}
+    assert rk.tune(model, x).left == 0 and rk.tune(model, x).measured == ()
+
+
+@pytest.mark.parametrize(
+    "median, p80, chosen",
+    [(0.9, 0.95, "new"), (0.99, 0.995, "old"), (0.9, 1.1, "old")],
+    ids=["faster", "level", "noisy"],
+)
+def test_a_challenger_must_be_faster_by_more_than_noise(median, p80, chosen):
+    samples = {"old": Sample(1.0, 0.95, 1.2, 9), "new": Sample(median, 0.8, p80, 9)}
+    assert tuner._best(samples, "old") == chosen
+    assert tuner._best({"new": samples["new"]}, "old") == "new"
 
 
 def test_tune_goes_on_where_it_was_cut_off(folders, small):

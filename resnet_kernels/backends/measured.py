@@ -1,10 +1,9 @@
 """Measured choices: for each device a table that says which backend computed a call right there and fastest, and which
 kernel and configuration a launch.
 
-`rk.tune` makes tables (tuning/). They lie, one JSON file per device and versions, in resnet_kernels/tuning, shipped, and
-in the user's cache folder, which wins. A table holds for its `identity` only: whatever else ran the same call would have
-to be measured again. Nothing is measured here: without a table the heuristics decide. RESNET_KERNELS_TUNING=off ignores
-all tables.
+`rk.tune` makes tables (tuning/). They lie, one JSON file per device and versions, in resnet_kernels/tuning, shipped,
+and in the user's cache folder, which wins. A table holds for its `identity` only. Nothing is measured here: without a
+table the heuristics decide. RESNET_KERNELS_TUNING=off ignores all tables.
 """
 
 from __future__ import annotations
@@ -81,7 +80,8 @@ def _identity(device: torch.device, threads: int) -> dict[str, str]:
     from .. import __version__
 
     if device.type == "cuda":
-        name, capability = torch.cuda.get_device_name(device), "sm_%d%d" % torch.cuda.get_device_capability(device)
+        major, minor = torch.cuda.get_device_capability(device)
+        name, capability = torch.cuda.get_device_name(device), f"sm_{major}{minor}"
     else:
         name, capability = processor(), f"{torch.backends.cpu.get_cpu_capability()}, {threads} threads"
     versions = {"torch": torch.__version__, "triton": _version("triton"), "resnet_kernels": __version__}
@@ -148,6 +148,20 @@ def _table(device: torch.device, threads: int, folders: tuple[Path, ...]) -> Tab
     return merged
 
 
+_also: tuple[Path, ...] = ()
+
+
+@contextlib.contextmanager
+def also(folder: Path) -> Iterator[None]:
+    """Inside, the tables of this folder count too, before all others."""
+    global _also
+    before, _also = _also, (*_also, folder)
+    try:
+        yield
+    finally:
+        _also = before
+
+
 @functools.cache
 def _folders(shipped: Path, named: str | None) -> tuple[Path, ...]:
     try:
@@ -171,7 +185,7 @@ def table(device: torch.device) -> Table:
     if not known or setting == "off":
         return Table({}, {})
     threads = torch.get_num_threads() if device.type == "cpu" else 0
-    return _table(device, threads, _folders(SHIPPED, os.environ.get("RESNET_KERNELS_CACHE")))
+    return _table(device, threads, _folders(SHIPPED, os.environ.get("RESNET_KERNELS_CACHE")) + _also)
 
 
 def fastest(call: Call) -> str | None:

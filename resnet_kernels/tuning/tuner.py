@@ -1,7 +1,8 @@
 """tune: measure, on this device, what runs a model's calls right and fastest, and keep it in a table.
 
-Two choices are measured: for each launch of the Triton backend the kernel and its configuration, then for each residual
-block and stem the backend. A candidate is checked against fp64, on random inputs of the call's own sizes and strides,
+Measured are: for each launch of the Triton backend the kernel and its configuration; then for each residual block and
+stem the backend; then whether those choices together beat what would be chosen without them, as a run of blocks may
+gain by having one backend. A candidate is checked against fp64, on random inputs of the call's own sizes and strides,
 before it is timed; one that is wrong, or does not compile without spills, is out.
 """
 
@@ -9,9 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,14 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from ..backends import measured, reference, select, triton
-from ..backends.contract import wide
+from ..backends.contract import Call, wide
 from ..inference import FrozenModel, FrozenResNet, FrozenTrunk, Step, freeze
 from ..ops import block as block_op
 from ..testing import compare
-from ..timing import Clock, interleaved
+from ..timing import Clock, Sample, interleaved
 
-# A challenger replaces what would be chosen anyway only if it is faster by more than noise.
-WORTH = 0.99
+# A challenger replaces what would be chosen anyway only if it takes less than this share of its time, most of the time.
+WORTH = 0.98
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,21 +115,24 @@ def tune(
     else:
         known = _known(path, holds_for)
     trunks = _trunks(frozen, example_input)
-    jobs = [*_launch_jobs(trunks, candidates), *_call_jobs(trunks)]  # whose kernels are then the measured ones
+    jobs = [*_launch_jobs(trunks, candidates), *_call_jobs(trunks), *_trunk_jobs(trunks)]
     todo = [job for job in jobs if job.key not in known.calls and job.key not in known.launches]
-    begun, rows = time.monotonic(), []
+    begun, done = time.monotonic(), 0
+    rows: list[Measured] = []
     progress = Progress(console=console, transient=True, disable=console is None)
-    with progress:
+    # What was measured first already serves those that follow.
+    with progress, measured.also(path.parent):
         bar = progress.add_task("tuning", total=len(todo))
         for job in todo:
             if time.monotonic() - begun > budget:
                 break
             progress.update(bar, description=job.what[:60])
             row, table = job.run()
-            rows.append(row)
+            rows += [] if row is None else [row]
+            done += 1
             measured.store(path, holds_for, table)
             progress.advance(bar)
-    return TuningReport(path, tuple(rows), len(jobs) - len(todo), len(todo) - len(rows))
+    return TuningReport(path, tuple(rows), len(jobs) - len(todo), len(todo) - done)
 
 
 def _known(path: Path, holds_for: dict[str, str]) -> measured.Table:
@@ -140,11 +145,11 @@ def _known(path: Path, holds_for: dict[str, str]) -> measured.Table:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A choice to be measured. run returns what was found, and it as a table's row."""
+    """A choice to be measured. run returns what was found, None if there was nothing to choose, and it as a table."""
 
     key: str
     what: str
-    run: Callable[[], tuple[Measured, measured.Table]]
+    run: Callable[[], tuple[Measured | None, measured.Table]]
 
 
 def _trunks(frozen: FrozenModel, example: Tensor) -> list[tuple[FrozenTrunk, tuple[int, ...]]]:
@@ -168,30 +173,35 @@ def _trunks(frozen: FrozenModel, example: Tensor) -> list[tuple[FrozenTrunk, tup
     return seen
 
 
-def _best(seconds: dict[str, float], default: str) -> str:
-    best = min(seconds, key=lambda name: seconds[name])
-    return default if seconds.get(default, math.inf) * WORTH <= seconds[best] else best
-
-
-def _time(calls: Mapping[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
+def _time(calls: Mapping[str, Callable[[], Any]], device: torch.device) -> dict[str, Sample]:
     on_gpu = device.type == "cuda"
-    samples = interleaved(calls, Clock(device, queued=True), 30 if on_gpu else 5, 0.4 if on_gpu else 4.0)
+    return interleaved(calls, Clock(device, queued=True), 30 if on_gpu else 7, 0.4 if on_gpu else 4.0)
+
+
+def _best(samples: Mapping[str, Sample], default: str) -> str:
+    """The fastest, if it is so by more than noise."""
+    best = min(samples, key=lambda name: samples[name].median)
+    if default not in samples:
+        return best
+    before, after = samples[default], samples[best]
+    return best if after.median < WORTH * before.median and after.p80 < before.median else default
+
+
+def _medians(samples: Mapping[str, Sample]) -> dict[str, float]:
     return {name: s.median for name, s in samples.items()}
 
 
 def _call_jobs(trunks: Iterable[tuple[FrozenTrunk, tuple[int, ...]]]) -> list[Job]:
     jobs: dict[str, Job] = {}
-    for trunk, (N, *image) in trunks:
-        for step in trunk.steps:
-            call = dataclasses.replace(step.call, size=(N, *image))
+    for trunk, size in trunks:
+        for step, call in zip(trunk.steps, _calls(trunk, size), strict=True):
             names = [b.NAME for b in select.CANDIDATES if b is not reference and b.why_not(call) is None]
             if triton.interpreting() and triton.NAME in names:
                 names.remove(triton.NAME)  # the interpreter is for proofs
             key = measured.key(call)
             if len(names) > 1:
-                run = functools.partial(_tune_call, step, (N, *image), names, key)
+                run = functools.partial(_tune_call, step, call.size, names, key)
                 jobs.setdefault(key, Job(key, f"{step.name} {'x'.join(map(str, call.size))}", run))
-            image = list(step.walk((image[0], image[1], image[2]))[1][-1])
     return list(jobs.values())
 
 
@@ -242,14 +252,62 @@ def _tune_call(step: Step, size: tuple[int, ...], names: list[str], key: str) ->
             calls[name] = functools.partial(trunk, x)
         else:
             out[name] = f"wrong: {errors}"
-    default = select.choose(dataclasses.replace(step.call, size=())).NAME
-    seconds = _time(calls, x.device)
-    what = f"{step.name} {'x'.join(map(str, size))}"
+    default, samples = _default(step), _time(calls, x.device)
+    what, seconds = f"{step.name} {'x'.join(map(str, size))}", _medians(samples)
     if not seconds:
         return Measured(what, "", default, seconds, out), measured.Table({}, {})
-    chosen = _best(seconds, default)
+    chosen = _best(samples, default)
     row = {"call": key, "fastest": chosen, "seconds": seconds}
     return Measured(what, chosen, default, seconds, out), measured.Table({key: row}, {})
+
+
+def _default(step: Step) -> str:
+    """The backend without a table: none knows a call of no size."""
+    return select.choose(dataclasses.replace(step.call, size=())).NAME
+
+
+def _calls(trunk: FrozenTrunk, size: tuple[int, ...]) -> Iterator[Call]:
+    """Each step's, of the sizes it sees."""
+    N, *image = size
+    for step in trunk.steps:
+        yield dataclasses.replace(step.call, size=(N, *image))
+        image = list(step.walk((image[0], image[1], image[2]))[1][-1])
+
+
+def _trunk_jobs(trunks: Iterable[tuple[FrozenTrunk, tuple[int, ...]]]) -> list[Job]:
+    jobs = []
+    for trunk, size in trunks:
+        keys = [measured.key(call) for call in _calls(trunk, size)]
+        key = "all together: " + hashlib.sha256(" ".join(keys).encode()).hexdigest()[:16]
+        what = f"{trunk.steps[0].name} to {trunk.steps[-1].name} {'x'.join(map(str, size))}"
+        jobs.append(Job(key, what, functools.partial(_tune_trunk, trunk, size, keys, key, what)))
+    return jobs
+
+
+def _tune_trunk(
+    trunk: FrozenTrunk, size: tuple[int, ...], keys: list[str], key: str, what: str
+) -> tuple[Measured | None, measured.Table]:
+    """Whether the steps' choices hold when they run one after the other; else all take what they would without."""
+    device = trunk.steps[0].shifts[0].device
+    table = {k: row for k, row in measured.table(device).calls.items() if k in keys}
+    default = [_default(step) for step in trunk.steps]
+    chosen = [table[k]["fastest"] if k in table else name for k, name in zip(keys, default, strict=True)]
+    if chosen == default:
+        return None, measured.Table({key: {"call": key, "fastest": "default"}}, {})
+    x = torch.randn(size, device=device).to(trunk.dtype, memory_format=torch.channels_last)
+    calls = {}
+    for name, names in {"default": default, "measured": chosen}.items():
+        steps = [dataclasses.replace(step, named=n) for step, n in zip(trunk.steps, names, strict=True)]
+        calls[name] = functools.partial(FrozenTrunk(steps, trunk.dtype, graphs=True), x)
+        for _ in range(3):  # captures, on a GPU
+            calls[name]()
+    samples = _time(calls, device)
+    best = _best(samples, "default")
+    rows: dict[str, dict[str, Any]] = {key: {"call": key, "fastest": best, "seconds": _medians(samples)}}
+    if best == "default":
+        without = dict(zip(keys, default, strict=True))
+        rows |= {k: row | {"fastest": without[k], "alone": row["fastest"]} for k, row in table.items()}
+    return Measured(what, best, "default", _medians(samples), {}), measured.Table(rows, {})
 
 
 def _launch_jobs(trunks: Iterable[tuple[FrozenTrunk, tuple[int, ...]]], most: int) -> list[Job]:
@@ -283,9 +341,10 @@ def _tune_launch(problem: Any, what: str, device: torch.device, most: int) -> tu
             calls[name] = call
         else:
             out[name] = "wrong: " + "; ".join(str(e) for e in errors if not e.ok)
-    seconds = _time(calls, device)
+    samples = _time(calls, device)
+    seconds = _medians(samples)
     if not seconds:
         return Measured(what, "", default, seconds, out), measured.Table({}, {})
-    chosen = _best(seconds, default)
+    chosen = _best(samples, default)
     row = {"launch": problem.key, **launches.row(named[chosen]), "seconds": seconds}
     return Measured(what, chosen, default, seconds, out), measured.Table({}, {problem.key: row})

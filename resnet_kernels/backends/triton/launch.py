@@ -67,7 +67,7 @@ class Launch:
 
 @dataclasses.dataclass
 class Recording:
-    """device: whose tables choose, and which has so many multiprocessors; None: an H200 before anything was measured."""
+    """device: whose tables choose, and which has so many multiprocessors; None: an H200 that nobody measured."""
 
     arch: int
     device: torch.device | None = None
