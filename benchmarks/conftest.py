@@ -1,45 +1,132 @@
+"""The suite's cases and providers behind pytest-benchmark's fixture: checked first, then timed by it. On a GPU its
+clock is CUDA events, with cold caches (`resnet_kernels.timing.Clock`)."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
-from resnet_kernels.testing import assert_matches
+from resnet_kernels.results import Row
+from resnet_kernels.timing import Clock, Instant
 
-from .providers import arrange, peak_gflops, provider, synchronize
+from . import cases
+from .cases import Case, Prepared
+from .events import Log
+from .measure import build
+from .providers import Provider, providers_of
+from .sections import static_facts
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture
-def device():
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="every case, dtype and provider, where a few are the default")
+
+
+class EventTimer:
+    """A clock for pytest-benchmark, which asks it before a call and after it, and subtracts."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock, self.running = clock, False
+
+    def __call__(self) -> Instant:
+        self.running = not self.running
+        return self.clock.now(begins=self.running)
+
+
+def all_cases(full: bool) -> list[Case]:
+    """Few by default on a CPU, so that they take under 4 minutes on two cores."""
+    gpu = DEVICE == "cuda"
+    dtypes = ["bf16", "fp16"] if gpu and full else ["bf16"] if gpu else ["fp32"]
+    names = ["resnet50", "resnet18"]
+    found: list[Case] = []
+    for dtype in dtypes:
+        for batch in [256, 32, 1] if gpu and full else [256] if gpu else [4]:
+            found += cases.primitives(dtype, batch, gpu or full)
+            found += cases.blocks(dtype, batch, full)
+            found += cases.networks("inference", names, [dtype], [batch])
+        found += cases.networks("training", names if gpu or full else ["resnet18"], [dtype], [128 if gpu else 4])
+    return found
+
+
+def by_default(case: Case, provider: Provider) -> bool:
+    """On a CPU, torch.compile takes longer than all the others together: there once, for one network."""
+    return DEVICE == "cuda" or provider.name != "inductor" or (case.section, case.name) == ("inference", "resnet18")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        full = metafunc.config.getoption("--full")
+        section = metafunc.definition.name.removeprefix("test_")
+        pairs = [
+            pytest.param(case, provider, id=f"{case.name}-{case.dtype}-{case.batch}-{provider.name}".replace(" ", "_"))
+            for case in all_cases(full)
+            if case.section == section
+            for provider in providers_of(section, DEVICE)
+            if full or by_default(case, provider)
+        ]
+        metafunc.parametrize(("case", "provider"), pairs)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if DEVICE == "cuda":
+        timer = EventTimer(Clock(torch.device(DEVICE)))
+        for item in items:
+            if "benchmark" in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.benchmark(timer=timer))
+
+
+@functools.lru_cache(maxsize=1)
+def prepared(case: Case) -> Prepared:
+    return case.prepare(torch.device(DEVICE))
+
+
+class Told(Log):
+    """What a provider had to say."""
+
+    def __init__(self) -> None:
+        super().__init__(Path(os.devnull), float("inf"))
+        self.rows: list[Row] = []
+
+    def row(self, row: Row) -> None:
+        self.rows.append(row)
 
 
 @pytest.fixture
 def check_then_time(benchmark):
-    """Time a provider's forward on x, once its result is within the rule; rate and share of the peak in extra_info."""
+    """Times a provider on a case, in each of its modes but the first only its result is checked."""
 
-    def run(name, model, x, flops, reduction, want, exact, rounds):
-        module, x = provider(name, model), arrange(name, x)
-        with torch.no_grad():
-            for _ in range(2):
-                y = module(x)
-            assert_matches(y, want, exact, reduction, name)
-
-            def step():
-                module(x)
-                synchronize(x)
-
-            benchmark.pedantic(step, rounds=rounds, warmup_rounds=1)
-        rate = flops / benchmark.stats.stats.median / 1e9
-        peak = peak_gflops(x.device.type, x.dtype)
+    def run(case: Case, provider: Provider) -> None:
+        told = Told()
+        ready = build(case, prepared(case), provider, told, float("inf"))
+        for row in told.rows:
+            if row.status == "unavailable" and not ready:
+                pytest.skip(row.reason)
+            assert row.status == "unavailable", f"{row.provider}, {row.mode}: {row.status}: {row.reason}"
+        first = next(iter(ready.values()))
+        quick = first.seconds < 0.05
+        benchmark.group = f"{case.section}: {case}"
+        benchmark.pedantic(first.call, rounds=20 if quick else 3, warmup_rounds=2 if quick else 0)
+        if benchmark.stats is None:  # --benchmark-disable
+            return
+        row = first.row
+        row.seconds = benchmark.stats.stats.median
         benchmark.extra_info.update(
-            provider=name,
-            dtype=str(x.dtype),
-            batch=x.shape[0],
-            gflops=round(rate, 1),
-            peak_gflops=round(peak, 1),
-            share_of_peak=round(rate / peak, 3),
-            images_per_second=round(x.shape[0] / benchmark.stats.stats.median, 2),
-            torch=torch.__version__,
-            threads=torch.get_num_threads(),
-            device=torch.cuda.get_device_name() if x.is_cuda else torch.backends.cpu.get_cpu_capability(),
+            provider=row.provider,
+            peer=row.peer,
+            mode=row.mode,
+            dtype=row.dtype,
+            batch=row.batch,
+            images_per_second=row.images_per_second,
+            bytes_per_second=row.bytes_per_second,
+            flops_per_second=row.flops_per_second,
+            peak_bytes=row.peak_bytes,
+            errors=row.errors,
+            **static_facts(DEVICE),
         )
 
     return run

@@ -19,6 +19,9 @@ from typing import Any
 
 from resnet_kernels.results import Row
 
+# Stands for a provider where a case itself is being prepared.
+PREPARATION = "preparation"
+
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
     """Whole lines only: the last may be cut."""

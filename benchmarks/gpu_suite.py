@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import importlib.util
 import json
@@ -90,6 +91,7 @@ class Suite:
     console: Console
 
     def __post_init__(self) -> None:
+        self.out = self.out.resolve()  # children run elsewhere
         self.out.mkdir(parents=True, exist_ok=True)
         self.events = self.out / "events.jsonl"
         self.events.unlink(missing_ok=True)
@@ -103,7 +105,7 @@ class Suite:
     def environment(self, **more: str) -> dict[str, str]:
         """Children find the package here, and the tables that the tuning section made."""
         paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        cache = str((self.out / "tuning").resolve())
+        cache = str(self.out / "tuning")
         return os.environ | {"PYTHONPATH": paths, "RESNET_KERNELS_CACHE": cache, "PYTHONUNBUFFERED": "1"} | more
 
     @contextlib.contextmanager
@@ -113,7 +115,13 @@ class Suite:
             log.write(f"\n$ {' '.join(command)}\n")
             log.flush()
             child = subprocess.Popen(
-                command, stdout=log, stderr=log, cwd=ROOT, env=self.environment(**environment), start_new_session=True
+                command,
+                stdout=log,
+                stderr=log,
+                cwd=ROOT,
+                env=self.environment(**environment),
+                start_new_session=True,
+                preexec_fn=end_with_parent,
             )
             try:
                 yield child
@@ -141,7 +149,7 @@ class Suite:
         """The command of a section's process."""
         options = json.dumps(dataclasses.asdict(self.options))
         command = [sys.executable, "-m", "benchmarks.sections", name, "--device", self.device, "--options", options]
-        command += ["--events", str(self.events.resolve()), "--budget", f"{budget:.1f}"]
+        command += ["--events", str(self.events), "--budget", f"{budget:.1f}"]
         return command + (["--plugin", self.plugin] if self.plugin else [])
 
     # What sections tell
@@ -205,8 +213,7 @@ class Suite:
 
     def _blame(self, row: Row, reason: str) -> None:
         told = [{"row": dataclasses.asdict(dataclasses.replace(row, status="failed", reason=reason))}]
-        known = {(r.group, r.provider) for r in self.results.rows}
-        if row.provider == "" or (row.group, row.provider) in known or row.floor is None and not row.peer:
+        if row.provider == events.PREPARATION:
             told.append({"done": row.group})
         with self.events.open("a") as file:
             file.writelines(json.dumps(event) + "\n" for event in told)
@@ -237,6 +244,7 @@ class Suite:
         section.status, section.budget = "running", round(budget, 1)
         self.save()
         self.console.print(f"{plan.name} ({budget:.0f} s) ...", highlight=False)
+        outcome = Outcome("cut", "interrupted")
         try:
             special: dict[str, Callable[[float], Outcome]] = {
                 "build": self.build,
@@ -246,14 +254,9 @@ class Suite:
             }
             run = special.get(plan.name)
             outcome = run(budget) if run else self.measuring(plan.name, budget)
-        except KeyboardInterrupt:
-            outcome = Outcome("cut", "interrupted")
-            raise
         except Exception as error:  # the next section has nothing to do with it
             outcome = Outcome("failed", f"{type(error).__name__}: {error}")
         finally:
-            if "outcome" not in locals():
-                outcome = Outcome("cut", "interrupted")
             section.status, section.reason = outcome
             section.seconds = round(time.monotonic() - begun, 1)
             self.save()
@@ -365,6 +368,13 @@ class Suite:
         """Whether anything of ours is not as it should be."""
         ours = any(not r.peer and r.status in ("wrong", "failed") for r in self.results.rows)
         return ours or any(s.status == "failed" for s in self.results.sections)
+
+
+def end_with_parent() -> None:
+    """In a child, before it begins: it does not outlive this process, even if that is killed. Linux's prctl has it."""
+    PR_SET_PDEATHSIG = 1
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def junit_summary(path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from resnet_kernels.testing import compare
 from resnet_kernels.timing import Clock, captured, interleaved, rotating, synchronize
 
 from .cases import Case, Prepared, results_of, trained
-from .events import Log
+from .events import PREPARATION, Log
 from .providers import Built, Provider
 
 
@@ -121,7 +121,7 @@ def _line(error: BaseException) -> str:
 SMALL_PATIENCE = 1.0
 
 
-def build(case: Case, prepared: Prepared, provider: Provider, log: Log, left: float) -> dict[tuple[str, str], Ready]:
+def build(case: Case, prepared: Prepared, provider: Provider, log: Log, left: float) -> dict[str, Ready]:
     """The provider's modes that are right; the others are told to the log. left: seconds there are for it."""
     device = prepared.inputs[0][0].device
     row = case.row(provider.name, "ok", peer=provider.peer, floor=case.floor(log.facts))
@@ -139,7 +139,7 @@ def build(case: Case, prepared: Prepared, provider: Provider, log: Log, left: fl
         log.row(dataclasses.replace(row, status="cut", reason=reason))
         return {}
     log.begin(row)
-    ready: dict[tuple[str, str], Ready] = {}
+    ready: dict[str, Ready] = {}
     try:
         built = provider.build(prepared, case)
         trial = _as(provider, prepared.trial)
@@ -160,7 +160,7 @@ def build(case: Case, prepared: Prepared, provider: Provider, log: Log, left: fl
             whole = case.section in ("inference", "training") and mode == next(iter(built.runs))
             if whole and not provider.keeps_memory:
                 mine.peak_bytes = peak_bytes(call, device)
-            ready[provider.name, mode] = Ready(mine, call, mode == "graph", seconds)
+            ready[f"{provider.name}, {mode}"] = Ready(mine, call, mode == "graph", seconds)
         synchronize(device)
     except Exception as error:  # whatever it was, it is this provider's
         log.row(dataclasses.replace(row, status="failed", reason=_line(error)))
@@ -188,25 +188,24 @@ def measure(
     first, deadline = case.row("", "ok"), time.monotonic() + budget
     if log.knows(first):
         return
-    log.begin(case.row("preparation", "ok"))
+    log.begin(case.row(PREPARATION, "ok"))
     prepared = case.prepare(device)
     log.begin(None)
-    ready: dict[tuple[str, str], Ready] = {}
+    ready: dict[str, Ready] = {}
     # What takes long to build comes last, so that a cut leaves the others.
     for provider in sorted(providers, key=lambda p: max(p.patience)):
         kept = KEPT_ROUNDS * sum(r.seconds for r in ready.values())
         ready |= build(case, prepared, provider, log, deadline - time.monotonic() - kept)
-    if ready:
-        log.begin(case.row("one of those timed", "ok"))
-        clocks = {queued: Clock(device, queued) for queued in (False, True)}
-        samples = interleaved(
-            {f"{name}\n{mode}": r.call for (name, mode), r in ready.items()},
-            {f"{name}\n{mode}": clocks[r.queued] for (name, mode), r in ready.items()},
-            rounds,
-            min(seconds, deadline - time.monotonic()),
-        )
-        log.begin(None)
-        for (name, mode), r in ready.items():
-            r.row.seconds, r.row.p20, r.row.p80, r.row.rounds = samples[f"{name}\n{mode}"]
-            log.row(r.row)
+    clocks = {queued: Clock(device, queued) for queued in (False, True)}
+    samples = interleaved(
+        {key: r.call for key, r in ready.items()},
+        {key: clocks[r.queued] for key, r in ready.items()},
+        rounds,
+        min(seconds, deadline - time.monotonic()),
+        before=lambda key: log.begin(ready[key].row),
+    )
+    log.begin(None)
+    for key, r in ready.items():
+        r.row.seconds, r.row.p20, r.row.p80, r.row.rounds = samples[key]
+        log.row(r.row)
     log.done(first.group)

@@ -35,6 +35,18 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+class Instant(NamedTuple):
+    """On the host, in seconds, or on a GPU, as an event; the difference of two is in seconds, once the GPU is there."""
+
+    at: Any
+
+    def __sub__(self, before: Instant) -> float:
+        if isinstance(self.at, float):
+            return self.at - before.at
+        self.at.synchronize()
+        return before.at.elapsed_time(self.at) / 1e3
+
+
 class Clock:
     """Times single calls on a device.
 
@@ -51,21 +63,23 @@ class Clock:
             l2 = torch.cuda.get_device_properties(device).L2_cache_size
             self._other = torch.empty(2 * l2 // 4, device=device, dtype=torch.int32)
 
-    def seconds(self, call: Callable[[], Any]) -> float:
+    def now(self, begins: bool) -> Instant:
+        """The beginning of a call, which it prepares, or its end."""
         if self._other is None:
-            start = time.perf_counter()
-            call()
-            return time.perf_counter() - start
+            return Instant(time.perf_counter())
         with torch.cuda.device(self.device):
-            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self._other.fill_(1)
-            if not self.queued:
-                torch.cuda.synchronize()
-            before.record()
-            call()
-            after.record()
-            after.synchronize()
-        return before.elapsed_time(after) / 1e3
+            if begins:
+                self._other.fill_(1)
+                if not self.queued:
+                    torch.cuda.synchronize()
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+        return Instant(event)
+
+    def seconds(self, call: Callable[[], Any]) -> float:
+        begin = self.now(True)
+        call()
+        return self.now(False) - begin
 
 
 def interleaved(
@@ -73,17 +87,20 @@ def interleaved(
     clocks: Clock | Mapping[str, Clock],
     rounds: int,
     budget: float = float("inf"),
+    before: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Sample]:
     """Each call's time, over rounds in which every call has its turn, in rotating order. No round begins that is
-    expected to end after `budget` seconds, but at least one is made."""
+    expected to end after `budget` seconds, but at least one is made. before: called with the name of each call before
+    it is made."""
     names = list(calls)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     start = time.perf_counter()
-    for i in range(rounds):
+    for i in range(rounds if names else 0):
         spent = time.perf_counter() - start
         if i and spent * (i + 1) / i > budget:
             break
         for name in names[i % len(names) :] + names[: i % len(names)]:
+            before(name)
             clock = clocks if isinstance(clocks, Clock) else clocks[name]
             seconds[name].append(clock.seconds(calls[name]))
     return {name: sample(s) for name, s in seconds.items()}

@@ -1,0 +1,21 @@
+"""Convolutions, blocks, whole models and training steps, by every provider: `pytest benchmarks --benchmark-only`.
+
+`-k resnet50`, `-k frozen` and so on choose; `--full` is everything; `--benchmark-json`, `--benchmark-compare` and
+`--benchmark-group-by` do as always. A provider that cannot run here is skipped with its reason; a wrong result fails.
+"""
+
+
+def test_primitives(case, provider, check_then_time):
+    check_then_time(case, provider)
+
+
+def test_blocks(case, provider, check_then_time):
+    check_then_time(case, provider)
+
+
+def test_inference(case, provider, check_then_time):
+    check_then_time(case, provider)
+
+
+def test_training(case, provider, check_then_time):
+    check_then_time(case, provider)
