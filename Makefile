@@ -17,7 +17,7 @@ endif
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
 ifneq ($(INSTALL),-e .)
-SOURCES += $(wildcard resnet_kernels/*.py resnet_kernels/*/*.py)
+SOURCES += $(wildcard resnet_kernels/*.py resnet_kernels/*.jinja resnet_kernels/*/*.py resnet_kernels/*/*/*.py)
 endif
 
 .PHONY: demo test bench gpu lint kernels readme clean

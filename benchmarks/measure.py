@@ -188,6 +188,12 @@ def measure(
     first, deadline = case.row("", "ok"), time.monotonic() + budget
     if log.knows(first):
         return
+    torch._dynamo.reset()  # else what was compiled for other cases counts towards the limit of recompilations
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        # For sizes that stay, as here, a user lets cuDNN try its algorithms.
+        torch.backends.cudnn.benchmark = True
     log.begin(case.row(PREPARATION, "ok"))
     prepared = case.prepare(device)
     log.begin(None)

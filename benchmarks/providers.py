@@ -57,6 +57,9 @@ class Provider:
     keeps_memory: bool = False
     patience: tuple[float, float] = (1.0, 5.0)
 
+    def __str__(self) -> str:
+        return self.name
+
 
 def _copied(prepared: Prepared) -> nn.Module:
     return copy.deepcopy(prepared.module)
@@ -107,9 +110,8 @@ def _folded(prepared: Prepared, case: Case) -> Built:
 
 
 def _inductor(prepared: Prepared, case: Case, mode: str | None = None) -> Built:
-    torch._dynamo.reset()
-    module = _nhwc(prepared)
-    compiled = torch.compile(module, mode=mode, dynamic=False)
+    # Whole, or an error: never eager again behind some limit.
+    compiled = torch.compile(_nhwc(prepared), mode=mode, dynamic=False, fullgraph=True)
     if case.training:
         return _step(compiled, case)  # type: ignore[arg-type]
 
@@ -304,7 +306,7 @@ PROVIDERS: list[Provider] = [
         MODELS,
         functools.partial(_inductor, mode="max-autotune"),
         ("cuda",),
-        patience=(75.0, 0.0),
+        patience=(50.0, 0.0),
     ),
     Provider("replaced", False, MODELS | {"training"}, _replaced),
     Provider("frozen", False, MODELS, _frozen),

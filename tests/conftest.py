@@ -1,11 +1,16 @@
 import os
+import sys
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
 
 os.environ.pop("RESNET_KERNELS_BACKEND", None)
 
+
+# The benchmarks are no part of the package. Last: where a package is installed, it is that which is tested.
+sys.path.append(str(Path(__file__).parents[1]))
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 

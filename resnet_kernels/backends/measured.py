@@ -46,7 +46,8 @@ def key(call: Call) -> str:
     return f"{str(call.dtype).removeprefix('torch.')} {'+'.join(sorted(call.needs))} {size}: {weights}"
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """Of an installed package, or "none"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -84,7 +85,7 @@ def _identity(device: torch.device, threads: int) -> dict[str, str]:
         name, capability = torch.cuda.get_device_name(device), f"sm_{major}{minor}"
     else:
         name, capability = processor(), f"{torch.backends.cpu.get_cpu_capability()}, {threads} threads"
-    versions = {"torch": torch.__version__, "triton": _version("triton"), "resnet_kernels": __version__}
+    versions = {"torch": torch.__version__, "triton": version("triton"), "resnet_kernels": __version__}
     return {"device": name, "capability": capability, **versions, "kernels": kernels_digest()}
 
 
