@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,15 @@ from resnet_kernels.results import Row
 PREPARATION = "preparation"
 
 
-def read(path: Path) -> Iterator[dict[str, Any]]:
-    """Whole lines only: the last may be cut."""
-    if path.exists():
-        for line in path.read_text().splitlines(keepends=True):
-            if line.endswith("\n"):
-                yield json.loads(line)
+def read(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """What is told from the offset on, and the offset behind it. Whole lines only: the last may be cut."""
+    if not path.exists():
+        return [], offset
+    with path.open("rb") as file:
+        file.seek(offset)
+        text = file.read()
+    whole = text[: text.rfind(b"\n") + 1]
+    return [json.loads(line) for line in whole.splitlines()], offset + len(whole)
 
 
 class Log:
@@ -39,7 +41,7 @@ class Log:
         self.facts: dict[str, Any] = {}
         self._known: set[tuple] = set()
         self._done: set[tuple] = set()
-        for event in read(path):
+        for event in read(path)[0]:
             self.facts |= event.get("facts", {})
             if "row" in event:
                 row = Row(**event["row"])

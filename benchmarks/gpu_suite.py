@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from resnet_kernels.backends import extension
-from resnet_kernels.results import Results, Row, best_peer
+from resnet_kernels.results import Results, Row, Section, best_peer, load
 
 from . import events, ncu
 from .sections import Options, static_facts
@@ -80,7 +80,8 @@ NAMES = [plan.name for plan in PLANS]
 
 @dataclasses.dataclass
 class Suite:
-    """out: folder of the results. patience: seconds without a word after which a section hangs."""
+    """out: folder of the results. resume: keep what is there of other sections. patience: seconds without a word after
+    which a section hangs."""
 
     device: str
     out: Path
@@ -88,6 +89,7 @@ class Suite:
     patience: float
     options: Options
     plugin: str | None
+    resume: bool
     console: Console
 
     def __post_init__(self) -> None:
@@ -96,10 +98,25 @@ class Suite:
         self.events = self.out / "events.jsonl"
         self.events.unlink(missing_ok=True)
         self.results = Results(static_facts(self.device) | {"budget": self.budget})
+        if self.resume:
+            self._resume()
         self.deadline = time.monotonic() + self.budget
         self._read = 0
         self._pending: Row | None = None
         self._ahead: subprocess.Popen | None = None
+
+    def _resume(self) -> None:
+        """Keep what an earlier call with this folder found. Raises ValueError unless it was of the same code, here."""
+        path, new = self.out / "results.json", self.results.facts
+        if not path.exists():
+            return
+        self.results = load(path)
+        old = self.results.facts
+        for name in ("device", "processor", "commit", "versions"):
+            if old[name] != new[name]:
+                raise ValueError(f"{path}: expected results of {name} {new[name]}, to go on with, got {old[name]}")
+        # Sections read the ceilings there.
+        self.events.write_text(json.dumps({"facts": old}) + "\n")
 
     # Processes
 
@@ -157,8 +174,7 @@ class Suite:
 
     def collect(self, section: str) -> bool:
         """Take over what was told since the last time, and save it. Returns whether anything was."""
-        told = list(events.read(self.events))
-        news, self._read = told[self._read :], len(told)
+        news, self._read = events.read(self.events, self._read)
         for event in news:
             self.results.facts |= event.get("facts", {})
             self.results.section(section).details |= event.get("details", {})
@@ -166,7 +182,8 @@ class Suite:
                 self._pending = Row(**event["begin"]) if event["begin"] else None
             if "row" in event:
                 self._add(Row(**event["row"]))
-        if news:
+        # Saving takes a processor that on a small machine is being measured: only what is worth it.
+        if any("begin" not in event for event in news):
             self.save()
         return bool(news)
 
@@ -204,7 +221,7 @@ class Suite:
         """Until it ends or must be ended. Returns why it did not end well, or nothing."""
         heard = time.monotonic()
         while child.poll() is None:
-            time.sleep(0.2)
+            time.sleep(0.5)
             now = time.monotonic()
             if self.collect(name):
                 heard = now
@@ -224,8 +241,10 @@ class Suite:
     # Sections
 
     def run(self, plans: list[Plan]) -> None:
-        for plan in plans:
-            self.results.section(plan.name)
+        names = [plan.name for plan in plans]
+        kept = [section for section in self.results.sections if section.name not in names]
+        self.results.sections = sorted([*kept, *map(Section, names)], key=lambda section: NAMES.index(section.name))
+        self.results.rows = [row for row in self.results.rows if row.section not in names]
         self.save()
         with self.compiling_ahead(plans):
             for i, plan in enumerate(plans):
@@ -443,6 +462,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--patience", type=float, default=180, help="seconds without a word after which a section hangs"
     )
+    parser.add_argument("--resume", action="store_true", help="keep what OUT holds of other sections")
     parser.add_argument("--plugin", help="a module that adds to benchmarks.providers.PROVIDERS")
     args = parser.parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 140)
@@ -452,7 +472,11 @@ def main(argv: list[str] | None = None) -> int:
         Console(stderr=True).print(message, style="red", highlight=False)
         return 2
     options = Options(args.models, args.dtypes, args.batches, args.providers, args.rounds, args.full)
-    suite = Suite(args.device, args.out, args.budget, args.patience, options, args.plugin, console)
+    try:
+        suite = Suite(args.device, args.out, args.budget, args.patience, options, args.plugin, args.resume, console)
+    except ValueError as error:
+        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False)
+        return 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         suite.run([plan for plan in PLANS if plan.name in args.sections])

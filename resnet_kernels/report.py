@@ -433,7 +433,10 @@ def _readme_cell(row: Row | None, best: Row | None) -> str:
 
 
 def _provenance(facts: dict[str, Any], batches: Sequence[int]) -> str:
-    said = [facts["processor"], f"torch {facts['versions'].get('torch', NONE)}"]
+    said = [
+        " ".join(str(facts[n]) for n in ("processor", "capability") if n in facts),
+        f"torch {facts['versions'].get('torch', NONE)}",
+    ]
     said[1:1] = [f"{facts['threads']} threads"] if "threads" in facts else []
     said += [f"batch {batches[0]}"] * (len(batches) == 1) + [f"commit {facts['commit']}", facts["date"]]
     return ", ".join(said) + "."

@@ -183,7 +183,8 @@ def compare(out: Tensor, eager: Tensor, exact: Tensor, reduction: int = 1) -> Er
     accumulator, of the values' own RMS and maximum. NaN and Inf stand where fp64 has them, except where the result or
     eager itself overflows.
 
-    out, eager: results in the dtype under test. exact: the same in fp64. reduction: terms in the longest sum.
+    out, eager: results in the dtype under test. exact: the same in fp64; compared where it is. reduction: terms in the
+    longest sum.
     Raises AssertionError where shape or dtype differ.
     """
     assert out.shape == exact.shape == eager.shape, f"shape: expected {exact.shape} ({eager.shape}), got {out.shape}"
@@ -192,14 +193,14 @@ def compare(out: Tensor, eager: Tensor, exact: Tensor, reduction: int = 1) -> Er
     # fp64 is compared with fp64: there the reference errs as much as the result.
     terms = torch.finfo(wide).eps * math.sqrt(reduction) / (1 if wide == torch.float64 else 8)
     unit = torch.finfo(out.dtype).eps / 4 + terms
-    o, e, x = (t.detach().double().cpu() for t in (out, eager, exact))
+    o, e, x = (t.detach().to(exact.device).double() for t in (out, eager, exact))
     overflow = (x.abs() > torch.finfo(out.dtype).max / 2) & x.isfinite() | (~e.isfinite() & x.isfinite())
     same = (o == x) | (o.isnan() & x.isnan()) | (o.isfinite() & x.isfinite())
     misplaced = int((~same & ~overflow).sum())
     finite = o.isfinite() & e.isfinite() & x.isfinite()
     if not finite.any():
         return Errors(0, 0, 0, 0, 0, 0, 0, (), misplaced)
-    zero = torch.zeros(())
+    zero = x.new_zeros(())
     do, de, v = (torch.where(finite, t, zero) for t in ((o - x).abs(), (e - x).abs(), x.abs()))
     n = int(finite.sum())
 

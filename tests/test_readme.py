@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from resnet_kernels.report import readme_tables
+from resnet_kernels.results import load
+
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -25,5 +28,17 @@ def test_every_environment_variable_is_documented():
     used = set()
     for file in files:
         if file.is_file():
-            used |= set(re.findall(r"RESNET_KERNELS_(?:BUILD|BACKEND|DEBUG)\b", file.read_text()))
-    assert used == set(re.findall(r"RESNET_KERNELS_(?:BUILD|BACKEND|DEBUG)\b", README.read_text()))
+            used |= set(re.findall(r"RESNET_KERNELS_(?:BUILD|BACKEND|CACHE|DEBUG|TUNING)\b", file.read_text()))
+    assert used == set(re.findall(r"RESNET_KERNELS_(?:BUILD|BACKEND|CACHE|DEBUG|TUNING)\b", README.read_text()))
+
+
+def test_the_tables_are_what_the_results_say():
+    """`make readme` makes them."""
+    text = README.read_text()
+    assert text.count("<!-- results ") >= 3
+    assert readme_tables(text, README.parent) == text
+
+
+def test_every_committed_results_file_is_one():
+    paths = sorted((README.parent / "benchmarks" / "results").glob("*"))
+    assert paths and all(load(path).rows for path in paths)

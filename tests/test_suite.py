@@ -353,6 +353,22 @@ def test_cut_in_the_middle_it_leaves_a_valid_file(tmp_path, how):
 
 
 @from_the_tree
+def test_a_second_call_goes_on_where_the_first_ended(tmp_path):
+    few = ["--providers", "eager", "cpu", "--rounds", "1", "--budget", "90"]
+    for arguments in (["--sections", "facts", "primitives"], ["--sections", "blocks", "--resume"]):
+        process = suite(tmp_path, *arguments, *few)
+        output, _ = process.communicate(timeout=150)
+        assert process.returncode == 0, output
+    results = load(tmp_path / "results.json")
+    assert [(s.name, s.status) for s in results.sections] == [(n, "ok") for n in ("facts", "primitives", "blocks")]
+    assert {r.section for r in results.rows} == {"primitives", "blocks"} and all(r.floor for r in results.rows)
+    results.facts["commit"] = "another"
+    results.save(tmp_path / "results.json")
+    process = suite(tmp_path, "--resume")
+    assert "expected results of commit" in process.communicate(timeout=60)[0] and process.returncode == 2
+
+
+@from_the_tree
 def test_time_that_is_not_there_cuts_sections(tmp_path):
     process = suite(tmp_path, "--budget", "10", "--sections", "primitives", "blocks")
     process.communicate(timeout=60)
