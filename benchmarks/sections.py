@@ -168,17 +168,24 @@ def facts(c: Context) -> None:
 
 
 def ahead(c: Context) -> None:
-    """Compile what the Triton backend will launch, on all cores, into its cache. Needs no GPU time."""
+    """Compile what the Triton backend will launch and the tuner will try, on all cores, into Triton's cache."""
     from resnet_kernels.backends.triton.ahead import compile_all
     from resnet_kernels.backends.triton.launch import arch_of
+    from resnet_kernels.tuning import CANDIDATES
+    from resnet_kernels.tuning.launches import field, problems_of
 
-    arch = arch_of(c.device)
-    made = []
-    for case in _models(c, "inference"):
+    arch, made, tried = arch_of(c.device), [], []
+    todo = list(_models(c, "inference"))
+    for case in todo:
         with torch.device("meta"):
             model = torchvision.models.get_model(case.name).eval().to(DTYPES[case.dtype])
             images = torch.empty(case.batch, 3, case.size, case.size, dtype=DTYPES[case.dtype])
-        made += launches_of(model, images, arch)
+        launches = launches_of(model, images, arch)
+        made += launches
+        if case.name == todo[0].name:  # the tuner will hardly reach the others
+            problems = {problem.key: problem for problem in problems_of(launches)}
+            tried += [m for p in problems.values() for m in field(p, c.device, CANDIDATES).made.values()]
+    made += tried
     begun = time.monotonic()
     compiled = compile_all(made, arch, max(1, (os.cpu_count() or 2) - 2))
     bad = [f"{m.what}: {r}" for m, r in zip(made, compiled, strict=True) if isinstance(r, str)]

@@ -293,6 +293,16 @@ def test_tune_chooses_the_fastest_that_is_right(folders, small, monkeypatch):
     assert {e.chosen for e in rk.explain(rk.freeze(model), x)} == {"cpu"}
 
 
+def test_steps_of_a_trunk_compute_in_one_dtype(folders, small):
+    """Where a backend computes 16 bits in fp32 and another does not, only one of them is a candidate."""
+    model, x = small
+    report = rk.tune(model.bfloat16(), x.bfloat16())
+    own = {name for m in report.measured for name in m.seconds if name in select.BY_NAME}
+    dtypes = {select.BY_NAME[name].compute_dtype(torch.bfloat16) for name in own or {"cpu"}}
+    assert len(dtypes) == 1
+    assert rk.freeze(model)(x.bfloat16()).isfinite().all()
+
+
 def test_choices_that_lose_together_are_dropped(folders, small, monkeypatch):
     times = {"cpu": 2e-3, "aten": 1e-3, "default": 1e-3, "measured": 1e-3}
     monkeypatch.setattr(tuner, "_time", lambda calls, device: {name: Sample(*3 * [times[name]], 5) for name in calls})

@@ -3,6 +3,6 @@
 backends/measured.py reads and writes tables; tuner.py measures.
 """
 
-from .tuner import TuningReport, tune
+from .tuner import CANDIDATES, TuningReport, tune
 
-__all__ = ["TuningReport", "tune"]
+__all__ = ["CANDIDATES", "TuningReport", "tune"]

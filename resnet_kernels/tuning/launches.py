@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,20 +15,19 @@ from torch import Tensor
 from ..backends.contract import Geometry, wide
 from ..backends.triton import ahead
 from ..backends.triton.convolution import Convolution
-from ..backends.triton.launch import INTERPRETING, arch_of, processors_of, recording
+from ..backends.triton.launch import INTERPRETING, Launch, arch_of, processors_of, recording
 from ..backends.triton.run import Choice, candidates, launch_so, run_so
 from ..backends.triton.tail import Tail
-from ..inference import FrozenTrunk
-from ..roofline import H200, launches_of
+from ..roofline import H200
 
-__all__ = ["materialize", "name", "plain", "problems_of", "prune", "row", "run_so"]
+__all__ = ["Pruned", "field", "materialize", "name", "plain", "problems_of", "prune", "row", "run_so"]
 
 Problem = Convolution | Tail
 
 
-def problems_of(trunk: FrozenTrunk, x: Tensor) -> Iterator[Problem]:
-    """Of trunk(x), on meta tensors; a tail's convolutions by themselves before it, as it is compared with them."""
-    for launch in launches_of(trunk, x):
+def problems_of(launches: Iterable[Launch]) -> Iterator[Problem]:
+    """What the recorded launches compute; a tail's convolutions by themselves before it, which it is compared with."""
+    for launch in launches:
         if isinstance(launch.problem, Tail):
             yield from launch.problem.parts
         if launch.problem is not None:  # a pass and a stem have one way only
@@ -57,34 +57,74 @@ def row(choice: Choice) -> dict[str, Any]:
     return {"kernel": choice.kernel, "config": None if choice.config is None else dataclasses.asdict(choice.config)}
 
 
-def prune(problem: Problem, most: int) -> tuple[str, list[Choice], dict[str, str]]:
-    """(the name of what is chosen now, the candidates to time, those that compile to nothing sound and why). Beside
-    the one chosen now, and separate kernels, they are the `most` best predicted."""
-    device = problem.parts[0].x.device
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """Of one problem. default: what is chosen now. separate: the choice of separate kernels, if that is one. made: what
+    the others would launch, on meta tensors: the default, then the best predicted."""
+
+    default: Choice
+    separate: list[Choice]
+    made: dict[Choice, Launch]
+
+
+def field(problem: Problem, device: torch.device, most: int) -> Field:
+    """problem: on meta tensors, to run on the device."""
     arch, processors = arch_of(device), processors_of(device)
-    meta = problem.map(lambda _, t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta"))
     with recording(arch, device):
-        choices = list(candidates(meta))
-        made = {choice: launch_so(meta, choice) for choice in choices if choice.config is not None}
-    chosen, separate = choices[0], [choice for choice in choices if choice.config is None]
+        default, *rest = candidates(problem)
+        made = {choice: launch_so(problem, choice) for choice in (default, *rest) if choice.config is not None}
 
     def predicted(choice: Choice) -> float:
         # The last wave of programs takes as long as a full one.
         grid = made[choice].grid
         return H200.predicted(made[choice].work) * math.ceil(grid / processors) * processors / grid
 
-    others = sorted((choice for choice in made if choice != chosen), key=predicted)
-    if INTERPRETING:
-        return name(chosen), list(dict.fromkeys([chosen, *separate, *others[:most]])), {}
-    tried = [choice for choice in (chosen, *others[: 3 * most]) if choice in made]
-    out, sound = {}, []
-    for choice, found in zip(tried, ahead.compile_all([made[c] for c in tried], arch), strict=True):
-        wrong = [found] if isinstance(found, str) else found.wrong()
-        if wrong:
-            out[name(choice)] = "; ".join(wrong)
-        else:
-            sound.append(choice)
-    return name(chosen), list(dict.fromkeys([*sound[: most + 1], *separate])), out
+    best, of_tile = [], collections.Counter[tuple]()
+    for choice in sorted((choice for choice in made if choice != default), key=predicted):
+        assert choice.config is not None
+        tile = choice.kernel, choice.config.BLOCK_M, choice.config.BLOCK_N
+        of_tile[tile] += 1
+        if of_tile[tile] <= PER_TILE:
+            best.append(choice)
+    tried = [choice for choice in (default, *best[: most + SPARE]) if choice in made]
+    separate = [choice for choice in (default, *rest) if choice.config is None]
+    return Field(default, separate, {choice: made[choice] for choice in tried})
+
+
+# The prediction knows tiles, not warps and stages: of these so many are tried.
+PER_TILE = 3
+
+# Candidates compiled beyond those to be timed, for those that are not sound.
+SPARE = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Pruned:
+    """Of one problem: the name of what is chosen now, the candidates to time, and those that are not sound with why."""
+
+    default: str
+    choices: list[Choice]
+    out: dict[str, str]
+
+
+def prune(problems: Sequence[Problem], device: torch.device, most: int) -> dict[str, Pruned]:
+    """By the problem's key. Everything is compiled at once, on all cores; `most` are left beside the default and the
+    separate kernels."""
+    fields = {problem.key: field(problem, device, most) for problem in problems}
+    made = [launch for f in fields.values() for launch in f.made.values()]
+    compiled = iter(["interpreted"] * len(made) if INTERPRETING else ahead.compile_all(made, arch_of(device)))
+    found = {}
+    for key, f in fields.items():
+        sound, out = [], {}
+        for choice in f.made:
+            result = next(compiled)
+            wrong = [] if INTERPRETING else [result] if isinstance(result, str) else result.wrong()
+            if wrong:
+                out[name(choice)] = "; ".join(wrong)
+            else:
+                sound.append(choice)
+        found[key] = Pruned(name(f.default), [*sound[: most + 1], *f.separate], out)
+    return found
 
 
 def _plain_conv(c: Convolution, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,7 @@ import functools
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,12 @@ from ..backends import measured, reference, select, triton
 from ..backends.contract import Call, wide
 from ..inference import FrozenModel, FrozenResNet, FrozenTrunk, Step, freeze
 from ..ops import block as block_op
+from ..roofline import launches_of
 from ..testing import compare
 from ..timing import Clock, Sample, interleaved
+
+# Launch configurations to time per launch, beside the one that is chosen without.
+CANDIDATES = 8
 
 # A challenger replaces what would be chosen anyway only if it takes less than this share of its time, most of the time.
 WORTH = 0.98
@@ -79,7 +83,7 @@ def tune(
     model: nn.Module,
     example_input: Tensor,
     *,
-    candidates: int = 8,
+    candidates: int = CANDIDATES,
     budget: float = math.inf,
     path: Path | None = None,
     again: bool = False,
@@ -115,7 +119,7 @@ def tune(
     else:
         known = _known(path, holds_for)
     trunks = _trunks(frozen, example_input)
-    jobs = [*_launch_jobs(trunks, candidates), *_call_jobs(trunks), *_trunk_jobs(trunks)]
+    jobs = [*_launch_jobs(trunks, candidates, known.launches), *_call_jobs(trunks), *_trunk_jobs(trunks)]
     todo = [job for job in jobs if job.key not in known.calls and job.key not in known.launches]
     begun, done = time.monotonic(), 0
     rows: list[Measured] = []
@@ -195,14 +199,21 @@ def _call_jobs(trunks: Iterable[tuple[FrozenTrunk, tuple[int, ...]]]) -> list[Jo
     jobs: dict[str, Job] = {}
     for trunk, size in trunks:
         for step, call in zip(trunk.steps, _calls(trunk, size), strict=True):
-            names = [b.NAME for b in select.CANDIDATES if b is not reference and b.why_not(call) is None]
-            if triton.interpreting() and triton.NAME in names:
-                names.remove(triton.NAME)  # the interpreter is for proofs
+            names = _names(step, call)
             key = measured.key(call)
             if len(names) > 1:
                 run = functools.partial(_tune_call, step, call.size, names, key)
                 jobs.setdefault(key, Job(key, f"{step.name} {'x'.join(map(str, call.size))}", run))
     return list(jobs.values())
+
+
+def _names(step: Step, call: Call) -> list[str]:
+    """Of the backends that may run it. All steps of a trunk compute in one dtype: that of the default."""
+    dtype = select.BY_NAME[_default(step)].compute_dtype(call.dtype)
+    able = [b for b in select.CANDIDATES if b.why_not(call) is None and b.compute_dtype(call.dtype) == dtype]
+    # The definition is no candidate, and the interpreter is for proofs.
+    left_out = (reference.NAME, *[triton.NAME] * triton.interpreting())
+    return [b.NAME for b in able if b.NAME not in left_out]
 
 
 def _plain_step(step: Step, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -310,30 +321,38 @@ def _tune_trunk(
     return Measured(what, best, "default", _medians(samples), {}), measured.Table(rows, {})
 
 
-def _launch_jobs(trunks: Iterable[tuple[FrozenTrunk, tuple[int, ...]]], most: int) -> list[Job]:
-    """Of the Triton backend, where it runs."""
+def _launch_jobs(trunks: Iterable[tuple[FrozenTrunk, tuple[int, ...]]], most: int, known: Container[str]) -> list[Job]:
+    """Of the Triton backend, where it runs. What is known already is not compiled again."""
     from . import launches
 
-    jobs: dict[str, Job] = {}
+    problems: dict[str, Any] = {}
+    device = torch.device("cpu")
     for trunk, size in trunks:
         device = trunk.steps[0].shifts[0].device
-        if any(triton.why_not(step.call) for step in trunk.steps):
-            continue
-        for problem in launches.problems_of(trunk, torch.empty(size, dtype=trunk.dtype, device=device)):
-            what = problem.key.split(": ", 1)[1]
-            run = functools.partial(_tune_launch, problem, what, device, most)
-            jobs.setdefault(problem.key, Job(problem.key, what, run))
-    return list(jobs.values())
+        if not any(triton.why_not(step.call) for step in trunk.steps):
+            x = torch.empty(size, dtype=trunk.dtype, device=device)
+            problems |= {p.key: p for p in launches.problems_of(launches_of(trunk, x))}
+    unknown = [p for key, p in problems.items() if key not in known]
+    # All at once, when the first is asked for: a process a problem would begin as often.
+    prune = functools.cache(lambda: launches.prune(unknown, device, most))
+    return [Job(key, _what(key), functools.partial(_tune_launch, p, device, prune)) for key, p in problems.items()]
 
 
-def _tune_launch(problem: Any, what: str, device: torch.device, most: int) -> tuple[Measured, measured.Table]:
+def _what(key: str) -> str:
+    return key.split(": ", 1)[1]
+
+
+def _tune_launch(
+    problem: Any, device: torch.device, prune: Callable[[], dict[str, Any]]
+) -> tuple[Measured, measured.Table]:
     from . import launches
 
+    found, what = prune()[problem.key], _what(problem.key)
     real = launches.materialize(problem, device)
-    default, choices, out = launches.prune(real, most)
+    default, out = found.default, dict(found.out)
     exact, plain = launches.plain(real, torch.float64), launches.plain(real, real.parts[0].x.dtype)
     terms = max(c.weight[0].numel() for c in real.parts)
-    calls, named = {}, {launches.name(choice): choice for choice in choices}
+    calls, named = {}, {launches.name(choice): choice for choice in found.choices}
     for name, choice in named.items():
         call = functools.partial(launches.run_so, real, choice)
         errors = [compare(got, p, e, terms) for got, p, e in zip(call(), plain, exact, strict=True)]
