@@ -125,8 +125,9 @@ class Case:
             tensors.append(torch.randint(CLASSES, (batch,), device=device))
         return tuple(tensors)
 
-    def prepare(self, device: torch.device, seed: int = 0) -> Prepared:
-        """On the device, with random inputs: as many sets as no cache of it holds, at most 4."""
+    def prepare(self, device: torch.device, seed: int = 0, references: bool = True) -> Prepared:
+        """On the device, with random inputs: as many sets as no cache of it holds, at most 4. Without references there
+        is nothing to check."""
         torch.manual_seed(seed)
         module = self.make().to(device)
         if not self.training:
@@ -136,13 +137,8 @@ class Case:
         # A step's gradients are compared on fewer images: in fp64 a whole batch's activations may not fit.
         fewer = 32 if device.type == "cuda" else 8
         trial = self._inputs(device, fewer) if self.training and self.batch > fewer else inputs[0]
-        return Prepared(
-            module,
-            inputs,
-            trial,
-            self._computed(module, trial, double=False),
-            self._computed(module, trial, double=True),
-        )
+        eager, exact = ([self._computed(module, trial, double) for double in (False, True)]) if references else ([], [])
+        return Prepared(module, inputs, trial, eager, exact)
 
     def _computed(self, module: nn.Module, inputs: tuple[Tensor, ...], double: bool) -> list[Tensor]:
         module = copy.deepcopy(module).to(memory_format=torch.channels_last)

@@ -5,6 +5,7 @@ What a knowledgeable user of `nvidia-cudnn-frontend` would write; no GPU has run
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from typing import Any
 
@@ -45,7 +46,7 @@ class _Plan:
 
         nhwc = torch.channels_last
         sizes = torch.nn.functional.conv2d(x.to("meta"), conv.weight.to("meta"), None, *_geometry(conv)).shape
-        self.sizes, self.like = sizes, x
+        self.sizes = sizes
         y = torch.empty(sizes, dtype=x.dtype, device="meta").to(memory_format=nhwc)
         self.x, self.weight = tensor("x", x), tensor("weight", conv.weight)
         stride, padding, dilation, _ = _geometry(conv)
@@ -97,23 +98,31 @@ def _geometry(conv: nn.Conv2d) -> tuple[tuple[int, ...], tuple[int, ...], tuple[
     return conv.stride, conv.padding, conv.dilation, conv.groups
 
 
+@functools.cache
+def _handle() -> Any:
+    import cudnn
+
+    return cudnn.create_handle()
+
+
+# By all that a plan depends on: a network's convolutions are alike in groups.
+_plans: dict[tuple, _Plan] = {}
+
+
 class Fused(nn.Module):
     """A convolution, with the bias that its batch norm was folded into, and what follows it."""
 
     def __init__(self, conv: nn.Conv2d, relu: bool, statistics: bool = False) -> None:
         super().__init__()
         self.conv, self.relu, self.statistics = conv, relu, statistics
-        self.plans: dict[tuple, _Plan] = {}
 
     def forward(self, x: Tensor, *residual: Tensor) -> Any:
-        import cudnn
-
-        x = x.contiguous(memory_format=torch.channels_last)
-        key = (tuple(x.shape), bool(residual))
-        if key not in self.plans:
-            handle = cudnn.create_handle()
-            self.plans[key] = _Plan(self.conv, x, handle, self.relu, bool(residual), self.statistics)
-        results = self.plans[key].run(self.conv, x, residual[0] if residual else None)
+        x, conv = x.contiguous(memory_format=torch.channels_last), self.conv
+        kind = (self.relu, bool(residual), self.statistics)
+        key = (x.shape, x.dtype, x.device, conv.weight.shape, _geometry(conv), conv.bias is None, *kind)
+        if key not in _plans:
+            _plans[key] = _Plan(conv, x, _handle(), *kind)
+        results = _plans[key].run(conv, x, residual[0] if residual else None)
         return results if self.statistics else results[0]
 
 
@@ -148,6 +157,5 @@ def fuse(module: nn.Module) -> nn.Module:
         for name, child in list(parent.named_children()):
             if isinstance(child, (resnet.BasicBlock, resnet.Bottleneck)):
                 setattr(parent, name, FusedBlock(child))
-    if isinstance(copied, resnet.ResNet):
-        copied.conv1, copied.relu = Fused(copied.conv1, relu=True), nn.Identity()
+    # The stem stays torch's: fused engines want channels in eights.
     return copied

@@ -1,7 +1,7 @@
 """What a section's process tells while it works, one JSON object a line, so that nothing is lost when it is cut, hangs
 or takes its process with it:
 
-    {"begin": row}       from here on whatever ends the process is the row's doing (null: nobody's)
+    {"begin": row, "within": seconds}   from here on whatever ends the process is the row's doing (null: nobody's)
     {"row": row}         a result
     {"done": group}      everything there is to know of a group
     {"facts": {...}}     of the machine
@@ -61,8 +61,9 @@ class Log:
         with self.path.open("a") as file:
             file.write(json.dumps(event) + "\n")
 
-    def begin(self, row: Row | None) -> None:
-        self._write({"begin": None if row is None else dataclasses.asdict(row)})
+    def begin(self, row: Row | None, within: float | None = None) -> None:
+        """within: seconds after which it hangs; None: the suite's patience."""
+        self._write({"begin": None if row is None else dataclasses.asdict(row), "within": within})
 
     def row(self, row: Row) -> None:
         self._write({"row": dataclasses.asdict(row)})

@@ -89,19 +89,27 @@ def measure(case: Case, device: torch.device, log: Log, rounds: int) -> None:
     """case: a model's inference. Rows of section "layers", a part each."""
     if log.knows(dataclasses.replace(case.row("", "ok"), section="layers", part="head")):
         return
-    prepared = case.prepare(device)
+    torch.backends.cudnn.benchmark = True
+    prepared = case.prepare(device, references=False)
     blocks = [name for name, m in prepared.module.named_modules() if isinstance(m, BLOCKS)]
-    ways = {name: make(prepared) for name, (_, make) in WAYS.items()}
+    ways = {}
+    for name, (peer, make) in WAYS.items():
+        try:
+            ways[name] = make(prepared)
+            ways[name](*prepared.inputs[0])
+        except Exception as error:  # whatever it was, the others have nothing to do with it
+            row = dataclasses.replace(case.row(name, "failed", peer=peer), section="layers")
+            log.row(dataclasses.replace(row, reason=f"{type(error).__name__}: {error}"[:300]))
+            ways.pop(name, None)
     marks = {name: _Marks(module, blocks, device) for name, module in ways.items()}
     seconds: dict[str, dict[str, list[float]]] = {name: {} for name in ways}
-    for i in range(rounds + 1):
+    for i in range(rounds):
         for name, module in ways.items():
-            if i > 1 and log.left() <= 0:
+            if i and log.left() <= 0:
                 break
             module(*prepared.inputs[i % len(prepared.inputs)])
             for part, s in marks[name].take().items():
-                if i:  # the first is a warm-up
-                    seconds[name].setdefault(part, []).append(s)
+                seconds[name].setdefault(part, []).append(s)
     x_sizes = (case.batch, 3, case.size, case.size)
     with torch.device("meta"):
         needs = traffic.parts(copy.deepcopy(prepared.module).to("meta"), x_sizes, DTYPES[case.dtype].itemsize, "block")

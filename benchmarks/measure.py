@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import gc
 import time
 from collections.abc import Callable, Sequence
@@ -96,29 +97,33 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
     return min(peaks, default=None)
 
 
+def _replayed(fixed: tuple[Tensor, ...], replay: Callable[[], None], result: Any, *inputs: Tensor) -> Any:
+    """A graph reads where it was captured: as in a frozen model, the inputs are copied there."""
+    for target, source in zip(fixed, inputs, strict=True):
+        target.copy_(source)
+    replay()
+    return result
+
+
 def _modes(built: Built, inputs: tuple, case: Case) -> dict[str, tuple[Callable[..., Any], str]]:
     """Each mode's function, or "" and why there is none. Captures what brings no graph of its own, on a GPU."""
     modes: dict[str, tuple[Callable[..., Any], str]] = {mode: (run, "") for mode, run in built.runs.items()}
     if inputs[0].is_cuda and not case.training and "graph" not in modes:
         run = built.runs["call"]
         run(*inputs)
+        fixed = tuple(t.clone() for t in inputs)
         try:
-            replay, result = captured(run, inputs)
+            replay, result = captured(run, fixed)
         except RuntimeError as error:
             modes["graph"] = run, _line(error)
         else:
-            # The graph's input is the first set, always: what it reads is cold all the same, the clock sees to that.
-            modes["graph"] = lambda *_: (replay(), result)[1], ""
+            modes["graph"] = functools.partial(_replayed, fixed, replay, result), ""
     return modes
 
 
 def _line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}"[:300]
-
-
-# Seconds within which a provider of a single convolution or block is built.
-SMALL_PATIENCE = 1.0
 
 
 def build(case: Case, prepared: Prepared, provider: Provider, log: Log, left: float) -> dict[str, Ready]:
@@ -131,14 +136,12 @@ def build(case: Case, prepared: Prepared, provider: Provider, log: Log, left: fl
     if reason:
         log.row(dataclasses.replace(row, status="unavailable", reason=reason))
         return {}
-    patience = provider.patience[0 if device.type == "cuda" else 1]
-    if case.section in ("primitives", "blocks"):
-        patience = min(patience, SMALL_PATIENCE)
+    patience = provider.patience_on(device, case.section)
     if left < patience:
         reason = f"{max(0, left):.0f} s of the budget are left, building may take {patience:.0f}"
         log.row(dataclasses.replace(row, status="cut", reason=reason))
         return {}
-    log.begin(row)
+    log.begin(row, 30 + 3 * patience if device.type == "cuda" else None)
     ready: dict[str, Ready] = {}
     try:
         built = provider.build(prepared, case)
@@ -170,6 +173,8 @@ def build(case: Case, prepared: Prepared, provider: Provider, log: Log, left: fl
     return ready
 
 
+# Seconds to build from which a provider may be the end of its case.
+LONG = 10.0
 # Rounds of timing for which time is kept while providers are built.
 KEPT_ROUNDS = 3
 
@@ -192,26 +197,35 @@ def measure(
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        # For sizes that stay, as here, a user lets cuDNN try its algorithms.
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = False  # not for references
     log.begin(case.row(PREPARATION, "ok"))
     prepared = case.prepare(device)
     log.begin(None)
+    # For sizes that stay, as here, a user lets cuDNN try its algorithms.
+    torch.backends.cudnn.benchmark = True
+    clocks = {queued: Clock(device, queued) for queued in (False, True)}
     ready: dict[str, Ready] = {}
-    # What takes long to build comes last, so that a cut leaves the others.
-    for provider in sorted(providers, key=lambda p: max(p.patience)):
+
+    def take_time(rounds: int) -> None:
+        spent = KEPT_ROUNDS * sum(r.seconds for r in ready.values())
+        samples = interleaved(
+            {key: r.call for key, r in ready.items()},
+            {key: clocks[r.queued] for key, r in ready.items()},
+            rounds,
+            max(spent, min(seconds, deadline - time.monotonic())),
+            before=lambda key: log.begin(ready[key].row, 30 + 5 * ready[key].seconds),
+        )
+        log.begin(None)
+        for key, r in ready.items():
+            r.row.seconds, r.row.p20, r.row.p80, r.row.rounds = samples[key]
+            log.row(r.row)
+
+    # What takes long to build comes last, so that a cut leaves the others; and before it they are timed, for it may
+    # take longer than is thought. In the end all are timed again, together.
+    for provider in sorted(providers, key=lambda p: p.patience_on(device, case.section)):
+        if provider.patience_on(device, case.section) >= LONG:
+            take_time(KEPT_ROUNDS)
         kept = KEPT_ROUNDS * sum(r.seconds for r in ready.values())
         ready |= build(case, prepared, provider, log, deadline - time.monotonic() - kept)
-    clocks = {queued: Clock(device, queued) for queued in (False, True)}
-    samples = interleaved(
-        {key: r.call for key, r in ready.items()},
-        {key: clocks[r.queued] for key, r in ready.items()},
-        rounds,
-        min(seconds, deadline - time.monotonic()),
-        before=lambda key: log.begin(ready[key].row),
-    )
-    log.begin(None)
-    for key, r in ready.items():
-        r.row.seconds, r.row.p20, r.row.p80, r.row.rounds = samples[key]
-        log.row(r.row)
+    take_time(rounds)
     log.done(first.group)

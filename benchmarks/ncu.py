@@ -14,7 +14,7 @@ import resnet_kernels as rk
 from resnet_kernels.results import Row
 from resnet_kernels.testing import randomize_
 
-BATCH, KERNELS, SLOWEST = 256, 20, 8
+BATCH, KERNELS, SLOWEST = 256, 40, 8
 
 # Our names for ncu's metrics; of several that fit, whichever of the GPU's generation is there.
 METRICS = {
@@ -23,7 +23,7 @@ METRICS = {
         "dram__throughput.avg.pct_of_peak_sustained_elapsed",
         "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",
     ),
-    "dram_bytes": ("dram__bytes.sum",),
+    "dram_bytes_per_second": ("dram__bytes.sum.per_second", "dram__bytes_read.sum.per_second"),
     "l2_share": (
         "lts__throughput.avg.pct_of_peak_sustained_elapsed",
         "lts__t_sectors.avg.pct_of_peak_sustained_elapsed",
@@ -38,7 +38,7 @@ METRICS = {
     "registers": ("launch__registers_per_thread",),
 }
 UNITS = {"ns": 1e-9, "us": 1e-6, "usecond": 1e-6, "nsecond": 1e-9, "ms": 1e-3, "msecond": 1e-3, "s": 1.0, "second": 1.0}
-BYTES = {"byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}
+BYTES = {"byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "Tbyte": 1e12}
 
 
 def command(tool: str, out: Path) -> list[str]:
@@ -67,7 +67,11 @@ def rows(text: str) -> list[Row]:
             for metric in candidates:
                 value = values.get(metric, "").replace(",", "")
                 if value and value.replace(".", "", 1).replace("-", "", 1).isdigit():
-                    scale = UNITS.get(unit[metric], 1.0) if name == "seconds" else BYTES.get(unit[metric], 1.0)
+                    scale = (
+                        UNITS.get(unit[metric], 1.0)
+                        if name == "seconds"
+                        else BYTES.get(unit[metric].split("/")[0], 1.0)
+                    )
                     metrics[name] = float(value) * scale
                     break
         name = values.get("Kernel Name", "?").split("(")[0]

@@ -60,6 +60,11 @@ class Provider:
     def __str__(self) -> str:
         return self.name
 
+    def patience_on(self, device: torch.device, section: str) -> float:
+        """Of a whole network, or of a convolution or block."""
+        seconds = self.patience[0 if device.type == "cuda" else 1]
+        return seconds if section in ("inference", "training") else 10.0 if seconds > 20 else min(seconds, 1.0)
+
 
 def _copied(prepared: Prepared) -> nn.Module:
     return copy.deepcopy(prepared.module)
@@ -115,13 +120,11 @@ def _inductor(prepared: Prepared, case: Case, mode: str | None = None) -> Built:
     if case.training:
         return _step(compiled, case)  # type: ignore[arg-type]
 
-    def run(*inputs: Tensor) -> Any:
-        # Freezing folds the batch norms and packs the weights, as freeze does.
-        with torch._inductor.config.patch(freezing=True), torch.no_grad():
-            return compiled(*inputs)
-
+    # Freezing folds the batch norms and packs the weights, as freeze does. What is compiled now stays.
+    with torch._inductor.config.patch(freezing=True), torch.no_grad():
+        compiled(*prepared.inputs[0])
     # max-autotune captures CUDA graphs by itself.
-    return Built({"graph" if mode == "max-autotune" else "call": run})
+    return Built({"graph" if mode == "max-autotune" else "call": _no_grad(compiled)})
 
 
 def _timm_why_not(prepared: Prepared, case: Case) -> str | None:
@@ -296,16 +299,17 @@ PROVIDERS: list[Provider] = [
     Provider("eager channels_last", True, _everywhere(), _channels_last),
     Provider("eager folded", True, MODELS | {"primitives"}, _folded),
     Provider("timm", True, frozenset({"inference", "training"}), _timm, why_not=_timm_why_not, patience=(3.0, 10.0)),
-    Provider("cudnn graph", True, INFERENCE, _cudnn, ("cuda",), _cudnn_why_not, patience=(10.0, 0.0)),
+    Provider("cudnn graph", True, INFERENCE, _cudnn, ("cuda",), _cudnn_why_not, patience=(30.0, 0.0)),
     Provider("openvino", True, ALONE, _openvino, ("cpu",), _missing("openvino"), True, True, (0.0, 30.0)),
     Provider("onnxruntime", True, ALONE, _onnxruntime, ("cpu",), _missing("onnxruntime"), True, True, (0.0, 30.0)),
     Provider("inductor", True, MODELS | {"training"}, _inductor, patience=(25.0, 60.0)),
     Provider(
         "inductor max-autotune",
         True,
-        MODELS,
+        ALONE,
         functools.partial(_inductor, mode="max-autotune"),
         ("cuda",),
+        keeps_memory=True,
         patience=(50.0, 0.0),
     ),
     Provider("replaced", False, MODELS | {"training"}, _replaced),

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -67,11 +68,12 @@ class Context:
 PACKAGES = ("torch", "torchvision", "triton", "nvidia-cudnn-frontend", "timm", "openvino", "onnxruntime", "numpy")
 
 
-def static_facts(device: str) -> dict[str, Any]:
-    """That nothing has to run for."""
-    root = Path(__file__).parent.parent
-    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*"]
-    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+def static_facts(device: str, commit: str | None = None) -> dict[str, Any]:
+    """That nothing has to run for. commit: of this code; None: as git tells, where it is there."""
+    if commit is None:
+        describe = ["git", "-C", str(Path(__file__).parent.parent), "describe", "--always", "--dirty", "--exclude", "*"]
+        with contextlib.suppress(OSError):
+            commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     versions = {name: measured.version(name) for name in PACKAGES}
     facts = {
         "device": device,
@@ -134,10 +136,9 @@ def fp8_rate(device: torch.device) -> float:
 
 def facts(c: Context) -> None:
     """The machine, and its ceilings as they are found: no clock is set."""
-    found = static_facts(c.device.type)
     if c.gpu:
         p = torch.cuda.get_device_properties(c.device)
-        found |= {
+        found = {
             "capability": f"sm_{p.major}{p.minor}",
             "multiprocessors": p.multi_processor_count,
             "memory_size": p.total_memory,
@@ -146,7 +147,7 @@ def facts(c: Context) -> None:
                 driver="driver_version", clock_before="clocks.sm", most_clock="clocks.max.sm", power_limit="power.limit"
             ),
         }
-    c.log.tell("facts", found)
+        c.log.tell("facts", found)
     with torch.no_grad():
         c.log.tell("facts", {"memory": copy_rate(c.device)})
         matrix = {}
@@ -171,9 +172,11 @@ def ahead(c: Context) -> None:
     """Compile what the Triton backend will launch and the tuner will try, on all cores, into Triton's cache."""
     from resnet_kernels.backends.triton.ahead import compile_all
     from resnet_kernels.backends.triton.launch import arch_of
+    from resnet_kernels.backends.triton.offline import specialize
     from resnet_kernels.tuning import CANDIDATES
     from resnet_kernels.tuning.launches import field, problems_of
 
+    os.nice(10)  # what runs beside it is waited for
     arch, made, tried = arch_of(c.device), [], []
     todo = list(_models(c, "inference"))
     for case in todo:
@@ -185,7 +188,11 @@ def ahead(c: Context) -> None:
         if case.name == todo[0].name:  # the tuner will hardly reach the others
             problems = {problem.key: problem for problem in problems_of(launches)}
             tried += [m for p in problems.values() for m in field(p, c.device, CANDIDATES).made.values()]
-    made += tried
+    for case in cases.blocks(todo[0].dtype, 256, c.options.full):
+        with torch.device("meta"):
+            x = torch.empty(case.batch, case.channels, case.size, case.size, dtype=DTYPES[case.dtype])
+            made += launches_of(case.make().to(x.dtype), x.to(memory_format=torch.channels_last), arch)
+    made = list({str(specialize(m, arch)[0]): m for m in [*made, *tried]}.values())
     begun = time.monotonic()
     compiled = compile_all(made, arch, max(1, (os.cpu_count() or 2) - 2))
     bad = [f"{m.what}: {r}" for m, r in zip(made, compiled, strict=True) if isinstance(r, str)]
@@ -207,7 +214,14 @@ def tuning(c: Context) -> None:
         x = torch.randn(case.batch, 3, case.size, case.size, device=c.device).to(DTYPES[case.dtype])
         # The first gets half of what is left, and so on: it is the one that matters most.
         budget = c.log.left() if i == len(todo) - 1 else c.log.left() / 2
-        found = rk.tune(model, x.contiguous(memory_format=torch.channels_last), budget=budget)
+        row = dataclasses.replace(case.row("tune", "ok"), section="tuning")
+        found = rk.tune(
+            model,
+            x.contiguous(memory_format=torch.channels_last),
+            budget=budget,
+            before=lambda what, row=row: c.log.begin(dataclasses.replace(row, part=what)),
+        )
+        c.log.begin(None)
         report[str(case)] = [*map(str, found.measured), f"{found.kept} known before, {found.left} left"]
         c.log.tell("details", dict(report))
 

@@ -28,6 +28,18 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(skip)
 
 
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A kernel that takes the device along fails every later test of its process: of one that is a worker among others
+    the next test gets a new one."""
+    report = (yield).get_result()
+    if report.failed and "gpu" in item.keywords and "PYTEST_XDIST_WORKER" in os.environ:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
+
+
 def bf16_in_the_interpreter(item):
     # It multiplies bfloat16 wrongly: `why_not` says so, and test_triton.py tests that it does.
     values = item.callspec.params.values() if hasattr(item, "callspec") else ()

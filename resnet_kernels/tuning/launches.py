@@ -75,9 +75,9 @@ def field(problem: Problem, device: torch.device, most: int) -> Field:
         made = {choice: launch_so(problem, choice) for choice in (default, *rest) if choice.config is not None}
 
     def predicted(choice: Choice) -> float:
-        # The last wave of programs takes as long as a full one.
-        grid = made[choice].grid
-        return H200.predicted(made[choice].work) * math.ceil(grid / processors) * processors / grid
+        # The last wave of tiles takes as long as a full one.
+        tiles = made[choice].arguments.get("tiles", made[choice].grid)
+        return H200.predicted(made[choice].work) * math.ceil(tiles / processors) * processors / tiles
 
     best, of_tile = [], collections.Counter[tuple]()
     for choice in sorted((choice for choice in made if choice != default), key=predicted):

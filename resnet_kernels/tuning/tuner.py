@@ -29,7 +29,7 @@ from ..inference import FrozenModel, FrozenResNet, FrozenTrunk, Step, freeze
 from ..ops import block as block_op
 from ..roofline import launches_of
 from ..testing import compare
-from ..timing import Clock, Sample, interleaved
+from ..timing import Clock, Sample, captured, interleaved, synchronize
 
 # Launch configurations to time per launch, beside the one that is chosen without.
 CANDIDATES = 8
@@ -88,6 +88,7 @@ def tune(
     path: Path | None = None,
     again: bool = False,
     console: Console | None = None,
+    before: Callable[[str], None] = lambda what: None,
 ) -> TuningReport:
     """Measure what runs a model's residual blocks and stem fastest on its device, for inputs like the example, and keep
     it in a table that later calls with these sizes follow: replaced models and models frozen from then on.
@@ -96,10 +97,11 @@ def tune(
         model: a model that `freeze` takes, in evaluation mode, or a frozen one. It is not changed.
         example_input: (N, C, H, W) on the model's device; choices hold for its sizes and dtype (a frozen model's own).
         candidates: launch configurations to time per launch of the Triton backend, best predicted first.
-        budget: seconds after which no further choice is begun.
+        budget: seconds after which no further choice is begun; launches have the first half.
         path: of the table; None for one in the user's cache folder, named after device and versions.
         again: measure also what the table holds already.
         console: where a progress bar goes; None for none.
+        before: called with the name of each choice before it is measured.
     Returns:
         TuningReport. The table is written after every choice: what was measured before an interruption stays.
     Raises:
@@ -128,13 +130,14 @@ def tune(
     with progress, measured.also(path.parent):
         bar = progress.add_task("tuning", total=len(todo))
         for job in todo:
-            if time.monotonic() - begun > budget:
-                break
+            # The launches' half of the time; without the backends' choices theirs would count for nothing.
+            if time.monotonic() - begun > (budget / 2 if job.launch else budget):
+                continue
             progress.update(bar, description=job.what[:60])
-            row, table = job.run()
+            before(job.what)
+            row = job.run(functools.partial(measured.store, path, holds_for))
             rows += [] if row is None else [row]
             done += 1
-            measured.store(path, holds_for, table)
             progress.advance(bar)
     return TuningReport(path, tuple(rows), len(jobs) - len(todo), len(todo) - done)
 
@@ -147,13 +150,18 @@ def _known(path: Path, holds_for: dict[str, str]) -> measured.Table:
     return table if found == holds_for else measured.Table({}, {})
 
 
+Store = Callable[[measured.Table], None]
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A choice to be measured. run returns what was found, None if there was nothing to choose, and it as a table."""
+    """A choice to be measured. run stores what it finds, first what holds if it never ends: a kernel that takes the
+    process along is not tried again. It returns what was found, None if there was nothing to choose."""
 
     key: str
     what: str
-    run: Callable[[], tuple[Measured | None, measured.Table]]
+    run: Callable[[Store], Measured | None]
+    launch: bool = False
 
 
 def _trunks(frozen: FrozenModel, example: Tensor) -> list[tuple[FrozenTrunk, tuple[int, ...]]]:
@@ -246,30 +254,49 @@ def _by_images(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.cat([function(part) for part in x.split(32)]) if len(x) else function(x)
 
 
-def _tune_call(step: Step, size: tuple[int, ...], names: list[str], key: str) -> tuple[Measured, measured.Table]:
+def _checked(
+    calls: Mapping[str, Callable[[], Any]], wrong: Callable[[Any], str], out: dict[str, str], device: torch.device
+) -> dict[str, Callable[[], Any]]:
+    """Those that are right, as they are to be timed: on a GPU as graphs, for what launching takes is no kernel's doing.
+    Why the others are not goes to `out`. Raises where a candidate took the device along."""
+    right = {}
+    for name, call in calls.items():
+        try:
+            reason = wrong(call())
+            if not reason:
+                right[name] = captured(call, ())[0] if device.type == "cuda" else call
+        except Exception as error:  # whatever it was, the candidate is out
+            reason = f"{type(error).__name__}: {error}"[:200]
+        if reason:
+            out[name] = reason
+        synchronize(device)
+    return right
+
+
+def _tune_call(step: Step, size: tuple[int, ...], names: list[str], key: str, store: Store) -> Measured:
+    default = _default(step)
+    store(measured.Table({key: {"call": key, "fastest": default, "unfinished": True}}, {}))
     x = torch.randn(size, device=step.shifts[0].device)
     x = (x if step.pool is not None else torch.relu(x)).to(step.call.dtype, memory_format=torch.channels_last)
     exact = _by_images(lambda part: _plain_step(step, part, torch.float64), x)
     plain = _by_images(lambda part: _plain_step(step, part, x.dtype), x)
     terms = max(w[0].numel() for w in step.weights)
-    calls, out = {}, {}
+    calls: dict[str, Callable[[], Any]] = {}
+    out: dict[str, str] = {}
     for name in names:
         named = dataclasses.replace(step, named=name)
-        trunk = FrozenTrunk([named], named.backend().compute_dtype(x.dtype), graphs=True)
-        for _ in range(3):  # the second of a size captures a graph, the third replays it
-            y = trunk(x)
+        calls[name] = functools.partial(FrozenTrunk([named], named.backend().compute_dtype(x.dtype), graphs=False), x)
+
+    def wrong(y: Tensor) -> str:
         errors = compare(y.to(x.dtype), plain, exact, terms)
-        if errors.ok:
-            calls[name] = functools.partial(trunk, x)
-        else:
-            out[name] = f"wrong: {errors}"
-    default, samples = _default(step), _time(calls, x.device)
+        return "" if errors.ok else f"wrong: {errors}"
+
+    samples = _time(_checked(calls, wrong, out, x.device), x.device)
     what, seconds = f"{step.name} {'x'.join(map(str, size))}", _medians(samples)
-    if not seconds:
-        return Measured(what, "", default, seconds, out), measured.Table({}, {})
-    chosen = _best(samples, default)
-    row = {"call": key, "fastest": chosen, "seconds": seconds}
-    return Measured(what, chosen, default, seconds, out), measured.Table({key: row}, {})
+    chosen = _best(samples, default) if samples else ""
+    if samples:
+        store(measured.Table({key: {"call": key, "fastest": chosen, "seconds": seconds}}, {}))
+    return Measured(what, chosen, default, seconds, out)
 
 
 def _default(step: Step) -> str:
@@ -296,29 +323,29 @@ def _trunk_jobs(trunks: Iterable[tuple[FrozenTrunk, tuple[int, ...]]]) -> list[J
 
 
 def _tune_trunk(
-    trunk: FrozenTrunk, size: tuple[int, ...], keys: list[str], key: str, what: str
-) -> tuple[Measured | None, measured.Table]:
+    trunk: FrozenTrunk, size: tuple[int, ...], keys: list[str], key: str, what: str, store: Store
+) -> Measured | None:
     """Whether the steps' choices hold when they run one after the other; else all take what they would without."""
     device = trunk.steps[0].shifts[0].device
     table = {k: row for k, row in measured.table(device).calls.items() if k in keys}
     default = [_default(step) for step in trunk.steps]
     chosen = [table[k]["fastest"] if k in table else name for k, name in zip(keys, default, strict=True)]
     if chosen == default:
-        return None, measured.Table({key: {"call": key, "fastest": "default"}}, {})
+        store(measured.Table({key: {"call": key, "fastest": "default"}}, {}))
+        return None
     x = torch.randn(size, device=device).to(trunk.dtype, memory_format=torch.channels_last)
-    calls = {}
+    calls: dict[str, Callable[[], Any]] = {}
     for name, names in {"default": default, "measured": chosen}.items():
         steps = [dataclasses.replace(step, named=n) for step, n in zip(trunk.steps, names, strict=True)]
-        calls[name] = functools.partial(FrozenTrunk(steps, trunk.dtype, graphs=True), x)
-        for _ in range(3):  # captures, on a GPU
-            calls[name]()
-    samples = _time(calls, device)
+        calls[name] = functools.partial(FrozenTrunk(steps, trunk.dtype, graphs=False), x)
+    samples = _time(_checked(calls, lambda y: "", {}, device), device)
     best = _best(samples, "default")
     rows: dict[str, dict[str, Any]] = {key: {"call": key, "fastest": best, "seconds": _medians(samples)}}
     if best == "default":
         without = dict(zip(keys, default, strict=True))
         rows |= {k: row | {"fastest": without[k], "alone": row["fastest"]} for k, row in table.items()}
-    return Measured(what, best, "default", _medians(samples), {}), measured.Table(rows, {})
+    store(measured.Table(rows, {}))
+    return Measured(what, best, "default", _medians(samples), {})
 
 
 def _launch_jobs(trunks: Iterable[tuple[FrozenTrunk, tuple[int, ...]]], most: int, known: Container[str]) -> list[Job]:
@@ -335,35 +362,36 @@ def _launch_jobs(trunks: Iterable[tuple[FrozenTrunk, tuple[int, ...]]], most: in
     unknown = [p for key, p in problems.items() if key not in known]
     # All at once, when the first is asked for: a process a problem would begin as often.
     prune = functools.cache(lambda: launches.prune(unknown, device, most))
-    return [Job(key, _what(key), functools.partial(_tune_launch, p, device, prune)) for key, p in problems.items()]
+    return [
+        Job(key, _what(key), functools.partial(_tune_launch, p, device, prune), True) for key, p in problems.items()
+    ]
 
 
 def _what(key: str) -> str:
     return key.split(": ", 1)[1]
 
 
-def _tune_launch(
-    problem: Any, device: torch.device, prune: Callable[[], dict[str, Any]]
-) -> tuple[Measured, measured.Table]:
+def _tune_launch(problem: Any, device: torch.device, prune: Callable[[], dict[str, Any]], store: Store) -> Measured:
     from . import launches
 
-    found, what = prune()[problem.key], _what(problem.key)
+    key, found = problem.key, prune()[problem.key]
+    default, out, named = found.default, dict(found.out), {launches.name(choice): choice for choice in found.choices}
+    if default in named:
+        row = {"launch": key, **launches.row(named[default]), "unfinished": True}
+        store(measured.Table({}, {key: row}))
     real = launches.materialize(problem, device)
-    default, out = found.default, dict(found.out)
     exact, plain = launches.plain(real, torch.float64), launches.plain(real, real.parts[0].x.dtype)
     terms = max(c.weight[0].numel() for c in real.parts)
-    calls, named = {}, {launches.name(choice): choice for choice in found.choices}
-    for name, choice in named.items():
-        call = functools.partial(launches.run_so, real, choice)
-        errors = [compare(got, p, e, terms) for got, p, e in zip(call(), plain, exact, strict=True)]
-        if all(e.ok for e in errors):
-            calls[name] = call
-        else:
-            out[name] = "wrong: " + "; ".join(str(e) for e in errors if not e.ok)
-    samples = _time(calls, device)
+
+    def wrong(results: list[Tensor]) -> str:
+        errors = [compare(got, p, e, terms) for got, p, e in zip(results, plain, exact, strict=True)]
+        bad = [str(e) for e in errors if not e.ok]
+        return "wrong: " + "; ".join(bad) if bad else ""
+
+    calls = {name: functools.partial(launches.run_so, real, choice) for name, choice in named.items()}
+    samples = _time(_checked(calls, wrong, out, device), device)
     seconds = _medians(samples)
-    if not seconds:
-        return Measured(what, "", default, seconds, out), measured.Table({}, {})
-    chosen = _best(samples, default)
-    row = {"launch": problem.key, **launches.row(named[chosen]), "seconds": seconds}
-    return Measured(what, chosen, default, seconds, out), measured.Table({}, {problem.key: row})
+    chosen = _best(samples, default) if samples else ""
+    if samples:
+        store(measured.Table({}, {key: {"launch": key, **launches.row(named[chosen]), "seconds": seconds}}))
+    return Measured(_what(key), chosen, default, seconds, out)

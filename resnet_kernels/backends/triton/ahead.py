@@ -6,6 +6,7 @@ caller may hold a CUDA context, and its main module may not be importable.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import pickle
@@ -63,10 +64,11 @@ def compile_all(launches: Sequence[Launch], arch: int, workers: int | None = Non
             )
             continue
         out.seek(0)
-        found[i::workers] = pickle.load(out)
+        found[i::workers] = pickle.loads(out.read())
     return found
 
 
 if __name__ == "__main__":
-    result = _compile(*pickle.load(sys.stdin.buffer))
+    with contextlib.redirect_stdout(sys.stderr):  # Triton prints there what ptxas refuses
+        result = _compile(*pickle.load(sys.stdin.buffer))
     sys.stdout.buffer.write(pickle.dumps(result))
