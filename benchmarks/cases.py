@@ -129,6 +129,7 @@ class Case:
         """On the device, with random inputs: as many sets as no cache of it holds, at most 4. Without references there
         is nothing to check."""
         torch.manual_seed(seed)
+        torch.backends.cudnn.benchmark = False  # a reference is computed once
         module = self.make().to(device)
         if not self.training:
             module = module.eval().to(DTYPES[self.dtype])

@@ -16,7 +16,7 @@ from resnet_kernels.timing import Clock, Instant
 from . import cases
 from .cases import Case, Prepared
 from .events import Log
-from .measure import build
+from .measure import build, ready_for
 from .providers import Provider, providers_of
 from .sections import static_facts
 
@@ -82,6 +82,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @functools.lru_cache(maxsize=1)
 def prepared(case: Case) -> Prepared:
+    ready_for(torch.device(DEVICE))
     return case.prepare(torch.device(DEVICE))
 
 

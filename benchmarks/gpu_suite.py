@@ -213,7 +213,7 @@ class Suite:
             self.collect(name)
             if not reason:
                 cut = sum(row.section == name and row.status == "cut" for row in self.results.rows)
-                return Outcome("ok", f"{cut} rows were cut" if cut else "")
+                return Outcome("ok", f"rows cut: {cut}" if cut else "")
             if time.monotonic() >= end:
                 during = f" during {self._pending.case}, {self._pending.provider}" if self._pending else ""
                 return Outcome("cut", f"the budget ended{during}")

@@ -89,8 +89,8 @@ def measure(case: Case, device: torch.device, log: Log, rounds: int) -> None:
     """case: a model's inference. Rows of section "layers", a part each."""
     if log.knows(dataclasses.replace(case.row("", "ok"), section="layers", part="head")):
         return
-    torch.backends.cudnn.benchmark = True
     prepared = case.prepare(device, references=False)
+    torch.backends.cudnn.benchmark = True
     blocks = [name for name, m in prepared.module.named_modules() if isinstance(m, BLOCKS)]
     ways = {}
     for name, (peer, make) in WAYS.items():

@@ -129,6 +129,8 @@ def _line(error: BaseException) -> str:
 def build(case: Case, prepared: Prepared, provider: Provider, log: Log, left: float) -> dict[str, Ready]:
     """The provider's modes that are right; the others are told to the log. left: seconds there are for it."""
     device = prepared.inputs[0][0].device
+    # For sizes that stay, as here, a user lets cuDNN try its algorithms.
+    torch.backends.cudnn.benchmark = True
     row = case.row(provider.name, "ok", peer=provider.peer, floor=case.floor(log.facts))
     if log.knows(row):
         return {}
@@ -173,6 +175,14 @@ def build(case: Case, prepared: Prepared, provider: Provider, log: Log, left: fl
     return ready
 
 
+def ready_for(device: torch.device) -> None:
+    """Before a case: nothing is left of the one before."""
+    torch._dynamo.reset()  # else what was compiled counts towards the limit of recompilations
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 # Seconds to build from which a provider may be the end of its case.
 LONG = 10.0
 # Rounds of timing for which time is kept while providers are built.
@@ -193,16 +203,10 @@ def measure(
     first, deadline = case.row("", "ok"), time.monotonic() + budget
     if log.knows(first):
         return
-    torch._dynamo.reset()  # else what was compiled for other cases counts towards the limit of recompilations
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.backends.cudnn.benchmark = False  # not for references
+    ready_for(device)
     log.begin(case.row(PREPARATION, "ok"))
     prepared = case.prepare(device)
     log.begin(None)
-    # For sizes that stay, as here, a user lets cuDNN try its algorithms.
-    torch.backends.cudnn.benchmark = True
     clocks = {queued: Clock(device, queued) for queued in (False, True)}
     ready: dict[str, Ready] = {}
 

@@ -176,7 +176,8 @@ def rooflines(results: Results) -> Gallery:
     }
     text = (
         "Operations over the bytes that must move at least, and the rate reached by each provider's faster mode. On "
-        "the line only less work would be faster. Providers share the FLOP per byte of their case: drawn around it."
+        "the line only less work would be faster; above it is who does fewer operations than are counted (Winograd), "
+        "or keeps data in a cache. Providers share the FLOP per byte of their case: drawn around it."
     )
     if bare or not memory:
         lacking = f"matrix ceiling of {', '.join(bare)}" if memory else "memory ceiling"
@@ -195,7 +196,8 @@ def _roofline(results: Results, rows: list[Row], memory: float, matrix: float) -
     ridge = matrix / memory
     xs = [ridge, *(r.flops / r.bytes for r in rows)]
     left, right = min(xs) / 2, max(xs) * 2
-    low = min(matrix / 20, *(r.flops_per_second or matrix for r in rows)) / 1.5
+    rates = [r.flops_per_second or matrix for r in rows]
+    low, high = min(matrix / 4, *rates) / 1.5, max(matrix, *rates) * 1.5
     across = min(3, len({r.batch for r in rows})) if section in MODELS else 1
     height = 2.9 if across > 1 else 4.0
     figure, grid = _panels(_title(f"Roofline: {section}", rows, results), list(panels), across, height)
@@ -208,7 +210,7 @@ def _roofline(results: Results, rows: list[Row], memory: float, matrix: float) -
                 aside = step * (names.index(name) - (len(names) - 1) / 2)
                 x, y = row.flops / row.bytes * (right / left) ** aside, (row.flops_per_second or 0.0) / size
                 axes.plot(x, y, "o", color=shades[name], ms=5 if row.peer else 7, mec="white", mew=0.6)
-        axes.set(xlim=(left, right), ylim=(low / size, 1.5 * matrix / size), xlabel="FLOP per byte")
+        axes.set(xlim=(left, right), ylim=(low / size, high / size), xlabel="FLOP per byte")
         axes.set_ylabel(f"{prefix}FLOP/s" if i % across == 0 else "")
         _log_ticks(axes.xaxis, *axes.get_xlim())
         _log_ticks(axes.yaxis, *axes.get_ylim())
