@@ -95,7 +95,7 @@ class Case:
         memory, matrix = facts.get("memory"), facts.get("matrix", {}).get(self.dtype)
         return sum(need.seconds(memory, matrix) for need in self.needs) if memory and matrix else None
 
-    def row(self, provider: str, status: str, **rest: object) -> Row:
+    def row(self, provider: str, status: str, **rest: Any) -> Row:
         return Row(
             self.section,
             self.name,
@@ -106,7 +106,7 @@ class Case:
             size=self.size,
             bytes=self.need.bytes,
             flops=self.need.flops,
-            **rest,  # type: ignore[arg-type]
+            **rest,
         )
 
     def __str__(self) -> str:

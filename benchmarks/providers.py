@@ -118,7 +118,7 @@ def _inductor(prepared: Prepared, case: Case, mode: str | None = None) -> Built:
     # Whole, or an error: never eager again behind some limit.
     compiled = torch.compile(_nhwc(prepared), mode=mode, dynamic=False, fullgraph=True)
     if case.training:
-        return _step(compiled, case)  # type: ignore[arg-type]
+        return _step(compiled, case)
 
     # Freezing folds the batch norms and packs the weights, as freeze does. What is compiled now stays.
     with torch._inductor.config.patch(freezing=True), torch.no_grad():

@@ -130,8 +130,11 @@ def fp8_rate(device: torch.device) -> float:
     n = 8192
     a, b = (torch.randn(n, n, device=device).to(torch.float8_e4m3fn) for _ in range(2))
     one = torch.ones((), device=device)
-    run = lambda: torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16)  # noqa: E731
-    return 2 * n**3 / _best_seconds(run, device, 10)
+
+    def product() -> Tensor:
+        return torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16)
+
+    return 2 * n**3 / _best_seconds(product, device, 10)
 
 
 def facts(c: Context) -> None:
