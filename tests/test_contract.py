@@ -5,7 +5,17 @@ import torch
 import torch.nn.functional as F
 
 from resnet_kernels.backends import aten, cpu, cuda, reference, triton
-from resnet_kernels.backends.contract import Epilogue, Geometry, Operand, Pool, Product, call_of, wide
+from resnet_kernels.backends.contract import (
+    Affine,
+    Epilogue,
+    Geometry,
+    Normalized,
+    Operand,
+    Pool,
+    Product,
+    call_of,
+    wide,
+)
 from resnet_kernels.testing import assert_matches
 
 NHWC = torch.channels_last
@@ -240,8 +250,9 @@ def test_reference_gradients_are_autograds(name):
     dx, dweight = torch.autograd.grad(c, (x, weight), dc)
     product = Product(Operand(dc), weight.detach(), g, data_grad_size=tuple(x.shape[2:]))
     torch.testing.assert_close(reference.conv([product], Epilogue())[0], dx)
-    got = reference.wgrad(Operand(dc), Operand(x.detach()), weight.shape[2:], g)
+    got, sums = reference.wgrad(Operand(dc), Operand(x.detach()), weight.shape[2:], g, sums=True)
     torch.testing.assert_close(got, dweight)
+    torch.testing.assert_close(sums, dc.sum((0, 2, 3)))
 
 
 def test_reference_lazy_operand_mask_and_reductions():
@@ -258,9 +269,12 @@ def test_reference_lazy_operand_mask_and_reductions():
     torch.testing.assert_close(stats.mean, want.mean((0, 2, 3)))
     torch.testing.assert_close(stats.M2 / 18, want.var((0, 2, 3), unbiased=False))
     xhat = torch.randn_like(want)
-    _, (s, sx) = reference.conv([Product(operand, weight)], Epilogue(mask=mask, reduce=Operand(xhat)))
+    mean, rstd = torch.randn(2, 4).double()
+    by = Normalized(xhat, mean, rstd)
+    _, (s, sx) = reference.conv([Product(operand, weight)], Epilogue(mask=mask, reduce=by))
     torch.testing.assert_close(s, want.sum((0, 2, 3)))
-    torch.testing.assert_close(sx, (want * xhat).sum((0, 2, 3)))
+    normalized = (xhat - mean[:, None, None]) * rstd[:, None, None]
+    torch.testing.assert_close(sx, (want * normalized).sum((0, 2, 3)))
 
 
 def test_a_bottleneck_trains_by_the_primitives_alone():
@@ -286,37 +300,32 @@ def test_a_bottleneck_trains_by_the_primitives_alone():
     pad = Geometry(padding=1)
 
     c1, s1 = reference.conv([Product(Operand(x), w1)], Epilogue(reduce="stats"))
-    n1 = reference.finalize_stats(s1, gammas[0], betas[0], eps)
+    n1 = Affine.of(reference.finalize_stats(s1, gammas[0], betas[0], eps))
     h1 = Operand(c1, (n1.a, n1.b), relu=True)
     c2, s2 = reference.conv([Product(h1, w2, pad)], Epilogue(reduce="stats"))
-    n2 = reference.finalize_stats(s2, gammas[1], betas[1], eps)
+    n2 = Affine.of(reference.finalize_stats(s2, gammas[1], betas[1], eps))
     h2 = Operand(c2, (n2.a, n2.b), relu=True)
     moments = reference.moments(h2)
-    n3 = reference.finalize_moments(moments, w3[:, :, 0, 0], gammas[2], betas[2], eps)
+    n3 = Affine.of(reference.finalize_moments(moments, w3[:, :, 0, 0], gammas[2], betas[2], eps))
     y, _ = reference.conv([Product(h2, w3, scale=n3.a)], Epilogue(n3.b, Operand(x), relu=True))
     torch.testing.assert_close(y, want)
 
     g = Operand(dy, mask=~(y <= 0))
-    sg = reference.bn_pass(g, Epilogue())[0].sum((0, 2, 3))
-    G = reference.wgrad(g, h2, (1, 1), Geometry())[:, :, 0, 0]
-    dw3, dgamma3, dbeta3, A, B, v = reference.finalize_tail_grad(
-        sg, G, torch.zeros(J).double(), moments, w3[:, :, 0, 0], n3
-    )
-    h2_value = reference.bn_pass(h2, Epilogue())[0]
-    xhat2 = Operand(c2, (n2.rstd, -n2.mean * n2.rstd))
+    G, dbeta3 = reference.wgrad(g, h2, (1, 1), Geometry(), sums=True)
+    dw3, dgamma3, A, B, v = reference.finalize_tail_grad(dbeta3, G[:, :, 0, 0], None, moments, w3[:, :, 0, 0], n3)
     products = [Product(g, A.T[:, :, None, None].contiguous()), Product(h2, B.T[:, :, None, None].contiguous())]
-    gh2, sums2 = reference.conv(products, Epilogue(v, mask=~(h2_value <= 0), reduce=xhat2))
-    al, be, const, dgamma2, dbeta2 = reference.finalize_bn_grad(sums2, s2.rows, n2)
+    gh2, sums2 = reference.conv(products, Epilogue(v, mask=h2, reduce=Normalized(c2, n2.mean, n2.rstd)))
+    dbeta2, dgamma2 = sums2
+    al, be, const = reference.finalize_bn_grad(sums2, s2.rows, n2)
     dc2 = Operand(gh2, (al, const), (c2, be))
-    dw2 = reference.wgrad(dc2, h1, (3, 3), pad)
-    h1_value = reference.bn_pass(h1, Epilogue())[0]
-    xhat1 = Operand(c1, (n1.rstd, -n1.mean * n1.rstd))
+    dw2, _ = reference.wgrad(dc2, h1, (3, 3), pad)
     gh1, sums1 = reference.conv(
-        [Product(dc2, w2, pad, data_grad_size=(H, H))], Epilogue(mask=~(h1_value <= 0), reduce=xhat1)
+        [Product(dc2, w2, pad, data_grad_size=(H, H))], Epilogue(mask=h1, reduce=Normalized(c1, n1.mean, n1.rstd))
     )
-    al, be, const, dgamma1, dbeta1 = reference.finalize_bn_grad(sums1, s1.rows, n1)
+    dbeta1, dgamma1 = sums1
+    al, be, const = reference.finalize_bn_grad(sums1, s1.rows, n1)
     dc1 = Operand(gh1, (al, const), (c1, be))
-    dw1 = reference.wgrad(dc1, Operand(x), (1, 1), Geometry())
+    dw1, _ = reference.wgrad(dc1, Operand(x), (1, 1), Geometry())
     dx, _ = reference.conv([Product(dc1, w1, data_grad_size=(H, H))], Epilogue(residual=g))
 
     got = [dx, dw1, dw2, dw3[:, :, None, None], dgamma1, dgamma2, dgamma3, dbeta1, dbeta2, dbeta3]

@@ -6,7 +6,7 @@ fp64 inputs: `wide`). Four families, see `Backend`:
 
     conv         sums of products with an epilogue: forward convolutions and, with `data_grad_size`, data gradients
     wgrad        weight gradients, and the moments of an activation
-    bn_pass      memory-bound passes
+    bn_pass      memory-bound passes; `reduce`, those that write nothing
     finalize_*   the per-channel algebra between them
 
 `reference` defines the result of each. Another backend implements what it can and tells the rest in `why_not`, a pure
@@ -71,10 +71,11 @@ class Operand:
     """A tensor seen through what is applied while loading it, in this order:
 
     v = tensor, every stride-th row and column
+    v = v where mask, else 0         mask: bool of the tensor's sizes, or what the same backend returned for "mask"
     v = a*v + b                      affine = (a, b), per channel
     v = a*v + a2*second + b          with second = (tensor, a2)
     v = relu(v), rounded to the tensor's dtype
-    v = v where mask, else 0         (mask bool, of the tensor's sizes)
+    v = v - centre, per channel      (fp32 and fp64 only: it is not rounded again)
     """
 
     tensor: Tensor
@@ -83,6 +84,21 @@ class Operand:
     relu: bool = False
     mask: Tensor | None = None
     stride: int = 1
+    centre: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is its tensor."""
+        nothing = (self.affine, self.second, self.mask, self.centre)
+        return self.stride == 1 and not self.relu and all(value is None for value in nothing)
+
+
+class Normalized(NamedTuple):
+    """xhat = (tensor - mean) * rstd, per channel."""
+
+    tensor: Tensor
+    mean: Tensor
+    rstd: Tensor
 
 
 @dataclass(frozen=True)
@@ -133,22 +149,27 @@ class Product:
 class Epilogue:
     """What happens to the accumulator t: t += shift, t += residual, relu, zero where not mask, round, reduce.
 
+    residual: of the result's sizes; with fewer channels, those it lacks are zero. spread: it stands at every
+        spread-th row and column of the result, zeros between.
+    mask: bool of the result's sizes, or an Operand: then t stays where `not (operand <= 0)`.
+    reduce: "stats" for `Stats` of the rounded result; `Normalized` xhat for the pair sum(t), sum(t * xhat) per channel;
+        "mask" for a tensor that tells where `not (result <= 0)`, in a form of the backend's own (`mask_size`).
     overwrite: the result may take the residual's memory.
-    reduce: "stats" for `Stats` of the rounded result; an Operand xhat for the pair sum(t), sum(t * xhat) per channel.
     """
 
     shift: Tensor | None = None
     residual: Operand | None = None
     relu: bool = False
-    mask: Tensor | None = None
-    reduce: str | Operand | None = None
+    mask: Tensor | Operand | None = None
+    reduce: str | Normalized | None = None
     overwrite: bool = False
+    spread: int = 1
 
 
 class Stats(NamedTuple):
     """Per channel: rows, mean, and the sum of squared deviations from it."""
 
-    rows: int
+    rows: int | Tensor
     mean: Tensor
     M2: Tensor
 
@@ -162,12 +183,29 @@ class Moments(NamedTuple):
 
 
 class Affine(NamedTuple):
-    """A batch norm ready to apply: y = a*x + b, with the mean and 1/sqrt(var + eps) it came from."""
+    """A batch norm ready to apply: y = a*x + b, with the mean and 1/sqrt(var + eps) it came from, and the unbiased
+    variance. The rows of the (5, K) table that `finalize_*` return."""
 
     a: Tensor
     b: Tensor
     mean: Tensor
     rstd: Tensor
+    var: Tensor
+
+    @classmethod
+    def of(cls, table: Tensor) -> Affine:
+        return cls(*table.unbind())
+
+
+class TailGrad(NamedTuple):
+    """Of c = h W^T and its batch norm: dweight (K, J) and dgamma (K) in `wide`; A (K, J), B (J, J) in the weight's dtype
+    and v (J) in `wide` with dL/dh = g A + (h - centre) B + v."""
+
+    dweight: Tensor
+    dgamma: Tensor
+    A: Tensor
+    B: Tensor
+    v: Tensor
 
 
 @dataclass(frozen=True)
@@ -175,7 +213,8 @@ class Call:
     """Metadata of a call, all that `why_not` may look at.
 
     needs: names of what is asked for: a primitive ("conv", "wgrad", "moments", "bn_pass", "finalize") and features
-        ("residual", "two_products", "lazy", "two_tensors", "mask", "reduce", "data_grad", "pool").
+        ("residual", "two_products", "lazy", "two_tensors", "mask", "reduce", "data_grad", "pool"). "training" stands
+        for all primitives and features but "pool".
     weights: (K, C/groups, R, S) and geometry of each product.
     size: (N, C, H, W) of the first operand where it is known; only what was measured depends on it.
     """
@@ -238,8 +277,9 @@ def check_conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[int, in
     if epilogue.residual is not None:
         r, s = epilogue.residual.tensor, epilogue.residual.stride
         got = (r.shape[0], r.shape[1], -(-r.shape[2] // s), -(-r.shape[3] // s))
-        if got != sizes:
-            raise ValueError(f"conv: expected a residual of {sizes}, got {got}")
+        expected = (*sizes[:2], *(-(-n // epilogue.spread) for n in sizes[2:]))
+        if (got[0], *got[2:]) != (expected[0], *expected[2:]) or got[1] > expected[1]:
+            raise ValueError(f"conv: expected a residual of {expected}, got {got}")
     if epilogue.shift is not None and epilogue.shift.shape != (sizes[1],):
         raise ValueError(f"conv: expected {sizes[1]} shifts, got {tuple(epilogue.shift.shape)}")
     return sizes
@@ -289,11 +329,22 @@ class Backend(Protocol):
     def pack(self, weight: Tensor, scale: Tensor, geometry: Geometry, size: Sequence[int], keep: bool = True) -> Packed:
         """Prepare a weight for operands of `size` (N, C, H, W). keep: for many calls, so that work here pays."""
 
+    def mask_size(self, sizes: Sequence[int]) -> tuple[int, ...] | None:
+        """Of the uint8 tensor that stands for the mask of a result of these sizes (N, K, P, Q); None: the result itself
+        is what `reduce="mask"` returns."""
+
+    def settle(self, operand: Operand, kernel: int) -> Operand:
+        """An operand that several kernels are going to read, one of them a product with a kernel x kernel filter: as
+        it came if they apply what it holds while loading, else computed once."""
+
     def conv(self, products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
         """(t, reduced): t (N, K, P, Q) = epilogue(sum of products), channels_last; reduced as `Epilogue.reduce`."""
 
-    def wgrad(self, g: Operand, x: Operand, kernel: tuple[int, int], geometry: Geometry) -> Tensor:
-        """dL/dweight (K, C/groups, R, S) in `wide`, for g = dL/dconv (N, K, P, Q) and conv's operand x (N, C, H, W)."""
+    def wgrad(
+        self, g: Operand, x: Operand, kernel: tuple[int, int], geometry: Geometry, sums: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """(dL/dweight (K, C/groups, R, S), sum of g per channel if `sums`), both in `wide`, for g = dL/dconv
+        (N, K, P, Q) and conv's operand x (N, C, H, W)."""
 
     def moments(self, h: Operand) -> Moments:
         """Over the M rows of h (N, J, P, Q)."""
@@ -301,17 +352,20 @@ class Backend(Protocol):
     def bn_pass(self, x: Operand, epilogue: Epilogue, pool: Pool | None = None) -> tuple[Tensor, Any]:
         """(t, reduced): epilogue(x), then max-pooled (NaN wins, padding -inf) if pool is given."""
 
-    def finalize_stats(self, stats: Stats, gamma: Tensor, beta: Tensor, eps: float) -> Affine:
-        """a = gamma*rstd, b = beta - mean*a, from the biased variance."""
+    def reduce(self, x: Operand, by: str | Normalized) -> Any:
+        """What `bn_pass` of x reduces to by "stats" or `Normalized`, without its result."""
 
-    def finalize_moments(self, m: Moments, weight: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Affine:
+    def finalize_stats(self, stats: Stats, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+        """The table of `Affine`: a = gamma*rstd, b = beta - mean*a, from the biased variance."""
+
+    def finalize_moments(self, m: Moments, weight: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
         """The same for c = h W^T (weight (K, J)), from h's moments: mean = W mu, var = diag(W Cov W^T)."""
 
-    def finalize_bn_grad(self, sums: tuple[Tensor, Tensor], rows: int, affine: Affine) -> tuple[Tensor, ...]:
-        """From sum(g), sum(g*xhat): (al, be, const, dgamma, dbeta) with dL/dc = al*g + be*c + const."""
+    def finalize_bn_grad(self, sums: tuple[Tensor, Tensor], rows: int | Tensor, affine: Affine) -> tuple[Tensor, ...]:
+        """From sum(g), sum(g*xhat): (al, be, const) with dL/dc = al*g + be*c + const."""
 
     def finalize_tail_grad(
-        self, sg: Tensor, G: Tensor, centre: Tensor, m: Moments, weight: Tensor, affine: Affine
-    ) -> tuple[Tensor, ...]:
-        """From sg = sum(g) and G = g^T (h - centre): (dweight, dgamma, dbeta, A, B, v) with
-        dL/dh = g A + (h - centre) B + v. Weight and G are (K, J)."""
+        self, sg: Tensor, G: Tensor, centre: Tensor | None, m: Moments, weight: Tensor, affine: Affine
+    ) -> TailGrad:
+        """From sg = sum(g) and G = g^T (h - centre), for c = h W^T whose statistics came from the moments m; weight and
+        G are (K, J), centre None is zero."""

@@ -14,17 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
+from . import algebra
 from .contract import (
     Affine,
     Call,
     Epilogue,
     Geometry,
     Moments,
+    Normalized,
     Operand,
     Packed,
     Pool,
     Product,
     Stats,
+    TailGrad,
     beyond,
     check_conv,
     wide,
@@ -32,7 +35,8 @@ from .contract import (
 
 NAME = "reference"
 SUPPORTS = frozenset(
-    "conv wgrad moments bn_pass finalize residual two_products lazy two_tensors mask reduce data_grad pool".split()
+    "conv wgrad moments bn_pass finalize residual two_products lazy two_tensors mask reduce data_grad pool training"
+    "".split()
 )
 PACKS_FOR_SIZE = False
 
@@ -57,11 +61,21 @@ def _per_channel(t: Tensor) -> Tensor:
     return t[:, None, None]
 
 
+def mask_size(sizes: Sequence[int]) -> tuple[int, ...] | None:
+    return None
+
+
+def settle(operand: Operand, kernel: int) -> Operand:
+    return operand
+
+
 def _value(operand: Operand) -> Tensor:
     """What the operand stands for, in its tensor's dtype."""
     s = operand.stride
     x = operand.tensor[:, :, ::s, ::s]
     v = x.to(wide(x.dtype))
+    if operand.mask is not None:
+        v = torch.where(_kept(operand.mask)[:, :, ::s, ::s], v, 0)
     if operand.affine is not None:
         a, b = operand.affine
         v = _per_channel(a) * v + _per_channel(b)
@@ -70,33 +84,43 @@ def _value(operand: Operand) -> Tensor:
         v = v + _per_channel(a2) * tensor[:, :, ::s, ::s].to(v.dtype)
     if operand.relu:
         v = torch.relu(v)
-    if operand.mask is not None:
-        v = torch.where(operand.mask[:, :, ::s, ::s], v, 0)
-    return v.to(x.dtype)
+    v = v.to(x.dtype)
+    return v if operand.centre is None else v - _per_channel(operand.centre)
+
+
+def _kept(mask: Tensor | Operand) -> Tensor:
+    """Where a mask of any form keeps what it is laid over: a NaN's gradient passes."""
+    t = _value(mask) if isinstance(mask, Operand) else mask
+    return t if t.dtype == torch.bool else ~(t <= 0)
 
 
 def _finish(t: Tensor, epilogue: Epilogue, dtype: torch.dtype, pool: Pool | None = None) -> tuple[Tensor, Any]:
     if epilogue.shift is not None:
         t = t + _per_channel(epilogue.shift)
     if epilogue.residual is not None:
-        t = t + _value(epilogue.residual).to(t.dtype)
+        r = _value(epilogue.residual).to(t.dtype)
+        t[:, : r.shape[1], :: epilogue.spread, :: epilogue.spread] += r
     if epilogue.relu:
         t = torch.relu(t)
     if epilogue.mask is not None:
-        t = torch.where(epilogue.mask, t, 0)
+        t = torch.where(_kept(epilogue.mask), t, 0)
     t = t.to(dtype)
     if pool is not None:
         t = F.max_pool2d(t, *pool)
     t = t.contiguous(memory_format=torch.channels_last)
-    if epilogue.reduce is None:
-        return t, None
-    v = t.to(wide(dtype))
-    if isinstance(epilogue.reduce, Operand):
-        xhat = _value(epilogue.reduce).to(v.dtype)
-        return t, (v.sum((0, 2, 3)), (v * xhat).sum((0, 2, 3)))
+    if epilogue.reduce is None or epilogue.reduce == "mask":
+        return t, None if epilogue.reduce is None else t
+    return t, _reduced(t, epilogue.reduce)
+
+
+def _reduced(t: Tensor, by: str | Normalized) -> Any:
+    v = t.to(wide(t.dtype))
+    if isinstance(by, Normalized):
+        off = by.tensor.to(v.dtype) - _per_channel(by.mean)
+        return v.sum((0, 2, 3)), (v * off).sum((0, 2, 3)) * by.rstd
     mean = v.mean((0, 2, 3))
     M2 = (v - _per_channel(mean)).square().sum((0, 2, 3))
-    return t, Stats(v.numel() // v.shape[1], mean, M2)
+    return Stats(v.numel() // v.shape[1], mean, M2)
 
 
 def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
@@ -124,10 +148,12 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
     return _finish(total, epilogue, dtype)
 
 
-def wgrad(g: Operand, x: Operand, kernel: tuple[int, int], geometry: Geometry) -> Tensor:
+def wgrad(
+    g: Operand, x: Operand, kernel: tuple[int, int], geometry: Geometry, sums: bool = False
+) -> tuple[Tensor, Tensor | None]:
     gv, xv = (_value(o).to(wide(o.tensor.dtype)) for o in (g, x))
     sizes = (gv.shape[1], xv.shape[1] // geometry.groups, *kernel)
-    return conv2d_weight(xv, sizes, gv, *geometry)
+    return conv2d_weight(xv, sizes, gv, *geometry), gv.sum((0, 2, 3)) if sums else None
 
 
 def moments(h: Operand) -> Moments:
@@ -139,39 +165,28 @@ def moments(h: Operand) -> Moments:
 
 def bn_pass(x: Operand, epilogue: Epilogue, pool: Pool | None = None) -> tuple[Tensor, Any]:
     dtype = x.tensor.dtype
-    return _finish(_value(x).to(wide(dtype)), epilogue, dtype, pool)
+    value = _value(x).to(wide(dtype))
+    # A residual is added in place.
+    return _finish(value.clone() if x.plain else value, epilogue, dtype, pool)
 
 
-def finalize_stats(stats: Stats, gamma: Tensor, beta: Tensor, eps: float) -> Affine:
-    rstd = torch.rsqrt(stats.M2 / stats.rows + eps)
-    a = gamma * rstd
-    return Affine(a, beta - stats.mean * a, stats.mean, rstd)
+def reduce(x: Operand, by: str | Normalized) -> Any:
+    return _reduced(_value(x), by)
 
 
-def finalize_moments(m: Moments, weight: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Affine:
-    w = weight.to(m.mean.dtype)
-    # Rounding can leave a variance of zero slightly negative.
-    M2 = ((w @ m.M2) * w).sum(1).clamp_min(0)
-    return finalize_stats(Stats(m.rows, w @ m.mean, M2), gamma, beta, eps)
+def finalize_stats(stats: Stats, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+    return algebra.table(stats, gamma, beta, eps)
 
 
-def finalize_bn_grad(sums: tuple[Tensor, Tensor], rows: int, affine: Affine) -> tuple[Tensor, ...]:
-    dbeta, dgamma = sums
-    be = -affine.a * affine.rstd * dgamma / rows
-    return affine.a, be, -affine.a * dbeta / rows - be * affine.mean, dgamma, dbeta
+def finalize_moments(m: Moments, weight: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+    return algebra.table(algebra.product_stats(m, weight), gamma, beta, eps)
+
+
+def finalize_bn_grad(sums: tuple[Tensor, Tensor], rows: int | Tensor, affine: Affine) -> tuple[Tensor, ...]:
+    return algebra.bn_grad(sums, rows, affine)
 
 
 def finalize_tail_grad(
-    sg: Tensor, G: Tensor, centre: Tensor, m: Moments, weight: Tensor, affine: Affine
-) -> tuple[Tensor, ...]:
-    w, M = weight.to(sg.dtype), m.rows
-    a = affine.a[:, None]
-    dgamma = affine.rstd * ((G * w).sum(1) + sg * (w @ centre - affine.mean))
-    m1, m2 = sg / M, dgamma / M
-    q = (affine.a * affine.rstd * m2)[:, None]
-    dweight = a * (G + torch.outer(sg, centre - m.mean)) - q * (w @ m.M2)
-    # v from the rounded A and B: their rounding then cancels against the means.
-    A = (a * w).to(weight.dtype).to(w.dtype)
-    B = (-w.T @ (q * w)).to(weight.dtype).to(w.dtype)
-    v = -(m1 @ A) - (m.mean - centre) @ B
-    return dweight, dgamma, sg, A, B, v
+    sg: Tensor, G: Tensor, centre: Tensor | None, m: Moments, weight: Tensor, affine: Affine
+) -> TailGrad:
+    return algebra.tail_grad(sg, G, centre, m, weight, affine)
