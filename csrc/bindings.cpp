@@ -4,8 +4,10 @@
 
 #include "common/checks.h"
 #include "cpu/conv.h"
+#include "cpu/gradients.h"
 #include "cpu/passes.h"
 #include "cpu/pool.h"
+#include "cpu/reductions.h"
 
 #ifdef RESNET_KERNELS_CUDA
 #include <c10/cuda/CUDAGuard.h>
@@ -30,6 +32,37 @@ py::dict build_info() {
   info["archs"] = "";
 #endif
   return info;
+}
+
+// (tensor, mask, a, b, second, a2, relu, centre) of an Operand.
+using LazyTuple = std::tuple<at::Tensor, std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<at::Tensor>,
+                             std::optional<at::Tensor>, std::optional<at::Tensor>, bool, std::optional<at::Tensor>>;
+
+resnet_kernels::Lazy lazy_of(const LazyTuple& t) {
+  const auto some = [](const std::optional<at::Tensor>& value) { return value.value_or(at::Tensor()); };
+  return {std::get<0>(t),       some(std::get<1>(t)), some(std::get<2>(t)), some(std::get<3>(t)),
+          some(std::get<4>(t)), some(std::get<5>(t)), std::get<6>(t),       some(std::get<7>(t))};
+}
+
+// (y or None, the pair of reductions or None).
+py::tuple train_pass(const LazyTuple& x, const std::optional<at::Tensor>& shift, const std::optional<LazyTuple>& residual,
+                        bool relu, const std::optional<LazyTuple>& kept, float threshold, bool store,
+                        const std::optional<at::Tensor>& out, const std::string& reduce,
+                        const std::optional<std::array<at::Tensor, 3>>& normalized) {
+  using resnet_kernels::Reduce;
+  resnet_kernels::Finish finish{shift.value_or(at::Tensor()), std::nullopt, relu, std::nullopt, threshold};
+  if (residual) finish.residual = lazy_of(*residual);
+  if (kept) finish.kept = lazy_of(*kept);
+  const auto by = normalized ? Reduce::kNormalized : reduce == "stats" ? Reduce::kStats : Reduce::kNone;
+  const auto n = normalized.value_or(std::array<at::Tensor, 3>());
+  resnet_kernels::Passed passed;
+  {
+    py::gil_scoped_release unlocked;
+    passed = resnet_kernels::cpu_pass(lazy_of(x), finish, store, out.value_or(at::Tensor()), by, n[0], n[1], n[2]);
+  }
+  const auto y = store ? py::cast(passed.y) : py::none();
+  if (by == Reduce::kNone) return py::make_tuple(y, py::none());
+  return py::make_tuple(y, py::make_tuple(passed.first, passed.second));
 }
 
 #ifdef RESNET_KERNELS_CUDA
@@ -86,6 +119,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("residual_block", &resnet_kernels::cpu_residual_block, py::call_guard<py::gil_scoped_release>());
   m.def("pool_bytes", &resnet_kernels::pool_bytes);
   m.def("bn_pass", &resnet_kernels::cpu_bn_pass, py::call_guard<py::gil_scoped_release>());
+  m.def("train_pass", &train_pass);
+  m.def("wgrad", [](const at::Tensor& g, const at::Tensor& x, int64_t R, int64_t S, const std::array<int64_t, 4>& geometry,
+                    bool sums) {
+    std::pair<at::Tensor, at::Tensor> both;
+    {
+      py::gil_scoped_release unlocked;
+      both = resnet_kernels::cpu_wgrad(g, x, R, S, {geometry[0], geometry[1], geometry[2], geometry[3]}, sums);
+    }
+    return py::make_tuple(both.first, sums ? py::cast(both.second) : py::none());
+  });
+  m.def("second_moments", &resnet_kernels::cpu_second_moments, py::call_guard<py::gil_scoped_release>());
   m.def("max_pool_relu", &resnet_kernels::cpu_max_pool_relu, py::call_guard<py::gil_scoped_release>());
 #ifdef RESNET_KERNELS_CUDA
   m.def("cuda_bn_pass", &cuda_bn_pass, py::call_guard<py::gil_scoped_release>());

@@ -11,6 +11,7 @@ and far faster than emulation.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -18,11 +19,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import extension
-from .contract import Block, Call, Epilogue, Geometry, Operand, Packed, Pool, Product, beyond, check_conv, wide
+from . import algebra, extension
+from .contract import (
+    Affine,
+    Block,
+    Call,
+    Epilogue,
+    Geometry,
+    Moments,
+    Normalized,
+    Operand,
+    Packed,
+    Pool,
+    Product,
+    Stats,
+    TailGrad,
+    beyond,
+    check_conv,
+    wide,
+)
 
 NAME = "cpu"
-SUPPORTS = frozenset({"conv", "residual", "two_products", "bn_pass", "pool"})
+SUPPORTS = frozenset(
+    "conv wgrad moments bn_pass finalize residual two_products lazy two_tensors mask reduce data_grad pool training"
+    "".split()
+)
 PACKS_FOR_SIZE = True
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -65,19 +86,58 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
     C, _ = extension.load()
     dtype = products[0].operand.tensor.dtype
     compute = compute_dtype(dtype)
+    # A pass behind the convolutions does what their own epilogue (shift, residual, ReLU) cannot.
+    pass_behind = _needs_pass(epilogue)
+    residual = None if pass_behind else epilogue.residual
     overwrite = epilogue.overwrite and compute == dtype
-    y = None if epilogue.residual is None else _nhwc(epilogue.residual.tensor, compute)
+    y = None if residual is None else _nhwc(residual.tensor, compute)
     for i, p in enumerate(products):
-        x = _nhwc(p.operand.tensor, compute)
-        packed = p.packed
-        if isinstance(packed.weight, Tensor):
-            ones = torch.ones(packed.shape[0], dtype=torch.float32)
-            packed = pack(packed.weight, ones if packed.scale is None else packed.scale, p.geometry, x.shape)
-        shift = epilogue.shift.to(compute) if i == 0 and epilogue.shift is not None else None
-        last = i == len(products) - 1
-        y = C.conv(x, packed.weight, shift, y, overwrite or i > 0, epilogue.relu and last)
+        shift = None if pass_behind or i or epilogue.shift is None else epilogue.shift.to(compute)
+        relu = epilogue.relu and not pass_behind and i == len(products) - 1
+        x = _nhwc(_plain(p.operand, compute), compute)
+        y = _convolve(C, x, p, shift, y, overwrite or i > 0, relu)
     assert y is not None
-    return y.to(dtype), None
+    if pass_behind:
+        return _pass(Operand(y), epilogue, dtype, store=True, in_place=True)
+    return y.to(dtype), _reduction_of(y.to(dtype), epilogue.reduce)
+
+
+def _convolve(
+    C: Any, x: Tensor, p: Product, shift: Tensor | None, y: Tensor | None, overwrite: bool, relu: bool
+) -> Tensor:
+    """relu(product of x + shift + y)."""
+    packed, g = p.packed, p.geometry
+    if p.data_grad_size is not None:
+        assert isinstance(packed.weight, Tensor)
+        weight = packed.weight.to(x.dtype)
+        if packed.scale is not None:
+            x = x * packed.scale[:, None, None]
+        if g.stride > 1 or g.groups > 1:
+            like = x.new_empty((x.shape[0], weight.shape[1] * g.groups, *p.data_grad_size))
+            like = like.contiguous(memory_format=torch.channels_last)
+            pairs = [[n] * 2 for n in (g.stride, g.padding, g.dilation)]
+            backward = torch.ops.aten.convolution_backward
+            t, _, _ = backward(x, like, weight, None, *pairs, False, [0, 0], g.groups, [True, False, False])
+            assert shift is None and not relu
+            return t.contiguous(memory_format=torch.channels_last) if y is None else y.add_(t) if overwrite else y + t
+        # A data gradient of stride 1 is the convolution by the filter turned round.
+        weight = weight.transpose(0, 1).flip(2, 3)
+        turned = Geometry(1, g.dilation * (weight.shape[2] - 1) - g.padding, g.dilation)
+        packed, g = Packed(weight, None, tuple(weight.shape)), turned
+    if isinstance(packed.weight, Tensor):
+        ones = torch.ones(packed.shape[0], dtype=torch.float32)
+        packed = pack(packed.weight, ones if packed.scale is None else packed.scale, g, x.shape, keep=False)
+    return C.conv(x, packed.weight, shift, y, overwrite, relu)
+
+
+def _needs_pass(e: Epilogue) -> bool:
+    residual = e.residual is not None and (not e.residual.plain or e.spread > 1)
+    return residual or e.mask is not None or isinstance(e.reduce, Normalized)
+
+
+def _reduction_of(y: Tensor, by: str | Normalized | None) -> Any:
+    """Of a result that is stored already."""
+    return None if by is None else y if by == "mask" else reduce(Operand(y), by)
 
 
 def residual_blocks(x: Tensor, blocks: Sequence[Block], overwrite: bool) -> Tensor:
@@ -92,6 +152,8 @@ def residual_blocks(x: Tensor, blocks: Sequence[Block], overwrite: bool) -> Tens
 
 
 def bn_pass(x: Operand, epilogue: Epilogue, pool: Pool | None = None) -> tuple[Tensor, Any]:
+    if pool is None:
+        return _pass(x, epilogue, x.tensor.dtype, store=True)
     C, _ = extension.load()
     t, dtype = x.tensor, x.tensor.dtype
     half = dtype == torch.float16
@@ -107,3 +169,136 @@ def bn_pass(x: Operand, epilogue: Epilogue, pool: Pool | None = None) -> tuple[T
     if pool is not None:
         v = C.max_pool_relu(v, *pool) if epilogue.relu else torch.max_pool2d(v, *pool)
     return v.to(dtype), None
+
+
+# Training. Products read plain operands: what an Operand holds is computed once, by a pass.
+
+
+def mask_size(sizes: Sequence[int]) -> tuple[int, ...] | None:
+    return None
+
+
+def settle(operand: Operand, kernel: int) -> Operand:
+    return operand if operand.plain else Operand(_plain(operand, operand.tensor.dtype))
+
+
+def _lazy(o: Operand) -> tuple:
+    """As the extension takes it, in fp32; its stride must be 1."""
+    per_channel = [None if t is None else t.float().contiguous() for t in (*(o.affine or (None, None)), o.centre)]
+    tensors = [None if t is None else _nhwc(t, torch.float32) for t in (o.tensor, o.mask, o.second and o.second[0])]
+    if o.mask is not None and o.mask.dtype == torch.bool:
+        tensors[1] = _nhwc(o.mask, torch.float32)
+    a2 = None if o.second is None else o.second[1].float().contiguous()
+    return tensors[0], tensors[1], *per_channel[:2], tensors[2], a2, o.relu, per_channel[2]
+
+
+def _unstrided(o: Operand) -> Operand:
+    """With every stride-th row and column taken."""
+    if o.stride == 1:
+        return o
+
+    def part(t: Tensor) -> Tensor:
+        return t[:, :, :: o.stride, :: o.stride]
+
+    second = None if o.second is None else (part(o.second[0]), o.second[1])
+    mask = None if o.mask is None else part(o.mask)
+    return dataclasses.replace(o, tensor=part(o.tensor), second=second, mask=mask, stride=1)
+
+
+def _plain(operand: Operand, dtype: torch.dtype) -> Tensor:
+    """What the operand stands for, rounded to its tensor's dtype, in `dtype`."""
+    o = _unstrided(operand)
+    if o.plain:
+        return o.tensor
+    C, _ = extension.load()
+    y, _ = C.train_pass(_lazy(o), None, None, False, None, 0.0, True, None, "", None)
+    return y.to(o.tensor.dtype).to(dtype)
+
+
+def _rounds_to_zero(dtype: torch.dtype) -> float:
+    """The largest number that fp32 still has and `dtype` does not."""
+    return 2.0**-25 if dtype == torch.float16 else 0.0
+
+
+def _pass(x: Operand, e: Epilogue, dtype: torch.dtype, store: bool, in_place: bool = False) -> tuple[Any, Any]:
+    """bn_pass, with its result in `dtype`; in_place: it may take x's memory."""
+    C, _ = extension.load()
+    x = _unstrided(x)
+    residual, kept = None, None
+    if e.residual is not None:
+        r = _unstrided(e.residual)
+        if e.spread > 1 or r.tensor.shape[1] < x.tensor.shape[1]:
+            r = Operand(_spread(_plain(r, torch.float32), x.tensor.shape, e.spread))
+        residual = _lazy(r)
+    if e.mask is not None:
+        kept = _lazy(e.mask if isinstance(e.mask, Operand) else Operand(e.mask.to(torch.float32)))
+    # Sums are of the rounded result: where rounding follows, they are taken behind it.
+    rounds = dtype != torch.float32
+    normalized, kind = None, ""
+    if isinstance(e.reduce, Normalized) and not rounds:
+        n = e.reduce
+        normalized = [_nhwc(n.tensor, torch.float32), n.mean.float().contiguous(), n.rstd.float().contiguous()]
+    elif e.reduce == "stats" and not rounds:
+        kind = "stats"
+    lazy = _lazy(x)
+    shift = None if e.shift is None else e.shift.float().contiguous()
+    out = lazy[0] if in_place and lazy[0].is_contiguous(memory_format=torch.channels_last) else None
+    y, sums = C.train_pass(
+        lazy, shift, residual, e.relu, kept, _rounds_to_zero(dtype), store, out, kind, normalized
+    )
+    t = y.to(dtype) if store else None
+    if e.reduce == "mask":
+        return t, t
+    if rounds and e.reduce is not None:
+        return t, reduce(Operand(t), e.reduce)
+    if kind:
+        return t, Stats(x.tensor.numel() // x.tensor.shape[1], *sums)
+    return t, sums
+
+
+def _spread(r: Tensor, sizes: Sequence[int], spread: int) -> Tensor:
+    """r at every spread-th row and column, and in the first channels, of zeros."""
+    full = torch.zeros(sizes, dtype=r.dtype).contiguous(memory_format=torch.channels_last)
+    full[:, : r.shape[1], ::spread, ::spread] = r
+    return full
+
+
+def reduce(x: Operand, by: str | Normalized) -> Any:
+    if x.plain:
+        x = Operand(x.tensor.float())
+    elif x.tensor.dtype != torch.float32:
+        x = Operand(_plain(x, torch.float32))
+    return _pass(x, Epilogue(reduce=by), torch.float32, store=False)[1]
+
+
+def wgrad(
+    g: Operand, x: Operand, kernel: tuple[int, int], geometry: Geometry, sums: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    C, _ = extension.load()
+    gt, xt = (_nhwc(_plain(o, torch.float32), torch.float32) for o in (g, x))
+    return C.wgrad(gt, xt, *kernel, geometry, sums)
+
+
+def moments(h: Operand) -> Moments:
+    C, _ = extension.load()
+    t = _nhwc(_plain(h, torch.float32), torch.float32)
+    rows, mean, _ = reduce(Operand(t), "stats")
+    return Moments(rows, mean, C.second_moments(t, mean))
+
+
+def finalize_stats(stats: Stats, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+    return algebra.table(stats, gamma, beta, eps)
+
+
+def finalize_moments(m: Moments, weight: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+    return algebra.table(algebra.product_stats(m, weight), gamma, beta, eps)
+
+
+def finalize_bn_grad(sums: tuple[Tensor, Tensor], rows: int | Tensor, affine: Affine) -> tuple[Tensor, ...]:
+    return algebra.bn_grad(sums, rows, affine)
+
+
+def finalize_tail_grad(
+    sg: Tensor, G: Tensor, centre: Tensor | None, m: Moments, weight: Tensor, affine: Affine
+) -> TailGrad:
+    return algebra.tail_grad(sg, G, centre, m, weight, affine)

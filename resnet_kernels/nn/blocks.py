@@ -1,9 +1,9 @@
 """torchvision's BasicBlock and Bottleneck with a fused forward.
 
 They are torchvision's classes: same constructor, attributes, parameters and state dict. They hold no state of their
-own; a batch norm's scale and shift are computed at each call. With running statistics (evaluation, or frozen batch
-norms in a training model) the block is one op, differentiable; otherwise, and wherever `fusable` finds a reason, it is
-torchvision's own forward.
+own; a batch norm's scale and shift are computed at each call. The block is one op, differentiable: one for batch
+statistics (training), one for running statistics alone (evaluation, or frozen batch norms in a training model). Wherever
+`fusable` finds a reason, it is torchvision's own forward.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torchvision.models import resnet
 
 from ..backends import select
 from ..backends.contract import BackendUnavailable
-from ..ops import residual_block
-from ..ops.batch_norm import affine_of
+from ..ops import residual_block, residual_block_training
+from ..ops.batch_norm import affine_of, norm_of, uses_batch_statistics
 from .fusable import Parts, context, parts, why_plain
 
 
@@ -23,19 +23,18 @@ def fused_forward(block: nn.Module, x: Tensor) -> Tensor:
     """The block as one op. Only where `why_plain` is None."""
     p = parts(block)
     assert isinstance(p, Parts)
-    affines = [affine_of(bn) for bn in p.norms]
-    # Under autocast x is in its dtype already, the weights may not be.
-    weights = [conv.weight.to(x.dtype) for conv in p.convs]
-    return residual_block(
-        x,
-        weights,
-        [a for a, _ in affines],
-        [b for _, b in affines],
+    geometry = (
         [conv.stride[0] for conv in p.convs],
         [conv.dilation[0] for conv in p.convs],
         [conv.groups for conv in p.convs],
-        p.shortcut,
     )
+    weights = [conv.weight for conv in p.convs]
+    if any(uses_batch_statistics(bn) for bn in p.norms):
+        return residual_block_training(x, weights, [norm_of(bn) for bn in p.norms], *geometry, p.shortcut)
+    affines = [affine_of(bn) for bn in p.norms]
+    # Under autocast x is in its dtype already, the weights may not be.
+    weights = [w.to(x.dtype) for w in weights]
+    return residual_block(x, weights, [a for a, _ in affines], [b for _, b in affines], *geometry, p.shortcut)
 
 
 class _Fused:

@@ -15,8 +15,11 @@ from torch.nn.utils import parametrize
 from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
-from ..backends.contract import Geometry
+from ..backends import select
+from ..backends.contract import Call, Geometry
+from ..ops.batch_norm import uses_batch_statistics
 from ..ops.block import same_padding, total_stride
+from ..ops.training import call_of_training
 from .shortcuts import ZeroPadShortcut
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
@@ -145,19 +148,39 @@ def batch_norm(bn: nn.Module) -> str | None:
     """Why the batch norm is not an affine map by its running statistics, or None."""
     if parametrize.type_before_parametrizations(bn) not in BATCH_NORMS:
         return f"expected one of {', '.join(c.__name__ for c in BATCH_NORMS)}, got {_name(bn)}"
-    if bn.running_mean is None or bn.running_var is None:
-        return "the batch norm keeps no running statistics"
+    if (bn.running_mean is None) != (bn.running_var is None):
+        return "the batch norm has one running statistic without the other"
     return None
 
 
-def statistics(block: nn.Module) -> str | None:
-    """Why the batch norms' statistics are not known beforehand, or None."""
+def training(block: nn.Module, x: Tensor) -> str | None:
+    """Why a block with batch statistics cannot be fused for this input, or None."""
     p = parts(block)
     assert isinstance(p, Parts)
-    for bn in p.norms:
-        if bn.training and not isinstance(bn, FrozenBatchNorm2d):
-            return "a batch norm uses batch statistics (training mode)"
+    if not any(uses_batch_statistics(bn) for bn in p.norms):
+        return None
+    if p.shortcut == "projection" and (p.convs[-1].kernel_size != (1, 1) or p.convs[-1].groups != 1):
+        return f"downsample: expected an ungrouped 1x1 convolution in training, got {p.convs[-1]}"
+    sizes = tuple(x.shape[2:])
+    for conv, bn in zip(p.convs, p.norms, strict=True):
+        if not (p.shortcut == "projection" and conv is p.convs[-1]):
+            sizes = tuple(geometry(conv).output_size(n, conv.weight.shape[2]) for n in sizes)
+        if uses_batch_statistics(bn) and x.shape[0] * sizes[0] * sizes[1] < 2:
+            return f"x: expected more than one value per channel in training, got {tuple(x.shape)}"
+    call = training_call(p, x)
+    name = select.named()
+    if name and name != select.EAGER:
+        return select.BY_NAME[name].why_not(call)
+    reasons = select.reasons(call)
+    if all(reasons.values()):
+        return "no backend trains it here: " + "; ".join(f"{n}: {reason}" for n, reason in reasons.items())
     return None
+
+
+def training_call(p: Parts, x: Tensor) -> Call:
+    """The metadata of the block in training."""
+    shapes = [tuple(conv.weight.shape) for conv in p.convs]
+    return call_of_training(x.device, x.dtype, shapes, [geometry(conv) for conv in p.convs], tuple(x.shape))
 
 
 def context(x: Tensor) -> str | None:
@@ -205,7 +228,8 @@ def tensors(block: nn.Module, x: Tensor) -> str | None:
         weight = conv.weight
         if not compiling and type(weight) not in (Tensor, nn.Parameter):
             return f"a weight is a {_name(weight)}"
-        if weight.device != x.device or bn.running_mean.device != x.device:
+        known = bn.running_mean is None or bn.running_mean.device == x.device
+        if weight.device != x.device or not known:
             return f"expected weights and statistics on {x.device}, as x, got {weight.device}"
         if weight.dtype != dtype and not (torch.is_autocast_enabled(x.device.type) and weight.is_floating_point()):
             return f"expected weights in {dtype}, as x, got {weight.dtype}"
@@ -225,4 +249,4 @@ def tensors(block: nn.Module, x: Tensor) -> str | None:
 
 def why_plain(block: nn.Module, x: Tensor) -> str | None:
     """Why the block's forward runs as the plain chain of torch modules for this input, or None if it runs fused."""
-    return context(x) or structure(block) or statistics(block) or tensors(block, x)
+    return context(x) or structure(block) or tensors(block, x) or training(block, x)

@@ -354,6 +354,7 @@ class _Backward(_Block):
         H, W = (g if h.stride > 1 else h).tensor.shape[2:]
         if not self.plan.batch[i]:
             if self.need_weights[i] or self.need_norms[i]:
+                h = self.backend.settle(h, w.shape[2])
                 G, sg = self.backend.wgrad(g, h, (w.shape[2], w.shape[3]), geometry, sums=True)
                 assert sg is not None
                 self.dweights[i] = affine.a[:, None, None, None] * G
@@ -364,7 +365,7 @@ class _Backward(_Block):
             return [Product(g, folded, geometry, data_grad_size=(H, W))] if below else [], None
         mean, M2 = self.kept.moments[i]
         centre = mean if self.centred else None
-        h = dataclasses.replace(h, centre=centre)
+        h = self.backend.settle(dataclasses.replace(h, centre=centre), 1)
         G, sg = self.backend.wgrad(g, h, (1, 1), POINTWISE, sums=True)
         assert sg is not None
         G = G.flatten(1)
@@ -388,12 +389,12 @@ class _Backward(_Block):
 
     def run(self, dy: Tensor) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
         plan, backend, n, kept = self.plan, self.backend, self.plan.n, self.kept
-        rows = self.rows(kept.y)
+        self.dy, rows = dy, self.rows(kept.y)
         mask = (kept.mask if kept.mask.numel() else kept.y) if plan.relu else None
         g = backend.settle(Operand(dy, mask=mask), 1)
         shortcut = self.through_projection(g, rows) if plan.projected else None
         i = n - 1
-        h = backend.settle(self.activation(i, kept.c), self.weights[i].shape[2])
+        h = self.activation(i, kept.c)
         if self.is_product(i):
             products, shift = self.through_product(i, g, h, self.geometries[i], rows, self.wanted_below(i))
         else:
@@ -445,7 +446,9 @@ class _Backward(_Block):
         elif plan.shortcut == "zero_pad":
             value, _ = self.backend.bn_pass(g, Epilogue())
             residual, spread = Operand(value[:, : self.x.shape[1]]), stride
-        return self.backend.conv(products, Epilogue(shift, residual, spread=spread))[0]
+        # g is the caller's only where nothing was applied to it.
+        ours = residual is g and g.plain and g.tensor is not self.dy
+        return self.backend.conv(products, Epilogue(shift, residual, spread=spread, overwrite=ours))[0]
 
 
 # The ops. Lists of numbers are a plan's fields, in their order.
@@ -645,7 +648,8 @@ def update_running(norms: Sequence[BatchNorm], tables: Sequence[Tensor]) -> None
             continue
         _, _, mean, _, var = table.unbind()
         if norm.momentum is None:
-            assert norm.num_batches_tracked is not None
+            if norm.num_batches_tracked is None:
+                continue
             factor = norm.num_batches_tracked.to(table.dtype).reciprocal()
             for running, new in ((norm.running_mean, mean), (norm.running_var, var)):
                 running.copy_((1 - factor) * running + factor * new)

@@ -1,0 +1,54 @@
+// What our AVX2 convolutions and their weight gradients share.
+#pragma once
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+
+#define RK_AVX2 __attribute__((target("avx2,fma")))
+
+namespace resnet_kernels {
+
+struct AlignedFree {
+  void operator()(float* p) const { std::free(p); }
+};
+
+inline std::unique_ptr<float[], AlignedFree> scratch(int64_t floats) {
+  return std::unique_ptr<float[], AlignedFree>(
+      static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64)));
+}
+
+struct Map {
+  int64_t N, H, W, C, K;
+  int64_t tiles_down() const { return (H + 1) / 2; }
+  int64_t tiles_across() const { return (W + 1) / 2; }
+  int64_t tiles() const { return N * tiles_down() * tiles_across(); }
+};
+
+// F(2x2, 3x3) of Winograd's minimal filtering (Lavin and Gray 2015, arXiv 1509.09308): V = B^T d B of a 4x4 patch,
+// 8 channels at a time; rows outside the map come as null pointers.
+RK_AVX2 inline void transform_patch(const float* const patch[16], int64_t c, float* v, int64_t position_stride) {
+  __m256 d[4][4], t[4][4];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) d[i / 4][i % 4] = patch[i] ? _mm256_loadu_ps(patch[i] + c) : _mm256_setzero_ps();
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    t[0][j] = _mm256_sub_ps(d[0][j], d[2][j]);
+    t[1][j] = _mm256_add_ps(d[1][j], d[2][j]);
+    t[2][j] = _mm256_sub_ps(d[2][j], d[1][j]);
+    t[3][j] = _mm256_sub_ps(d[1][j], d[3][j]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(v + (4 * i + 0) * position_stride, _mm256_sub_ps(t[i][0], t[i][2]));
+    _mm256_storeu_ps(v + (4 * i + 1) * position_stride, _mm256_add_ps(t[i][1], t[i][2]));
+    _mm256_storeu_ps(v + (4 * i + 2) * position_stride, _mm256_sub_ps(t[i][2], t[i][1]));
+    _mm256_storeu_ps(v + (4 * i + 3) * position_stride, _mm256_sub_ps(t[i][1], t[i][3]));
+  }
+}
+
+}  // namespace resnet_kernels
+#endif

@@ -1,0 +1,195 @@
+// Weight gradients: sums of outer products over rows (or Winograd tiles). Blocks of rows are packed into panels of 16
+// channels, [panel][row][16], of both operands; then each 16 x 16 piece of the result is three register tiles that run
+// down two panels. Threads own pieces of the result, so the order of every sum is fixed.
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "common/checks.h"
+#include "cpu/avx2.h"
+#include "cpu/avx2_parts.h"
+
+namespace resnet_kernels {
+
+#ifdef RK_AVX2
+
+namespace {
+
+constexpr int64_t kPanel = 16;
+constexpr int64_t kDepth = 128;  // rows of two panels that stay in L1
+constexpr int64_t kRowsPacked = 64;
+constexpr int64_t kBlockBytes = 2 << 20, kWinogradBlockBytes = 6 << 20;
+
+// out[r][0:16] (+)= sum over t of a[t][r] * b[t][0:16], rows of `out` at distance `stride`.
+template <int R>
+RK_AVX2 void outer_tile(const float* a, const float* b, int64_t depth, float* out, int64_t stride, bool accumulate) {
+  __m256 acc[R][2];
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r)
+    for (int h = 0; h < 2; ++h) acc[r][h] = accumulate ? _mm256_loadu_ps(out + r * stride + 8 * h) : _mm256_setzero_ps();
+  for (int64_t t = 0; t < depth; ++t, a += kPanel, b += kPanel) {
+    const __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      const __m256 v = _mm256_broadcast_ss(a + r);
+      acc[r][0] = _mm256_fmadd_ps(v, b0, acc[r][0]);
+      acc[r][1] = _mm256_fmadd_ps(v, b1, acc[r][1]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r)
+    for (int h = 0; h < 2; ++h) _mm256_storeu_ps(out + r * stride + 8 * h, acc[r][h]);
+}
+
+// The rows of one panel of `a` against all C / 16 panels of `b`: 16 rows of `out`, of C columns.
+void outer_rows(const float* a, const float* b, int64_t depth, int64_t panel_depth, int64_t C, float* out,
+                bool accumulate) {
+  for (int64_t t = 0; t < depth; t += kDepth) {
+    const int64_t count = std::min(kDepth, depth - t);
+    const bool add = accumulate || t > 0;
+    for (int64_t c = 0; c < C; c += kPanel) {
+      const float *pa = a + t * kPanel, *pb = b + c * panel_depth + t * kPanel;
+      outer_tile<6>(pa, pb, count, out + c, C, add);
+      outer_tile<6>(pa + 6, pb, count, out + 6 * C + c, C, add);
+      outer_tile<4>(pa + 12, pb, count, out + 12 * C + c, C, add);
+    }
+  }
+}
+
+// Rows of `channels` values into panels of `panel_depth` rows, less centre; their sums into `sums`.
+RK_AVX2 void pack_rows(float* panels, const float* x, const float* centre, float* sums, int64_t rows, int64_t channels,
+                       int64_t panel_depth) {
+  for (int64_t t = 0; t < rows; ++t) {
+    for (int64_t c = 0; c < channels; c += 8) {
+      __m256 v = _mm256_loadu_ps(x + t * channels + c);
+      if (sums) _mm256_storeu_ps(sums + c, _mm256_add_ps(_mm256_loadu_ps(sums + c), v));
+      if (centre) v = _mm256_sub_ps(v, _mm256_loadu_ps(centre + c));
+      _mm256_storeu_ps(panels + c / kPanel * panel_depth * kPanel + t * kPanel + c % kPanel, v);
+    }
+  }
+}
+
+int64_t rows_that_fit(int64_t bytes, int64_t bytes_each, int64_t least, int64_t most) {
+  return std::clamp(bytes / bytes_each / kRowsPacked * kRowsPacked, least, most);
+}
+
+// Z = A dY A^T of a 2x2 patch of the gradient, 8 channels; what is outside the map comes as null pointers.
+RK_AVX2 inline void transform_gradient(const float* const patch[4], int64_t c, float* z, int64_t position_stride) {
+  __m256 d[2][2], t[4][2];
+  for (int i = 0; i < 4; ++i) d[i / 2][i % 2] = patch[i] ? _mm256_loadu_ps(patch[i] + c) : _mm256_setzero_ps();
+  const __m256 zero = _mm256_setzero_ps();
+  for (int j = 0; j < 2; ++j) {
+    t[0][j] = d[0][j];
+    t[1][j] = _mm256_add_ps(d[0][j], d[1][j]);
+    t[2][j] = _mm256_sub_ps(d[0][j], d[1][j]);
+    t[3][j] = _mm256_sub_ps(zero, d[1][j]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(z + (4 * i + 0) * position_stride, t[i][0]);
+    _mm256_storeu_ps(z + (4 * i + 1) * position_stride, _mm256_add_ps(t[i][0], t[i][1]));
+    _mm256_storeu_ps(z + (4 * i + 2) * position_stride, _mm256_sub_ps(t[i][0], t[i][1]));
+    _mm256_storeu_ps(z + (4 * i + 3) * position_stride, _mm256_sub_ps(zero, t[i][1]));
+  }
+}
+
+// dg = G^T S G of C filters of one output channel, S [16][K][C] at that channel's first value.
+RK_AVX2 void finish_filters(float* dweight, const float* s, int64_t position_stride, int64_t C) {
+  const __m256 half = _mm256_set1_ps(0.5f);
+  for (int64_t c = 0; c < C; c += 8) {
+    __m256 t[3][4];
+    for (int j = 0; j < 4; ++j) {
+      const __m256 s0 = _mm256_loadu_ps(s + (0 + j) * position_stride + c), s3 = _mm256_loadu_ps(s + (12 + j) * position_stride + c);
+      const __m256 s1 = _mm256_mul_ps(half, _mm256_loadu_ps(s + (4 + j) * position_stride + c));
+      const __m256 s2 = _mm256_mul_ps(half, _mm256_loadu_ps(s + (8 + j) * position_stride + c));
+      const __m256 sum = _mm256_add_ps(s1, s2);
+      t[0][j] = _mm256_add_ps(s0, sum);
+      t[1][j] = _mm256_sub_ps(s1, s2);
+      t[2][j] = _mm256_add_ps(sum, s3);
+    }
+    for (int i = 0; i < 3; ++i) {
+      const __m256 t1 = _mm256_mul_ps(half, t[i][1]), t2 = _mm256_mul_ps(half, t[i][2]), sum = _mm256_add_ps(t1, t2);
+      _mm256_storeu_ps(dweight + (3 * i + 0) * C + c, _mm256_add_ps(t[i][0], sum));
+      _mm256_storeu_ps(dweight + (3 * i + 1) * C + c, _mm256_sub_ps(t1, t2));
+      _mm256_storeu_ps(dweight + (3 * i + 2) * C + c, _mm256_add_ps(sum, t[i][3]));
+    }
+  }
+}
+
+}  // namespace
+
+void avx2_wgrad(float* dweight, const float* g, const float* x, const float* centre, float* sums, int64_t M, int64_t K,
+                int64_t C) {
+  const int64_t depth = rows_that_fit(kBlockBytes, (K + C) * sizeof(float), 2 * kRowsPacked, 1024);
+  const auto a = scratch(depth * K), b = scratch(depth * C);
+  const int64_t parts = (depth + kRowsPacked - 1) / kRowsPacked;
+  std::vector<float> partial(sums ? parts * K : 0);
+  std::vector<double> total(sums ? K : 0);
+  if (M == 0) std::fill(dweight, dweight + K * C, 0.f);
+  for (int64_t begin = 0; begin < M; begin += depth) {
+    const int64_t rows = std::min(depth, M - begin), used = (rows + kRowsPacked - 1) / kRowsPacked;
+    at::parallel_for(0, used, 1, [&](int64_t first, int64_t last) {
+      for (int64_t part = first; part < last; ++part) {
+        const int64_t t = part * kRowsPacked, count = std::min(kRowsPacked, rows - t);
+        float* const s = sums ? partial.data() + part * K : nullptr;
+        if (s) std::fill(s, s + K, 0.f);
+        pack_rows(a.get() + t * kPanel, g + (begin + t) * K, centre, s, count, K, depth);
+        pack_rows(b.get() + t * kPanel, x + (begin + t) * C, centre, nullptr, count, C, depth);
+      }
+    });
+    for (int64_t part = 0; sums && part < used; ++part)
+      for (int64_t k = 0; k < K; ++k) total[k] += partial[part * K + k];
+    at::parallel_for(0, K / kPanel, 1, [&](int64_t first, int64_t last) {
+      for (int64_t panel = first; panel < last; ++panel)
+        outer_rows(a.get() + panel * depth * kPanel, b.get(), rows, depth, C, dweight + panel * kPanel * C, begin > 0);
+    });
+  }
+  for (int64_t k = 0; sums && k < K; ++k) sums[k] = static_cast<float>(total[k]);
+}
+
+void avx2_winograd_wgrad(const at::Tensor& dweight, const at::Tensor& g, const at::Tensor& x) {
+  const Map map{x.size(0), x.size(2), x.size(3), x.size(1), g.size(1)};
+  const int64_t C = map.C, K = map.K, H = map.H, W = map.W, down = map.tiles_down(), across = map.tiles_across();
+  const float *in = x.const_data_ptr<float>(), *gradient = g.const_data_ptr<float>();
+  float* const result = dweight.mutable_data_ptr<float>();
+  const int64_t depth = rows_that_fit(kWinogradBlockBytes, 16 * (K + C) * sizeof(float), kRowsPacked, 512);
+  const auto Z = scratch(16 * depth * K), V = scratch(16 * depth * C), S = scratch(16 * K * C);
+  if (map.tiles() == 0) std::fill(S.get(), S.get() + 16 * K * C, 0.f);
+  for (int64_t begin = 0; begin < map.tiles(); begin += depth) {
+    const int64_t tiles = std::min(depth, map.tiles() - begin);
+    at::parallel_for(0, tiles, 8, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; ++t) {
+        const int64_t n = (begin + t) / (down * across), h = (begin + t) / across % down * 2, w = (begin + t) % across * 2;
+        const auto pixel = [&](const float* base, int64_t hi, int64_t wi, int64_t channels) -> const float* {
+          return hi >= 0 && hi < H && wi >= 0 && wi < W ? base + ((n * H + hi) * W + wi) * channels : nullptr;
+        };
+        const float *patch[16], *dy[4];
+        for (int i = 0; i < 16; ++i) patch[i] = pixel(in, h - 1 + i / 4, w - 1 + i % 4, C);
+        for (int i = 0; i < 4; ++i) dy[i] = pixel(gradient, h + i / 2, w + i % 2, K);
+        for (int64_t c = 0; c < C; c += 8)
+          transform_patch(patch, c, V.get() + c / kPanel * depth * kPanel + t * kPanel + c % kPanel, depth * C);
+        for (int64_t k = 0; k < K; k += 8)
+          transform_gradient(dy, k, Z.get() + k / kPanel * depth * kPanel + t * kPanel + k % kPanel, depth * K);
+      }
+    });
+    at::parallel_for(0, 16 * (K / kPanel), 1, [&](int64_t first, int64_t last) {
+      for (int64_t unit = first; unit < last; ++unit) {
+        const int64_t p = unit / (K / kPanel), panel = unit % (K / kPanel);
+        outer_rows(Z.get() + (p * K + panel * kPanel) * depth, V.get() + p * C * depth, tiles, depth, C,
+                   S.get() + (p * K + panel * kPanel) * C, begin > 0);
+      }
+    });
+  }
+  at::parallel_for(0, K, 1, [&](int64_t first, int64_t last) {
+    for (int64_t k = first; k < last; ++k) finish_filters(result + k * 9 * C, S.get() + k * C, K * C, C);
+  });
+}
+
+#else
+
+void avx2_wgrad(float*, const float*, const float*, const float*, float*, int64_t, int64_t, int64_t) {}
+void avx2_winograd_wgrad(const at::Tensor&, const at::Tensor&, const at::Tensor&) {}
+
+#endif
+
+}  // namespace resnet_kernels

@@ -1,0 +1,74 @@
+#include "cpu/gradients.h"
+
+#include <ATen/ops/convolution_backward.h>
+
+#include "common/checks.h"
+#include "cpu/avx2.h"
+#include "cpu/reductions.h"
+
+namespace resnet_kernels {
+namespace {
+
+bool in_panels(const at::Tensor& g, const at::Tensor& x) {
+  return avx2_preferred() && g.size(1) % 16 == 0 && x.size(1) % 16 == 0;
+}
+
+at::Tensor rows_of(const at::Tensor& t) { return t.permute({0, 2, 3, 1}).flatten(0, 2); }
+
+}  // namespace
+
+std::pair<at::Tensor, at::Tensor> cpu_wgrad(const at::Tensor& g, const at::Tensor& x, int64_t R, int64_t S,
+                                            const Geometry& geo, bool sums) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  for (const auto& [t, name] : {std::pair(g, "g"), std::pair(x, "x")}) {
+    check_cpu(t, name);
+    check_nhwc(t, name);
+    RK_CHECK_EQ(t.scalar_type(), at::kFloat, name);
+  }
+  const int64_t K = g.size(1), C = x.size(1);
+  TORCH_CHECK(geo.groups > 0 && C % geo.groups == 0, "x: expected channels divisible by ", geo.groups, " groups, got ", C);
+  for (const int64_t d : {2, 3})
+    RK_CHECK_EQ(g.size(d), (x.size(d) + 2 * geo.padding - geo.dilation * ((d == 2 ? R : S) - 1) - 1) / geo.stride + 1, "g: map");
+  RK_CHECK_EQ(g.size(0), x.size(0), "g: images");
+  const bool pointwise = R == 1 && S == 1 && geo.stride == 1 && geo.padding == 0 && geo.groups == 1;
+  const bool three = R == 3 && S == 3 && geo.stride == 1 && geo.padding == 1 && geo.dilation == 1 && geo.groups == 1;
+  at::Tensor sum;
+  if (pointwise && in_panels(g, x)) {
+    const auto dweight = at::empty({K, C, 1, 1}, x.options());
+    if (sums) sum = at::empty({K}, x.options());
+    avx2_wgrad(dweight.mutable_data_ptr<float>(), g.const_data_ptr<float>(), x.const_data_ptr<float>(), nullptr,
+               sums ? sum.mutable_data_ptr<float>() : nullptr, g.numel() / K, K, C);
+    return {dweight, sum};
+  }
+  if (sums) sum = cpu_pass(Lazy{g}, Finish{}, false, {}, Reduce::kNormalized, g, at::zeros({K}, g.options()), at::zeros({K}, g.options())).first;
+  if (three && in_panels(g, x) && avx2_all_moderate(x) && avx2_all_moderate(g)) {
+    const auto dweight = at::empty({K, C, 3, 3}, x.options().memory_format(at::MemoryFormat::ChannelsLast));
+    avx2_winograd_wgrad(dweight, g, x);
+    return {dweight, sum};
+  }
+  // Grouped ones are read as NCHW by torch's kernels whatever they get, and an empty batch has no gradient there.
+  const auto weight = at::empty({K, C / geo.groups, R, S}, x.options().memory_format(at::MemoryFormat::ChannelsLast));
+  if (g.size(0) == 0) return {weight.zero_(), sum};
+  const int64_t s[] = {geo.stride, geo.stride}, p[] = {geo.padding, geo.padding}, d[] = {geo.dilation, geo.dilation}, none[] = {0, 0};
+  const auto grads = at::convolution_backward(g, x, weight, std::nullopt, s, p, d, false, none, geo.groups, {false, true, false});
+  return {std::get<1>(grads), sum};
+}
+
+at::Tensor cpu_second_moments(const at::Tensor& h, const at::Tensor& mean) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  check_cpu(h, "h");
+  check_nhwc(h, "h");
+  RK_CHECK_EQ(h.scalar_type(), at::kFloat, "h: dtype");
+  const int64_t J = h.size(1);
+  check_per_channel(mean, J, "mean");
+  if (!in_panels(h, h)) {
+    const auto rows = rows_of(h) - mean;
+    return at::mm(rows.t(), rows);
+  }
+  const auto M2 = at::empty({J, J}, mean.options());
+  const float* rows = h.const_data_ptr<float>();
+  avx2_wgrad(M2.mutable_data_ptr<float>(), rows, rows, mean.const_data_ptr<float>(), nullptr, h.numel() / J, J, J);
+  return M2;
+}
+
+}  // namespace resnet_kernels
