@@ -1,0 +1,368 @@
+"""The Triton kernels of training that are no convolutions: passes and their reductions, weight gradients, moments, and
+the algebra per channel. Against the reference in the interpreter and on a GPU; compiled for GPUs that are not here."""
+
+import pytest
+import torch
+
+from resnet_kernels.backends import reference
+from resnet_kernels.backends.contract import Epilogue, Geometry, Normalized, Operand
+from resnet_kernels.backends.triton import products, reductions, wgrad
+from resnet_kernels.testing import assert_matches
+
+NHWC = torch.channels_last
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.interpreted, id="interpreted"),
+    pytest.param("cuda", marks=pytest.mark.gpu, id="gpu"),
+]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+on = pytest.mark.parametrize("device", DEVICES)
+in_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])
+
+
+def draw(sizes, dtype, device):
+    return torch.randn(sizes).to(device, dtype).contiguous(memory_format=NHWC)
+
+
+def vector(n, device):
+    return torch.randn(n).to(device)
+
+
+# Vectors with which an affine has the sign of the exact one in any precision: what is a mask must not flip.
+def coarse(n, device):
+    a = 2.0 ** torch.randint(-1, 2, (n,)) * torch.where(torch.rand(n) > 0.5, 1, -1)
+    return a.to(device), (torch.randint(-4, 5, (n,)) / 4).to(device)
+
+
+def convert(value, to):
+    """An Operand, Epilogue or Normalized with its tensors of activations converted to fp64 if `to` is."""
+    if isinstance(value, torch.Tensor):
+        return value if value.dtype in (torch.bool, torch.uint8) else value.to(to(value))
+    if isinstance(value, Normalized):
+        return Normalized(*(convert(v, to) for v in value))
+    if isinstance(value, tuple):
+        return tuple(convert(v, to) for v in value)
+    if isinstance(value, (Operand, Epilogue)):
+        return type(value)(**{name: convert(v, to) for name, v in vars(value).items()})
+    return value
+
+
+def exactly(value):
+    return convert(value, lambda t: torch.float64)
+
+
+OPERANDS = {
+    "plain": "",
+    "stride": "stride",
+    "mask": "mask",
+    "affine": "affine",
+    "relu": "relu",
+    "lazy": "affine relu",
+    "two": "mask affine second",
+    "all": "mask affine second relu stride",
+}
+
+
+def operand_of(terms, sizes, dtype, device):
+    """An operand that stands for `sizes`."""
+    N, C, P, Q = sizes
+    terms = terms.split()
+    s = 2 if "stride" in terms else 1
+    own = N, C, P * s - s // 2, Q * s - s // 2
+    return Operand(
+        draw(own, dtype, device),
+        (vector(C, device), vector(C, device)) if "affine" in terms else None,
+        (draw(own, dtype, device), vector(C, device)) if "second" in terms else None,
+        "relu" in terms,
+        (torch.rand(own) > 0.4).to(device).contiguous(memory_format=NHWC) if "mask" in terms else None,
+        s,
+        vector(C, device) if "centre" in terms else None,
+    )
+
+
+EPILOGUES = [
+    "",
+    "shift",
+    "residual",
+    "residual-affine",
+    "residual-mask",
+    "fewer",
+    "spread",
+    "relu",
+    "bits",
+    "operand",
+    "bool",
+    "shift residual-mask relu operand",
+    "fewer spread residual-affine relu bool",
+]
+
+
+def epilogue_of(terms, sizes, dtype, device, reduce=None):
+    N, C, P, Q = sizes
+    shift, residual, mask, spread = None, None, None, 1
+    if "shift" in terms:
+        shift = vector(C, device)
+    if "residual" in terms or "fewer" in terms or "spread" in terms:
+        spread = 2 if "spread" in terms else 1
+        own = N, C - 3 if "fewer" in terms else C, -(-P // spread), -(-Q // spread)
+        more = ("affine " if "affine" in terms else "") + ("mask" if "residual-mask" in terms else "")
+        residual = operand_of(more, own, dtype, device)
+    if "operand" in terms:
+        mask = Operand(draw(sizes, dtype, device), coarse(C, device), relu=True)
+    if "bool" in terms:
+        mask = (torch.rand(sizes) > 0.5).to(device)
+    return Epilogue(shift, residual, "relu" in terms, mask, reduce, False, spread)
+
+
+def check_pass(x, epilogue):
+    t, reduced = reductions.bn_pass(x, epilogue)
+    want, of_want = reference.bn_pass(x, epilogue)
+    exact, of_exact = reference.bn_pass(exactly(x), exactly(epilogue))
+    assert t.is_contiguous(memory_format=NHWC)
+    assert_matches(t, want, exact)
+    return t, reduced, of_want, of_exact
+
+
+SIZES = [(2, 21, 5, 7), (1, 64, 1, 1), (3, 70, 3, 9)]
+
+
+@on
+@in_dtypes
+@pytest.mark.parametrize("terms", OPERANDS)
+def test_a_pass_of_any_operand(terms, dtype, device, poisoned):
+    for sizes in SIZES:
+        check_pass(operand_of(OPERANDS[terms], sizes, dtype, device), Epilogue())
+
+
+@on
+@in_dtypes
+@pytest.mark.parametrize("terms", EPILOGUES)
+def test_a_pass_with_any_epilogue(terms, dtype, device, poisoned):
+    for sizes in SIZES:
+        epilogue = epilogue_of(terms, sizes, dtype, device, "mask" if "bits" in terms else None)
+        t, bits, *_ = check_pass(operand_of("affine", sizes, dtype, device), epilogue)
+        if "bits" in terms:
+            assert bits.dtype == torch.uint8 and torch.equal(bits, products.packed_bits(~(t <= 0)))
+
+
+def rowwise(t):
+    return t.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def check_stats(got, want, exact, rows):
+    assert got.rows == rows
+    assert_matches(got.mean, want.mean, exact.mean, rows, "mean")
+    assert_matches(got.M2, want.M2, exact.M2, rows, "M2")
+
+
+@on
+@in_dtypes
+@pytest.mark.parametrize("sizes", [*SIZES, (7, 24, 11, 13)], ids=str)
+def test_statistics_are_those_of_the_rounded_result(sizes, dtype, device, poisoned):
+    x, epilogue = (
+        operand_of("affine", sizes, dtype, device),
+        epilogue_of("residual relu", sizes, dtype, device, "stats"),
+    )
+    t, stats, want, _ = check_pass(x, epilogue)
+    rows = sizes[0] * sizes[2] * sizes[3]
+    # Of our own rounded result.
+    check_stats(stats, reference.reduce(Operand(t), "stats"), reference.reduce(Operand(t.double()), "stats"), rows)
+    alone = reductions.reduce(Operand(t), "stats")
+    assert torch.equal(alone.mean, stats.mean) and torch.equal(alone.M2, stats.M2)
+
+
+@on
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_a_mean_of_50_standard_deviations_costs_statistics_nothing(dtype, device):
+    x = (50 + torch.randn(9, 20, 23, 19)).to(device, dtype).contiguous(memory_format=NHWC)
+    stats = reductions.reduce(Operand(x), "stats")
+    exact = reference.reduce(Operand(x.double()), "stats")
+    torch.testing.assert_close(stats.M2.double(), exact.M2, rtol=3e-6, atol=0)
+    torch.testing.assert_close(stats.mean.double(), exact.mean, rtol=3e-7, atol=0)
+
+
+@on
+@in_dtypes
+@pytest.mark.parametrize("terms", ["", "mask", "mask affine", "affine relu stride"])
+@pytest.mark.parametrize("sizes", [*SIZES, (7, 24, 11, 13)], ids=str)
+def test_sums_of_the_gradient(sizes, terms, dtype, device, poisoned):
+    x = operand_of(terms, sizes, dtype, device)
+    C = sizes[1]
+    by = Normalized(draw(sizes, dtype, device), vector(C, device), torch.rand(C).to(device) + 0.5)
+    rows = sizes[0] * sizes[2] * sizes[3]
+    # The sums are those of the rounded values.
+    value = reference._value(x)
+    got = reductions.reduce(x, by)
+    for a, b, exact in zip(
+        got, reference.reduce(x, by), reference.reduce(Operand(value.double()), exactly(by)), strict=True
+    ):
+        assert_matches(a, b, exact, rows, maximum=False)
+    t, again = reductions.bn_pass(x, Epilogue(reduce=by))
+    assert all(map(torch.equal, got, again))
+
+
+@on
+def test_nan_goes_through_relu_masks_and_sums(device):
+    x, m = (draw((1, 16, 4, 5), torch.float32, device) for _ in range(2))
+    x[0, 1, 0, 0] = x[0, 2, 1, 1] = m[0, 3, 2, 2] = float("nan")
+    keep = torch.ones_like(x, dtype=torch.bool)
+    keep[0, 2, 1, 1] = False
+    t, bits = reductions.bn_pass(Operand(x, mask=keep), Epilogue(relu=True, mask=Operand(m, relu=True), reduce="mask"))
+    want, _ = reference.bn_pass(Operand(x, mask=keep), Epilogue(relu=True, mask=Operand(m, relu=True)))
+    assert torch.equal(t.isnan(), want.isnan())
+    # A masked NaN is gone, a kept one stays, and what a NaN masks is kept.
+    assert t[0, 2, 1, 1] == 0 and (t[0, 1, 0, 0].isnan() or m[0, 1, 0, 0] <= 0)
+    assert t[0, 3, 2, 2] == x[0, 3, 2, 2].clamp_min(0)
+    assert torch.equal(bits, products.packed_bits(want))
+    for by in ("stats", Normalized(x, x.new_zeros(16), x.new_ones(16))):
+        got, of_reference = reductions.reduce(Operand(x), by), reference.reduce(Operand(x), by)
+        for a, b in zip(got, of_reference, strict=True):
+            assert not isinstance(a, torch.Tensor) or torch.equal(a.isnan(), b.isnan())
+
+
+@on
+def test_a_pass_over_no_rows(device):
+    x = Operand(draw((0, 8, 4, 4), torch.float32, device))
+    t, stats = reductions.bn_pass(x, Epilogue(reduce="stats"))
+    assert t.shape == (0, 8, 4, 4) and stats.rows == 0 and stats.mean.isnan().all()
+    assert reductions.bn_pass(x, Epilogue(reduce="mask"))[1].shape == (0, 1)
+    dweight, sums = wgrad.wgrad(x, x, (1, 1), Geometry(), sums=True)
+    assert dweight.shape == (8, 8, 1, 1) and not dweight.any() and not sums.any()
+    assert wgrad.moments(x).rows == 0
+
+
+# Weight gradients and moments.
+
+# g's terms, x's terms: those of a tail, of a projection, of a first convolution, ...
+PAIRS = [
+    ("", ""),
+    ("mask", "affine relu"),
+    ("mask", "stride"),
+    ("affine second", ""),
+    ("mask affine second", "affine relu"),
+    ("affine", "relu stride"),
+    ("affine second stride", "mask affine second relu"),
+]
+GRADIENTS = [(2, 21, 13, 5, 7), (1, 70, 150, 3, 1), (2, 16, 70, 13, 11), (1, 5, 3, 1, 1)]  # N, K, C, P, Q
+
+
+def check_wgrad(g, x, kernel, geometry):
+    got = wgrad.wgrad(g, x, kernel, geometry, sums=True)
+    want = reference.wgrad(g, x, kernel, geometry, sums=True)
+    values = [Operand(reference._value(o).double()) for o in (g, x)]
+    exact = reference.wgrad(*values, kernel, geometry, sums=True)
+    rows = values[0].tensor[:, 0].numel()
+    for name, a, b, e in zip(("dweight", "sums"), got, want, exact, strict=True):
+        assert_matches(a, b, e, rows, name, maximum=False)
+    assert got[0].untyped_storage().data_ptr() != got[1].untyped_storage().data_ptr()
+
+
+@on
+@in_dtypes
+@pytest.mark.parametrize("parts", ["one", "many"])
+@pytest.mark.parametrize("terms", PAIRS, ids=lambda pair: "-".join(p.replace(" ", "+") or "plain" for p in pair))
+def test_weight_gradients_of_rows(terms, parts, dtype, device, poisoned, monkeypatch):
+    if parts == "many":
+        monkeypatch.setattr(wgrad, "LEAST_SPAN", 1)
+    for N, K, C, P, Q in GRADIENTS:
+        g = operand_of(terms[0], (N, K, P, Q), dtype, device)
+        more = " centre" if dtype == torch.float32 and "relu" in terms[1] else ""
+        x = operand_of(terms[1] + more, (N, C, P, Q), dtype, device)
+        check_wgrad(g, x, (1, 1), Geometry())
+
+
+@on
+def test_a_strided_1x1_and_no_sums(device, poisoned):
+    g, x = draw((2, 24, 4, 5), torch.float32, device), draw((2, 16, 7, 10), torch.float32, device)
+    check_wgrad(Operand(g), Operand(x), (1, 1), Geometry(stride=2))
+    dweight, sums = wgrad.wgrad(Operand(g), Operand(x), (1, 1), Geometry(stride=2))
+    assert sums is None and dweight.shape == (24, 16, 1, 1)
+
+
+@on
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize(
+    "kernel, geometry",
+    [(3, Geometry(1, 1)), (3, Geometry(2, 1)), (3, Geometry(1, 1, 1, 4)), (1, Geometry(1, 0, 1, 2))],
+    ids=["3x3", "3x3-down", "3x3-groups", "1x1-groups"],
+)
+def test_other_weight_gradients_are_the_librarys(kernel, geometry, dtype, device):
+    x = operand_of("affine relu", (2, 16, 9, 7), dtype, device)
+    sizes = 2, 24, geometry.output_size(9, kernel), geometry.output_size(7, kernel)
+    g = operand_of("mask affine second", sizes, dtype, device)
+    dweight, sums = wgrad.wgrad(g, x, (kernel, kernel), geometry, sums=True)
+    assert dweight.dtype == torch.float32
+    values = [Operand(reference._value(o)) for o in (g, x)]
+    exact = reference.wgrad(*(Operand(v.tensor.double()) for v in values), (kernel, kernel), geometry, sums=True)
+    # The library rounds to the dtype.
+    want = reference.wgrad(*values, (kernel, kernel), geometry, sums=True)
+    assert_matches(dweight.to(dtype), want[0].to(dtype), exact[0], 126, maximum=False)
+    assert_matches(sums, want[1], exact[1], 126, maximum=False)
+
+
+@on
+@in_dtypes
+@pytest.mark.parametrize("parts", ["one", "many"])
+@pytest.mark.parametrize("terms", ["", "affine relu", "stride", "mask affine second"])
+def test_moments(terms, parts, dtype, device, poisoned, monkeypatch):
+    if parts == "many":
+        monkeypatch.setattr(wgrad, "LEAST_SPAN", 1)
+    # Two tiles of channels.
+    several = (1, 70, 13, 11) if dtype == torch.float32 else (1, 130, 13, 11)
+    for N, J, P, Q in [(2, 21, 5, 7), (1, 64, 1, 1), (2, 3, 16, 16)] + [several] * (terms == "affine relu"):
+        h = operand_of(terms, (N, J, P, Q), dtype, device)
+        got, want = wgrad.moments(h), reference.moments(h)
+        exact = reference.moments(Operand(reference._value(h).double()))
+        assert got.rows == N * P * Q
+        assert_matches(got.mean, want.mean, exact.mean, got.rows, "mean")
+        ours, theirs = ((m.M2.double() - exact.M2).norm() for m in (got, want))
+        # In 16 bits h enters the products as it is: their sums are rounded before the mean is taken from them.
+        raw = exact.M2 + (0 if dtype == torch.float32 else got.rows * torch.outer(exact.mean, exact.mean))
+        assert ours <= 2 * theirs + 2**-23 * (0.25 + got.rows**0.5 / 8) * raw.norm(), (ours, theirs)
+        assert torch.equal(got.M2, got.M2.T)
+
+
+@on
+@pytest.mark.parametrize("parts", ["one", "many"])
+def test_a_mean_of_50_standard_deviations_costs_moments_nothing(parts, device, monkeypatch):
+    if parts == "many":
+        monkeypatch.setattr(wgrad, "LEAST_SPAN", 1)
+    mix = torch.randn(24, 24)
+    h = (torch.randn(2, 16, 32, 24) @ mix + 250).permute(0, 3, 1, 2).to(device)
+    got, exact = wgrad.moments(Operand(h)), reference.moments(Operand(h.double()))
+    error = (got.M2.double() - exact.M2).norm() / exact.M2.norm()
+    assert error < 3e-7, error
+    torch.testing.assert_close(got.mean.double(), exact.mean, rtol=2e-7, atol=0)
+
+
+@on
+def test_means_in_16_bits_are_centred_part_by_part(device, monkeypatch):
+    """The rounded h enters the products: with one part for all rows their sum would grow with the rows."""
+    monkeypatch.setattr(wgrad, "LEAST_SPAN", 1)
+    h = (50 + torch.randn(2, 16, 32, 32)).to(device, torch.float16).contiguous(memory_format=NHWC)
+    weight = torch.randn(64, 16) / 4
+    got, exact = wgrad.moments(Operand(h)), reference.moments(Operand(h.double()))
+    w = weight.to(device)
+    variances = [((w.to(m.M2.dtype) @ m.M2) * w).sum(1) / m.rows for m in (got, exact)]
+    # PyTorch's own: of the rounded output.
+    c = torch.einsum("kj,njpq->nkpq", w.double(), h.double()).half().double()
+    eager = c.var((0, 2, 3), unbiased=False)
+    ours, theirs = ((v.double() - variances[1]).norm() for v in (variances[0], eager))
+    assert ours <= 2 * theirs, (ours, theirs)
+
+
+@on
+def test_the_same_bits_twice(device):
+    g, x = (
+        operand_of("mask", (3, 40, 13, 11), torch.float16, device),
+        operand_of("affine relu", (3, 40, 13, 11), torch.float16, device),
+    )
+    one, two = (wgrad.wgrad(g, x, (1, 1), Geometry(), sums=True) for _ in range(2))
+    assert all(map(torch.equal, one, two))
+
+
+def test_parts_fill_the_multiprocessors_and_hold_whole_flushes():
+    for M in (1, 49, 12544, 50176, 802816):
+        for tiles in (1, 2, 10, 64, 400):
+            parts, span = wgrad.parts_of(M, tiles, 132)
+            assert (parts - 1) * span < M <= parts * span and span % wgrad.FLUSH == 0
+            assert parts == 1 or (span >= wgrad.LEAST_SPAN and parts * tiles <= 2 * 132)
