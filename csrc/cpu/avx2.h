@@ -18,11 +18,12 @@ struct Window {
   int64_t R, S, stride, padding, dilation;
 };
 
-// y = relu(conv(x, weight) + shift + residual) on NHWC fp32; shift and residual may be null, residual may be y.
-void avx2_direct(const at::Tensor& y, const at::Tensor& x, const at::Tensor& packed, const float* shift,
-                 const float* residual, bool relu, const Window& window);
-void avx2_winograd(const at::Tensor& y, const at::Tensor& x, const at::Tensor& packed, const float* shift,
-                   const float* residual, bool relu);
+// y = relu(scale * conv(x, weight) + shift + residual) on NHWC fp32; scale, shift and residual may be null, residual may
+// be y.
+void avx2_direct(const at::Tensor& y, const at::Tensor& x, const at::Tensor& packed, const float* scale,
+                 const float* shift, const float* residual, bool relu, const Window& window);
+void avx2_winograd(const at::Tensor& y, const at::Tensor& x, const at::Tensor& packed, const float* scale,
+                   const float* shift, const float* residual, bool relu);
 
 // dweight (K, C) = (g - centre)^T (x - centre) over M rows; g (M, K) and x (M, C) contiguous, K and C multiples of 16,
 // centre null or of both. sums: null, or K sums over the rows of g. As many threads as there are, the same result.

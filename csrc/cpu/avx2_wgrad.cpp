@@ -21,13 +21,14 @@ constexpr int64_t kDepth = 128;  // rows of two panels that stay in L1
 constexpr int64_t kRowsPacked = 64;
 constexpr int64_t kBlockBytes = 2 << 20, kWinogradBlockBytes = 6 << 20;
 
-// out[r][0:16] (+)= sum over t of a[t][r] * b[t][0:16], rows of `out` at distance `stride`.
+// out[r][0:16] (+)= sum over t of a[t][r] * b[t][0:16], rows of `out` at distance `stride`. The sum begins at zero and
+// is added to what stands there: a long sum in one accumulator would lose four digits of a second moment.
 template <int R>
 RK_AVX2 void outer_tile(const float* a, const float* b, int64_t depth, float* out, int64_t stride, bool accumulate) {
   __m256 acc[R][2];
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r)
-    for (int h = 0; h < 2; ++h) acc[r][h] = accumulate ? _mm256_loadu_ps(out + r * stride + 8 * h) : _mm256_setzero_ps();
+    for (int h = 0; h < 2; ++h) acc[r][h] = _mm256_setzero_ps();
   for (int64_t t = 0; t < depth; ++t, a += kPanel, b += kPanel) {
     const __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8);
 #pragma GCC unroll 6
@@ -39,7 +40,10 @@ RK_AVX2 void outer_tile(const float* a, const float* b, int64_t depth, float* ou
   }
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r)
-    for (int h = 0; h < 2; ++h) _mm256_storeu_ps(out + r * stride + 8 * h, acc[r][h]);
+    for (int h = 0; h < 2; ++h) {
+      float* const to = out + r * stride + 8 * h;
+      _mm256_storeu_ps(to, accumulate ? _mm256_add_ps(_mm256_loadu_ps(to), acc[r][h]) : acc[r][h]);
+    }
 }
 
 // The rows of one panel of `a` against all C / 16 panels of `b`: 16 rows of `out`, of C columns.

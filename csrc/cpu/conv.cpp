@@ -101,7 +101,8 @@ Conv pack_conv(const at::Tensor& weight, const at::Tensor& scale, const Geometry
 }
 
 at::Tensor cpu_conv(const at::Tensor& x, const Conv& conv, const std::optional<at::Tensor>& shift,
-                    const std::optional<at::Tensor>& residual, bool overwrite, bool relu) {
+                    const std::optional<at::Tensor>& residual, bool overwrite, bool relu,
+                    const std::optional<at::Tensor>& scale) {
   at::AutoDispatchBelowADInplaceOrView guard;
   const auto& g = conv.geometry;
   check_cpu(x, "x");
@@ -117,13 +118,22 @@ at::Tensor cpu_conv(const at::Tensor& x, const Conv& conv, const std::optional<a
     RK_CHECK_EQ(x.scalar_type(), at::kFloat, "x: dtype");
     if (shift.has_value()) check_per_channel(*shift, conv.shape[0], "shift");
     const auto y = residual.has_value() && overwrite ? *residual : pooled_nhwc(sizes, x.options());
+    if (scale.has_value()) check_per_channel(*scale, conv.shape[0], "scale");
+    const float* a = scale.has_value() ? scale->const_data_ptr<float>() : nullptr;
     const float* b = shift.has_value() ? shift->const_data_ptr<float>() : nullptr;
     const float* r = residual.has_value() ? residual->const_data_ptr<float>() : nullptr;
     if (conv.engine == Engine::kDirect)
-      avx2_direct(y, x, conv.packed, b, r, relu, {conv.shape[2], conv.shape[3], g.stride, g.padding, g.dilation});
+      avx2_direct(y, x, conv.packed, a, b, r, relu, {conv.shape[2], conv.shape[3], g.stride, g.padding, g.dilation});
     else
-      avx2_winograd(y, x, conv.packed, b, r, relu);
+      avx2_winograd(y, x, conv.packed, a, b, r, relu);
     return y;
+  }
+  if (scale.has_value()) {
+    auto t = cpu_conv(x, conv, std::nullopt, std::nullopt, false, false, std::nullopt);
+    t.mul_(scale->reshape({-1, 1, 1}));
+    if (shift.has_value()) t.add_(shift->reshape({-1, 1, 1}));
+    if (residual.has_value()) t.add_(*residual);
+    return relu ? at::relu_(t) : t;
   }
   const auto weight = conv.engine == Engine::kWinograd ? folded(conv.plain, conv.scale) : conv.packed;
   at::Tensor y;

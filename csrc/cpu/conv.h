@@ -31,10 +31,11 @@ struct Conv {
 Conv pack_conv(const at::Tensor& weight, const at::Tensor& scale, const Geometry& geometry,
                const std::vector<int64_t>& size, const std::string& engine);
 
-// y = relu(conv(x) + shift + residual), channels_last. Any of shift and residual may be absent. With `overwrite` the
-// result takes the residual's memory.
+// y = relu(scale * conv(x) + shift + residual), channels_last. Any of scale, shift and residual may be absent. With
+// `overwrite` the result may take the residual's memory.
 at::Tensor cpu_conv(const at::Tensor& x, const Conv& conv, const std::optional<at::Tensor>& shift,
-                    const std::optional<at::Tensor>& residual, bool overwrite, bool relu);
+                    const std::optional<at::Tensor>& residual, bool overwrite, bool relu,
+                    const std::optional<at::Tensor>& scale = std::nullopt);
 
 // A chain of convolutions, each with shift and ReLU, the last with the shortcut added before its ReLU. For
 // shortcut = "projection" the last of `convs` is the projection. "zero_pad" subsamples x and appends zero channels.

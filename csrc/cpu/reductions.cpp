@@ -14,8 +14,11 @@
 namespace resnet_kernels {
 namespace {
 
-constexpr int64_t kChunk = 4096;     // elements that go through all steps together
-constexpr int64_t kSegment = 16384;  // elements, at least, that a partial sum is taken over
+constexpr int64_t kChunk = 4096;  // elements that go through all steps together
+// Rows of a chunk: so many are summed in fp32, chunks in fp64. An error of a mean is the same in every row, so that what
+// is summed over the rows later has it as many times.
+constexpr int64_t kFewestRows = 8, kMostRows = 32;
+constexpr int64_t kSegmentRows = 256;  // rows whose squares are taken about one origin, the first of them
 
 RK_MULTI_ISA void keep(float* t, const float* x, const float* mask, float threshold, int64_t count) {
   for (int64_t i = 0; i < count; ++i) t[i] = mask[i] <= threshold ? 0.f : x[i];
@@ -73,6 +76,10 @@ RK_MULTI_ISA void add_sums(float* s1, float* s2, const float* t, const float* x,
       s1[c] += t[m * C + c];
       s2[c] = __builtin_fmaf(t[m * C + c], x[m * C + c] - mean[c], s2[c]);
     }
+}
+
+RK_MULTI_ISA void move_sums(double* to, float* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] += from[i], from[i] = 0.f;
 }
 
 const float* data(const at::Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
@@ -145,21 +152,21 @@ Passed cpu_pass(const Lazy& lazy, const Finish& finish, bool store, const at::Te
   const auto kept = finish.kept ? std::optional<Rows>(Rows(*finish.kept)) : std::nullopt;
   const float *shift = data(finish.shift), *other = data(xhat), *about = data(mean);
   float* const y = store ? result.y.mutable_data_ptr<float>() : nullptr;
-  const int64_t chunk = std::max<int64_t>(1, kChunk / std::max<int64_t>(C, 1));
-  const int64_t segment = std::max<int64_t>(chunk, std::min<int64_t>(256, std::max<int64_t>(16, kSegment / std::max<int64_t>(C, 1))) / chunk * chunk);
-  const int64_t segments = (M + segment - 1) / segment;
+  const int64_t chunk = std::clamp(kChunk / std::max<int64_t>(C, 1), kFewestRows, kMostRows);
+  const int64_t segments = (M + kSegmentRows - 1) / kSegmentRows;
   // Groups of segments, as many whatever the threads are: their sums are merged in order.
   const int64_t groups = std::min<int64_t>(segments, 64);
   std::vector<double> partial(reduce == Reduce::kNone ? 0 : groups * 2 * C);
   std::vector<int64_t> counts(groups);
   at::parallel_for(0, groups, 1, [&](int64_t first, int64_t last) {
-    std::vector<float> scratch(chunk * C), more(chunk * C), s(2 * C), origin(C);
+    std::vector<float> scratch(chunk * C), more(chunk * C), few(2 * C), origin(C);
+    std::vector<double> s(2 * C);
     for (int64_t group = first; group < last; ++group) {
       double* const sums = reduce == Reduce::kNone ? nullptr : partial.data() + group * 2 * C;
       const int64_t from = group * segments / groups, to = (group + 1) * segments / groups;
       for (int64_t part = from; part < to; ++part) {
-        const int64_t begin = part * segment, end = std::min(M, begin + segment);
-        std::fill(s.begin(), s.end(), 0.f);
+        const int64_t begin = part * kSegmentRows, end = std::min(M, begin + kSegmentRows);
+        std::fill(s.begin(), s.end(), 0.0);
         for (int64_t m = begin; m < end; m += chunk) {
           const int64_t rows = std::min(chunk, end - m), count = rows * C;
           float* const t = store ? y + m * C : scratch.data();
@@ -177,10 +184,11 @@ Passed cpu_pass(const Lazy& lazy, const Finish& finish, bool store, const at::Te
           }
           if (reduce == Reduce::kStats) {
             if (m == begin) std::copy(v, v + C, origin.begin());
-            add_stats(s.data(), s.data() + C, v, origin.data(), rows, C);
+            add_stats(few.data(), few.data() + C, v, origin.data(), rows, C);
           } else if (reduce == Reduce::kNormalized) {
-            add_sums(s.data(), s.data() + C, v, other + m * C, about, rows, C);
+            add_sums(few.data(), few.data() + C, v, other + m * C, about, rows, C);
           }
+          if (reduce != Reduce::kNone) move_sums(s.data(), few.data(), 2 * C);
           if (store && v != t) std::copy(v, v + count, t);
         }
         if (reduce == Reduce::kNormalized) {
@@ -189,7 +197,7 @@ Passed cpu_pass(const Lazy& lazy, const Finish& finish, bool store, const at::Te
           // Chan, Golub and LeVeque: two means and sums of squares about them into one.
           const double n = static_cast<double>(end - begin), before = static_cast<double>(counts[group]);
           for (int64_t c = 0; c < C; ++c) {
-            const double part_mean = origin[c] + s[c] / n, M2 = s[C + c] - static_cast<double>(s[c]) * s[c] / n;
+            const double part_mean = origin[c] + s[c] / n, M2 = s[C + c] - s[c] * s[c] / n;
             const double delta = part_mean - sums[c];
             sums[c] += delta * n / (before + n);
             sums[C + c] += std::max(M2, 0.0) + delta * delta * before * n / (before + n);

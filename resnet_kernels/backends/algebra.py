@@ -18,48 +18,57 @@ from .contract import Affine, Moments, Stats, TailGrad
 
 
 class Group(NamedTuple):
-    """Sums over all processes: rows, sum(g), un-normalised dgamma; and the mean of h over all rows."""
+    """Sums over all processes: rows, sum(g), un-normalised dgamma. `bn_grad` needs the same: processes with rows enough
+    for moments and others understand each other."""
 
     rows: Tensor
     sg: Tensor
     dgamma: Tensor
-    mean: Tensor
+
+
+# Vectors are computed in fp64 and rounded once: an error of theirs is the same in every row, so that sums over the rows
+# add it up, where other errors cancel. Matrices stay in `wide`.
 
 
 def table(stats: Stats, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
     """Rows a, b, mean, rstd, unbiased variance; see `contract.Affine`."""
     rows = stats.rows
-    rstd = torch.rsqrt(stats.M2 / rows + eps)
-    a = gamma * rstd
-    least = rows - 1 if isinstance(rows, int) else (rows - 1).clamp_min(1)
-    # fma: the shift is what a*mean leaves of beta, rounded once.
-    return torch.stack([a, torch.addcmul(beta, stats.mean, a, value=-1), stats.mean, rstd, stats.M2 / least])
+    least = max(rows - 1, 1) if isinstance(rows, int) else (rows - 1).clamp_min(1)
+    M2 = stats.M2.double()
+    return _rows(stats.mean, M2 / rows, M2 / least, gamma, beta, eps)
 
 
 def frozen_table(mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+    return _rows(mean, var.double(), var, gamma, beta, eps)
+
+
+def _rows(mean: Tensor, var: Tensor, unbiased: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
     rstd = torch.rsqrt(var + eps)
-    a = gamma * rstd
-    return torch.stack([a, torch.addcmul(beta, mean, a, value=-1), mean, rstd, var])
+    # b belongs to the a and the mean that are stored: what is computed from them is then consistent.
+    a = (gamma * rstd).to(gamma.dtype)
+    b = beta - mean.double() * a.double()
+    return torch.stack([a.double(), b, mean.double(), rstd, unbiased.double()]).to(gamma.dtype)
 
 
 def product_stats(m: Moments, weight: Tensor) -> Stats:
     """Of c = h W^T from the moments of h. weight: (K, J)."""
-    w = weight.to(m.mean.dtype)
+    w = weight.to(m.M2.dtype)
     # Rounding can leave a variance of zero slightly negative. NaN stays.
-    return Stats(m.rows, w @ m.mean, ((w @ m.M2) * w).sum(1).clamp_min(0))
+    M2 = ((w @ m.M2).double() * w).sum(1).clamp_min(0)
+    return Stats(m.rows, weight.double() @ m.mean.double(), M2)
 
 
 def bn_grad(sums: tuple[Tensor, Tensor], rows: int | Tensor, affine: Affine) -> tuple[Tensor, Tensor, Tensor]:
-    dbeta, dgamma = sums
-    be = -affine.a * affine.rstd * dgamma / rows
-    return affine.a, be, -affine.a * dbeta / rows - be * affine.mean
+    dbeta, dgamma, a, mean, rstd = (t.double() for t in (*sums, affine.a, affine.mean, affine.rstd))
+    be = (-a * rstd * dgamma / rows).to(affine.a.dtype)
+    return affine.a, be, (-a * dbeta / rows - be.double() * mean).to(be.dtype)
 
 
 def tail_dgamma(sg: Tensor, G: Tensor, centre: Tensor | None, weight: Tensor, affine: Affine) -> Tensor:
-    """sum(g * xhat) of c = h W^T from sg = sum(g) and G = g^T (h - centre)."""
-    w = weight.to(sg.dtype)
-    mean = affine.mean if centre is None else affine.mean - w @ centre
-    return affine.rstd * ((G * w).sum(1) - sg * mean)
+    """sum(g * xhat) of c = h W^T from sg = sum(g) and G = g^T (h - centre), in fp64."""
+    w = weight.double()
+    mean = affine.mean.double() if centre is None else affine.mean.double() - w @ centre.double()
+    return affine.rstd.double() * ((G * w).sum(1) - sg.double() * mean)
 
 
 def tail_grad(
@@ -74,20 +83,24 @@ def tail_grad(
     """See `contract.Backend.finalize_tail_grad`.
 
     dweight = a (g^T h - m1 sum(h)^T) - q (c - mean)^T h, where g^T h = G + sg centre^T and
-    (c - mean)^T h = W M2 + n (W mu - mean) mu^T: the last product and sg - n m1 vanish but in a group.
+    (c - mean)^T h = W M2 + n (W mu - mean) mu^T: the last product and sg - n m1 vanish but in a group, where mu and M2
+    are of this process's rows and mean is of all.
     """
-    w, n = weight.to(sg.dtype), m.rows
-    a = affine.a[:, None]
+    wide, n = G.dtype, m.rows
+    w, w64, mu = weight.to(wide), weight.double(), m.mean.double()
+    a, s = affine.a.double(), sg.double()
     dgamma = tail_dgamma(sg, G, centre, weight, affine)
-    rows, sg_all, dgamma_all, mean = group or Group(torch.as_tensor(n), sg, dgamma, m.mean)
-    m1, q = sg_all / rows, (affine.a * affine.rstd * dgamma_all / rows)[:, None]
-    dweight = a * (G if centre is None else G + torch.outer(sg, centre - m.mean)) - q * (w @ m.M2)
-    if centre is None:
-        dweight -= a * torch.outer(sg, m.mean)
+    rows, s_all, dgamma_all = group or Group(torch.as_tensor(n), s, dgamma)
+    m1, q = s_all / rows, a * affine.rstd.double() * dgamma_all / rows
+    off = mu if centre is None else mu - centre.double()
+    per_row = (-a * s)[:, None] * off
     if group is not None:
-        dweight += a * torch.outer(sg - n * m1, m.mean) - q * torch.outer(n * (w @ m.mean - affine.mean), m.mean)
-    A, B = (a * w).to(weight.dtype), (-w.T @ (q * w)).to(weight.dtype)
+        apart = w64 @ mu - affine.mean
+        per_row += (a * (s - n * m1))[:, None] * mu - (q * n * apart)[:, None] * mu
+    dweight = (affine.a[:, None] * G).add_(per_row.to(wide)).sub_((w @ m.M2).mul_(q.to(wide)[:, None]))
+    A, B = (a[:, None] * w64).to(weight.dtype), (-w.T @ (q.to(wide)[:, None] * w)).to(weight.dtype)
     # v from the rounded A and B: their rounding then cancels against the means.
-    off = mean if centre is None else mean - centre
-    v = -(m1 @ A.to(w.dtype)) - off @ B.to(w.dtype)
-    return TailGrad(dweight, dgamma, A, B, v)
+    v = -(m1 @ A.double()) - off @ B.double()
+    if group is not None:
+        v -= (q * apart) @ w64
+    return TailGrad(dweight, dgamma.to(wide), A, B, v.to(wide))

@@ -198,8 +198,8 @@ class Affine(NamedTuple):
 
 
 class TailGrad(NamedTuple):
-    """Of c = h W^T and its batch norm: dweight (K, J) and dgamma (K) in `wide`; A (K, J), B (J, J) in the weight's dtype
-    and v (J) in `wide` with dL/dh = g A + (h - centre) B + v."""
+    """Of c = h W^T and its batch norm: dweight (K, J) and dgamma (K) in `wide`; A (K, J) and B (J, J) in the weight's
+    dtype and v (J) in `wide` with dL/dh = g A + (h - centre) B + v."""
 
     dweight: Tensor
     dgamma: Tensor

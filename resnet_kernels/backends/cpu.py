@@ -124,10 +124,12 @@ def _convolve(
         weight = weight.transpose(0, 1).flip(2, 3)
         turned = Geometry(1, g.dilation * (weight.shape[2] - 1) - g.padding, g.dilation)
         packed, g = Packed(weight, None, tuple(weight.shape)), turned
+    scale = None
     if isinstance(packed.weight, Tensor):
-        ones = torch.ones(packed.shape[0], dtype=torch.float32)
-        packed = pack(packed.weight, ones if packed.scale is None else packed.scale, g, x.shape, keep=False)
-    return C.conv(x, packed.weight, shift, y, overwrite, relu)
+        # The weight stays exact: rounding of a scaled one would be the same error in every row.
+        scale = None if packed.scale is None else packed.scale.float().contiguous()
+        packed = pack(packed.weight, torch.ones(packed.shape[0]), g, x.shape, keep=False)
+    return C.conv(x, packed.weight, shift, y, overwrite, relu, scale)
 
 
 def _needs_pass(e: Epilogue) -> bool:
@@ -243,9 +245,7 @@ def _pass(x: Operand, e: Epilogue, dtype: torch.dtype, store: bool, in_place: bo
     lazy = _lazy(x)
     shift = None if e.shift is None else e.shift.float().contiguous()
     out = lazy[0] if in_place and lazy[0].is_contiguous(memory_format=torch.channels_last) else None
-    y, sums = C.train_pass(
-        lazy, shift, residual, e.relu, kept, _rounds_to_zero(dtype), store, out, kind, normalized
-    )
+    y, sums = C.train_pass(lazy, shift, residual, e.relu, kept, _rounds_to_zero(dtype), store, out, kind, normalized)
     t = y.to(dtype) if store else None
     if e.reduce == "mask":
         return t, t

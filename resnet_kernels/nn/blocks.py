@@ -2,8 +2,8 @@
 
 They are torchvision's classes: same constructor, attributes, parameters and state dict. They hold no state of their
 own; a batch norm's scale and shift are computed at each call. The block is one op, differentiable: one for batch
-statistics (training), one for running statistics alone (evaluation, or frozen batch norms in a training model). Wherever
-`fusable` finds a reason, it is torchvision's own forward.
+statistics (training), one for running statistics alone (evaluation, or frozen batch norms in a training model).
+Wherever `fusable` finds a reason, it is torchvision's own forward.
 """
 
 from __future__ import annotations

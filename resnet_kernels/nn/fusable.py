@@ -17,7 +17,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from ..backends import select
 from ..backends.contract import Call, Geometry
-from ..ops.batch_norm import uses_batch_statistics
+from ..ops.batch_norm import group_of, uses_batch_statistics
 from ..ops.block import same_padding, total_stride
 from ..ops.training import call_of_training
 from .shortcuts import ZeroPadShortcut
@@ -165,7 +165,8 @@ def training(block: nn.Module, x: Tensor) -> str | None:
     for conv, bn in zip(p.convs, p.norms, strict=True):
         if not (p.shortcut == "projection" and conv is p.convs[-1]):
             sizes = tuple(geometry(conv).output_size(n, conv.weight.shape[2]) for n in sizes)
-        if uses_batch_statistics(bn) and x.shape[0] * sizes[0] * sizes[1] < 2:
+        # Those of a group have more on its other processes.
+        if uses_batch_statistics(bn) and not group_of(bn) and x.shape[0] * sizes[0] * sizes[1] < 2:
             return f"x: expected more than one value per channel in training, got {tuple(x.shape)}"
     call = training_call(p, x)
     name = select.named()

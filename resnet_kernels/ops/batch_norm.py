@@ -12,7 +12,9 @@ from .training import BatchNorm
 
 def uses_batch_statistics(bn: nn.Module) -> bool:
     """Whether the batch norm normalises by the statistics of what it is given."""
-    return not isinstance(bn, FrozenBatchNorm2d) and (bn.training or (bn.running_mean is None and bn.running_var is None))
+    return not isinstance(bn, FrozenBatchNorm2d) and (
+        bn.training or (bn.running_mean is None and bn.running_var is None)
+    )
 
 
 def group_of(bn: nn.Module) -> str:

@@ -306,25 +306,8 @@ def check(
     shortcut: str = "identity",
 ) -> None:
     """Raises TypeError or ValueError unless the arguments of `residual_block` fit each other."""
-    if shortcut not in SHORTCUTS:
-        raise ValueError(f"shortcut: expected one of {', '.join(SHORTCUTS)}, got {shortcut!r}")
-    lengths = {len(v) for v in (weights, scales, shifts, strides, dilations, groups)}
-    least = 2 if shortcut == "projection" else 1
-    if len(lengths) != 1 or lengths.pop() < least:
-        got = [len(v) for v in (weights, scales, shifts, strides, dilations, groups)]
-        raise ValueError(
-            f"expected one weight, scale, shift, stride, dilation and groups per convolution, "
-            f"at least {least}, got {got}"
-        )
-    if x.dim() != 4:
-        raise ValueError(f"x: expected (N, C, H, W), got {tuple(x.shape)}")
-    if not x.dtype.is_floating_point:
-        raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
-    sizes = tuple(x.shape)
+    check_chain(x, weights, strides, dilations, groups, shortcut, SHORTCUTS, "scales, shifts", [scales, shifts])
     for i, (w, a, b) in enumerate(zip(weights, scales, shifts, strict=True)):
-        projection = shortcut == "projection" and i == len(weights) - 1
-        if w.dim() != 4 or w.shape[2] != w.shape[3] or w.shape[2] % 2 == 0:
-            raise ValueError(f"weights[{i}]: expected (K, C, R, R) with R odd, got {tuple(w.shape)}")
         for name, t, dtype in (
             (f"weights[{i}]", w, x.dtype),
             (f"scales[{i}]", a, wide(x.dtype)),
@@ -338,6 +321,41 @@ def check(
             raise ValueError(
                 f"scales[{i}], shifts[{i}]: expected ({w.shape[0]},), got {tuple(a.shape)}, {tuple(b.shape)}"
             )
+
+
+def check_chain(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    strides: Sequence[int],
+    dilations: Sequence[int],
+    groups: Sequence[int],
+    shortcut: str,
+    shortcuts: Sequence[str],
+    names: str,
+    others: Sequence[Sequence[Any]],
+) -> None:
+    """Raises TypeError or ValueError unless weights, geometries and shortcut make a block over x. `others`, called
+    `names`: what else there must be one of per weight."""
+    if shortcut not in shortcuts:
+        raise ValueError(f"shortcut: expected one of {', '.join(shortcuts)}, got {shortcut!r}")
+    sequences = (weights, *others, strides, dilations, groups)
+    least = 2 if shortcut == "projection" else 1
+    if len({len(v) for v in sequences}) != 1 or len(weights) < least:
+        raise ValueError(
+            f"expected as many weights, {names}, strides, dilations and groups as convolutions, "
+            f"at least {least}, got {[len(v) for v in sequences]}"
+        )
+    if x.dim() != 4:
+        raise ValueError(f"x: expected (N, C, H, W), got {tuple(x.shape)}")
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
+    sizes = tuple(x.shape)
+    for i, w in enumerate(weights):
+        projection = shortcut == "projection" and i == len(weights) - 1
+        if w.dim() != 4 or w.shape[2] != w.shape[3] or w.shape[2] % 2 == 0:
+            raise ValueError(f"weights[{i}]: expected (K, C, R, R) with R odd, got {tuple(w.shape)}")
+        if w.device != x.device:
+            raise ValueError(f"weights[{i}]: expected it on {x.device}, as x, got {w.device}")
         C, H, W = (x.shape if projection else sizes)[1:]
         if C != w.shape[1] * groups[i] or w.shape[0] % groups[i]:
             raise ValueError(f"weights[{i}]: {tuple(w.shape)} with groups={groups[i]} does not fit {C} channels")

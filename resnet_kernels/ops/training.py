@@ -39,7 +39,7 @@ from ..backends.contract import (
     TailGrad,
     wide,
 )
-from .block import LIBRARY, same_padding, total_stride, walk, zero_pad
+from .block import LIBRARY, SHORTCUTS, check_chain, same_padding, total_stride, walk, zero_pad
 
 POINTWISE = Geometry()
 
@@ -149,31 +149,33 @@ def _backend(x: Tensor, weights: Sequence[Tensor], geometries: Sequence[Geometry
 # Statistics of a group of processes.
 
 
-def _merged(stats: Stats, name: str, extra: Tensor | None = None) -> tuple[Stats, Tensor | None]:
-    """The statistics of all processes' rows by Chan's formula, and the mean of `extra` over them."""
-    if not name:
-        return stats, extra
-    parts = [stats.mean.new_tensor([float(stats.rows)]), stats.mean, stats.M2, *([] if extra is None else [extra])]
-    mine = torch.cat(parts)
+def _exchanged(rows: int | Tensor, *vectors: Tensor) -> Tensor:
+    """What a process tells the others: the same whether its rows are many enough for moments or not."""
+    return torch.cat([vectors[0].new_full((1,), float(rows), dtype=torch.float64), *(v.double() for v in vectors)])
+
+
+def _merged(stats: Stats, name: str) -> Stats:
+    """The statistics of all processes' rows by Chan's formula."""
+    mine = _exchanged(stats.rows, stats.mean, stats.M2)
     group = dist.distributed_c10d._resolve_process_group(name)
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyone, mine, group=group)
     table = torch.stack(everyone)
     K = stats.mean.numel()
-    rows, means, M2s, extras = table[:, :1], table[:, 1 : K + 1], table[:, K + 1 : 2 * K + 1], table[:, 2 * K + 1 :]
+    rows, means, M2s = table[:, :1], table[:, 1 : K + 1], table[:, K + 1 :]
+    # A process without rows has no mean.
+    means, M2s = (torch.where(rows > 0, t, 0) for t in (means, M2s))
     total = rows.sum()
     mean = (rows * means).sum(0) / total
     M2 = (M2s + rows * (means - mean).square()).sum(0)
-    return Stats(total, mean, M2), None if extra is None else (rows * extras).sum(0) / total
+    return Stats(total, mean, M2)
 
 
-def _summed(name: str, *vectors: Tensor) -> list[Tensor]:
-    """Each summed over the group's processes."""
-    if not name:
-        return list(vectors)
-    flat = torch.cat([v.reshape(-1) for v in vectors])
+def _summed(name: str, rows: int, dbeta: Tensor, dgamma: Tensor) -> Group:
+    """The sums over all processes."""
+    flat = _exchanged(rows, dbeta, dgamma)
     dist.all_reduce(flat, group=dist.distributed_c10d._resolve_process_group(name))
-    return [f.view_as(v) for f, v in zip(flat.split([v.numel() for v in vectors]), vectors, strict=True)]
+    return Group(*flat.split([1, dbeta.numel(), dgamma.numel()]))
 
 
 class _Block:
@@ -239,7 +241,7 @@ class _Forward(_Block):
         gamma, beta, _, _ = self.norms[i]
         name = self.plan.groups_of[i]
         if name:
-            return algebra.table(_merged(stats, name)[0], gamma, beta, self.plan.eps[i])
+            return algebra.table(_merged(stats, name), gamma, beta, self.plan.eps[i])
         return self.backend.finalize_stats(stats, gamma, beta, self.plan.eps[i])
 
     def from_moments(self, i: int, operand: Operand, kept: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
@@ -251,7 +253,7 @@ class _Forward(_Block):
         gamma, beta, _, _ = self.norms[i]
         name = self.plan.groups_of[i]
         if name:
-            stats, _ = _merged(algebra.product_stats(m, self.matrix(i)), name)
+            stats = _merged(algebra.product_stats(m, self.matrix(i)), name)
             return algebra.table(stats, gamma, beta, self.plan.eps[i])
         return self.backend.finalize_moments(m, self.matrix(i), gamma, beta, self.plan.eps[i])
 
@@ -334,9 +336,8 @@ class _Backward(_Block):
             return dataclasses.replace(gh, affine=(affine.a, torch.zeros_like(affine.a)))
         name = self.plan.groups_of[i]
         if name:
-            count = affine.a.new_tensor([float(rows)])
-            *group, total = _summed(name, *sums, count)
-            al, be, const = algebra.bn_grad((group[0], group[1]), total, affine)
+            total, dbeta, dgamma = _summed(name, rows, *sums)
+            al, be, const = algebra.bn_grad((dbeta, dgamma), total, affine)
         else:
             al, be, const = self.backend.finalize_bn_grad(sums, rows, affine)
         return dataclasses.replace(gh, affine=(al, const), second=(self.kept.c[i], be))
@@ -382,9 +383,7 @@ class _Backward(_Block):
         if not name:
             return self.backend.finalize_tail_grad(sg, G, centre, m, self.matrix(i), affine)
         dgamma = algebra.tail_dgamma(sg, G, centre, self.matrix(i), affine)
-        rows = float(m.rows)
-        total, sg_all, dgamma_all, weighted = _summed(name, sg.new_tensor([rows]), sg, dgamma, rows * m.mean)
-        group = Group(total, sg_all, dgamma_all, weighted / total)
+        group = _summed(name, m.rows, sg, dgamma)
         return algebra.tail_grad(sg, G, centre, m, self.matrix(i), affine, group)
 
     def run(self, dy: Tensor) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
@@ -452,7 +451,10 @@ class _Backward(_Block):
 
 
 # The ops. Lists of numbers are a plan's fields, in their order.
-PLAN = "int[] strides, int[] dilations, int[] groups, float[] eps, bool[] batch, str[] groups_of, str shortcut, bool relu, bool[] stored"
+PLAN = (
+    "int[] strides, int[] dilations, int[] groups, float[] eps, bool[] batch, str[] groups_of, str shortcut, "
+    "bool relu, bool[] stored"
+)
 
 
 def _forward(
@@ -609,9 +611,9 @@ class BatchNorm(NamedTuple):
     """A batch norm's tensors and numbers, as `torch.nn.functional.batch_norm` takes them.
 
     weight, bias: (K,) or None for ones and zeros. running_mean, running_var: (K,) or None. batch: normalise by the
-    batch's statistics, and move the running ones, where there are any, towards them by `momentum` (None: their mean over
-    num_batches_tracked batches, counted on the device); else by the running ones. group: name of the process group
-    whose batch it is, "" for this process alone.
+    batch's statistics, and move the running ones, where there are any, towards them by `momentum` (None: their mean
+    over num_batches_tracked batches, counted on the device); else by the running ones. group: name of the process
+    group whose batch it is, "" for this process alone.
     """
 
     weight: Tensor | None = None
@@ -639,7 +641,7 @@ class BatchNorm(NamedTuple):
 @torch.no_grad()
 def update_running(norms: Sequence[BatchNorm], tables: Sequence[Tensor]) -> None:
     """running = (1 - momentum) * running + momentum * batch's, of all norms at once."""
-    groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    groups: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
     counters = [n.num_batches_tracked for n in norms if n.batch and n.num_batches_tracked is not None]
     if counters:
         torch._foreach_add_(counters, 1)
@@ -654,12 +656,40 @@ def update_running(norms: Sequence[BatchNorm], tables: Sequence[Tensor]) -> None
             for running, new in ((norm.running_mean, mean), (norm.running_var, var)):
                 running.copy_((1 - factor) * running + factor * new)
             continue
-        old, new_ones = groups.setdefault((norm.momentum, norm.running_mean.dtype), ([], []))
+        if norm.running_mean.dtype != table.dtype:
+            for running, new in ((norm.running_mean, mean), (norm.running_var, var)):
+                running.copy_((1 - norm.momentum) * running.to(new.dtype) + norm.momentum * new)
+            continue
+        old, new_ones = groups.setdefault(norm.momentum, ([], []))
         old += [norm.running_mean, norm.running_var]
         new_ones += [mean, var]
-    for (momentum, dtype), (old, new_ones) in groups.items():
+    for momentum, (old, new_ones) in groups.items():
         torch._foreach_mul_(old, 1 - momentum)
-        torch._foreach_add_(old, [t.to(dtype) for t in new_ones], alpha=momentum)
+        torch._foreach_add_(old, new_ones, alpha=momentum)
+
+
+def run(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    norms: Sequence[BatchNorm],
+    strides: Sequence[int],
+    dilations: Sequence[int],
+    groups: Sequence[int],
+    shortcut: str,
+    relu: bool,
+) -> Kept:
+    """The op's results; the running statistics are not moved."""
+    geometries = [same_padding(w, *row) for w, *row in zip(weights, strides, dilations, groups, strict=True)]
+    batch = [n.batch for n in norms]
+    plan = Plan(
+        list(strides), list(dilations), list(groups), [n.eps for n in norms], batch, [n.group for n in norms],
+        shortcut, relu, [],
+    )  # fmt: skip
+    plan = plan._replace(stored=stored_outputs(x.shape, [w.shape for w in weights], plan, geometries))
+    vectors = [norm.vectors(x, w.shape[0]) for norm, w in zip(norms, weights, strict=True)]
+    gammas, betas, means, variances = ([row[i] for row in vectors] for i in range(4))
+    op = torch.ops.resnet_kernels.residual_block_training
+    return Kept.of(op(x, list(weights), gammas, betas, means, variances, *plan), plan)
 
 
 def residual_block_training(
@@ -672,17 +702,68 @@ def residual_block_training(
     shortcut: str = "identity",
     relu: bool = True,
 ) -> Tensor:
-    geometries = [same_padding(w, *row) for w, *row in zip(weights, strides, dilations, groups, strict=True)]
-    batch = [n.batch for n in norms]
-    plan = Plan(
-        list(strides), list(dilations), list(groups), [n.eps for n in norms], batch, [n.group for n in norms],
-        shortcut, relu, [],
-    )  # fmt: skip
-    plan = plan._replace(stored=stored_outputs(x.shape, [w.shape for w in weights], plan, geometries))
-    vectors = [norm.vectors(x, w.shape[0]) for norm, w in zip(norms, weights, strict=True)]
-    gammas, betas, means, variances = ([row[i] for row in vectors] for i in range(4))
-    op = torch.ops.resnet_kernels.residual_block_training
-    flat = op(x, list(weights), gammas, betas, means, variances, *plan)
-    kept = Kept.of(flat, plan)
+    """y = relu(bn_n(conv(... relu(bn_1(conv(x, W_1))) ..., W_n)) + shortcut(x))
+
+    Args:
+        x: (N, C, H, W) fp64|fp32|bf16|fp16, channels_last (converted if not). Under autocast, in its dtype (converted).
+        weights: the chain's (K, C/groups, R, S), odd R = S, then with shortcut "projection" the projection's
+            (K, C, 1, 1); in x's dtype or in fp32. Padding is dilation * (R // 2).
+        norms: per weight its batch norm. Running statistics and counters are moved in place.
+        strides, dilations, groups: one int per weight.
+        shortcut: "identity", "projection", "zero_pad" (option A: x subsampled, zero channels appended) or "none".
+        relu: whether y ends with a ReLU.
+    Returns:
+        y: (N, K, P, Q) in x's dtype, channels_last.
+    Raises:
+        TypeError, ValueError: dtypes or shapes do not fit, or a batch norm sees one value per channel, before anything
+            runs.
+        BackendUnavailable: no backend trains it here, or the one that was named does not.
+    Numerics: accumulation, statistics, scale, shift and residual add in fp32 (fp64 for fp64); c_i, h_i and y rounded to
+        x's dtype; the weights' gradients are rounded once, from fp32 to the weight's dtype. ReLU propagates NaN, and a
+        NaN's gradient passes. Deterministic where the engine of the 3x3 convolutions is. No second derivatives: asking
+        for them raises RuntimeError.
+    Keeps for the gradient: x, c_1 .. c_{n-1}, y or a bit for each of its elements, vectors per channel, and for a 1x1
+        at the end or a projection the second moments of its operand (channels^2, fp32) in place of its output.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    check(x, weights, norms, strides, dilations, groups, shortcut)
+    kept = run(x, weights, norms, strides, dilations, groups, shortcut, relu)
     update_running(norms, kept.tables)
     return kept.y
+
+
+def check(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    norms: Sequence[BatchNorm],
+    strides: Sequence[int],
+    dilations: Sequence[int],
+    groups: Sequence[int],
+    shortcut: str,
+) -> None:
+    """Raises TypeError or ValueError unless the arguments of `residual_block_training` fit each other."""
+    check_chain(x, weights, strides, dilations, groups, shortcut, (*SHORTCUTS, "none"), "norms", [norms])
+    if shortcut == "projection" and (weights[-1].shape[2] != 1 or groups[-1] != 1):
+        raise ValueError(
+            f"weights[{len(weights) - 1}]: expected an ungrouped 1x1 projection in training, "
+            f"got {tuple(weights[-1].shape)} with groups={groups[-1]}"
+        )
+    for i, (w, norm) in enumerate(zip(weights, norms, strict=True)):
+        if w.dtype not in (x.dtype, wide(x.dtype)):
+            raise TypeError(f"weights[{i}]: expected {x.dtype} or {wide(x.dtype)}, got {w.dtype}")
+        if not norm.batch and (norm.running_mean is None or norm.running_var is None):
+            raise ValueError(f"norms[{i}]: expected running statistics, as it does not use the batch's")
+        for name, t in zip(norm._fields[:4], norm[:4], strict=True):
+            if t is not None and (t.shape != w.shape[:1] or t.device != x.device):
+                raise ValueError(
+                    f"norms[{i}].{name}: expected ({w.shape[0]},) on {x.device}, got {tuple(t.shape)} on {t.device}"
+                )
+    shapes = [tuple(w.shape) for w in weights]
+    rows = [same_padding(w, *row) for w, *row in zip(weights, strides, dilations, groups, strict=True)]
+    _, maps = walk(x.shape[1:], shapes, rows, shortcut)
+    for norm, (K, P, Q) in zip(norms, [*maps[1:], maps[-1]], strict=False):
+        # A group's other processes have more.
+        if norm.batch and not norm.group and x.shape[0] * P * Q < 2:
+            sizes = torch.Size([x.shape[0], K, P, Q])
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {sizes}")
