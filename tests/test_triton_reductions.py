@@ -1,12 +1,14 @@
 """The Triton kernels of training that are no convolutions: passes and their reductions, weight gradients, moments, and
 the algebra per channel. Against the reference in the interpreter and on a GPU; compiled for GPUs that are not here."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from resnet_kernels.backends import reference
-from resnet_kernels.backends.contract import Epilogue, Geometry, Normalized, Operand
-from resnet_kernels.backends.triton import products, reductions, wgrad
+from resnet_kernels.backends.contract import Affine, Epilogue, Geometry, Moments, Normalized, Operand, Stats
+from resnet_kernels.backends.triton import finalize, launch, offline, products, reductions, wgrad
 from resnet_kernels.testing import assert_matches
 
 NHWC = torch.channels_last
@@ -33,21 +35,16 @@ def coarse(n, device):
     return a.to(device), (torch.randint(-4, 5, (n,)) / 4).to(device)
 
 
-def convert(value, to):
-    """An Operand, Epilogue or Normalized with its tensors of activations converted to fp64 if `to` is."""
-    if isinstance(value, torch.Tensor):
-        return value if value.dtype in (torch.bool, torch.uint8) else value.to(to(value))
-    if isinstance(value, Normalized):
-        return Normalized(*(convert(v, to) for v in value))
-    if isinstance(value, tuple):
-        return tuple(convert(v, to) for v in value)
-    if isinstance(value, (Operand, Epilogue)):
-        return type(value)(**{name: convert(v, to) for name, v in vars(value).items()})
-    return value
-
-
 def exactly(value):
-    return convert(value, lambda t: torch.float64)
+    """The same in fp64, whatever it consists of."""
+    if isinstance(value, torch.Tensor):
+        return value if value.dtype == torch.bool else value.double()
+    if isinstance(value, tuple):
+        parts = [exactly(v) for v in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    if isinstance(value, (Operand, Epilogue)):
+        return type(value)(**{name: exactly(v) for name, v in vars(value).items()})
+    return value
 
 
 OPERANDS = {
@@ -366,3 +363,189 @@ def test_parts_fill_the_multiprocessors_and_hold_whole_flushes():
             parts, span = wgrad.parts_of(M, tiles, 132)
             assert (parts - 1) * span < M <= parts * span and span % wgrad.FLUSH == 0
             assert parts == 1 or (span >= wgrad.LEAST_SPAN and parts * tiles <= 2 * 132)
+
+
+# The algebra per channel.
+
+
+def norm_of(K, device):
+    return torch.rand(K).to(device) + 0.5, vector(K, device)
+
+
+def check_all(function, arguments, more, terms, names):
+    """A finalizer of this backend against the reference's. more: what has no tensors."""
+    got = getattr(finalize, function)(*arguments, *more)
+    want = getattr(reference, function)(*arguments, *more)
+    exact = getattr(reference, function)(*exactly(arguments), *more)
+    for name, a, b, e in zip(names, got, want, exact, strict=True):
+        assert_matches(a, b, e, terms, name)
+    return got
+
+
+@on
+@pytest.mark.parametrize("K", [7, 21, 300])
+@pytest.mark.parametrize("rows", [1, 2, 1000])
+def test_a_table_from_statistics(rows, K, device, poisoned):
+    stats = Stats(rows, 3 * vector(K, device), rows * torch.rand(K).to(device) * (rows > 1))
+    check_all("finalize_stats", (stats, *norm_of(K, device)), (1e-5,), 1, Affine._fields)
+
+
+@on
+@pytest.mark.parametrize("K", [7, 21, 300])
+def test_the_gradient_of_a_norm(K, device, poisoned):
+    affine = Affine(*(vector(K, device) for _ in range(3)), torch.rand(K).to(device) + 0.5, vector(K, device))
+    sums = vector(K, device), vector(K, device)
+    check_all("finalize_bn_grad", (sums, 77, affine), (), 1, ("al", "be", "const"))
+
+
+def moments_of(rows, J, dtype, device):
+    """Of activations of `dtype`, with means of up to a few standard deviations."""
+    h = (torch.randn(rows, J) * (0.5 + torch.rand(J)) + torch.randn(J)).to(dtype).double()
+    off = h - h.mean(0)
+    return h, Moments(rows, h.mean(0).float().to(device), (off.T @ off).float().to(device))
+
+
+SHAPES = [(80, 5), (40, 21), (37, 70), (256, 64)]  # K, J
+
+
+@on
+@in_dtypes
+@pytest.mark.parametrize("K, J", SHAPES, ids=str)
+def test_a_table_from_moments(K, J, dtype, device, poisoned):
+    _, m = moments_of(100, J, dtype, device)
+    weight = (vector(K * J, device).view(K, J) * J**-0.5).to(dtype)
+    arguments = m, weight, *norm_of(K, device)
+    check_all("finalize_moments", arguments, (1e-5,), J, Affine._fields)
+
+
+@on
+def test_a_variance_of_zero_is_not_negative_and_nan_stays(device):
+    m = Moments(4, torch.ones(2, device=device), -1e-9 * torch.eye(2, device=device))
+    weight, norm = torch.eye(2, device=device), norm_of(2, device)
+    got = Affine.of(finalize.finalize_moments(m, weight, *norm, 1e-5))
+    assert (got.var == 0).all() and got.rstd.isfinite().all()
+    m.M2[0, 0] = float("nan")
+    assert Affine.of(finalize.finalize_moments(m, weight, *norm, 1e-5)).rstd.isnan().all()
+
+
+@on
+@in_dtypes
+@pytest.mark.parametrize("centred", [False, True], ids=["", "centred"])
+@pytest.mark.parametrize("K, J", SHAPES, ids=str)
+def test_the_gradient_of_a_tail(K, J, centred, dtype, device, poisoned):
+    h, m = moments_of(200, J, dtype, device)
+    weight = (vector(K * J, device).view(K, J) * J**-0.5).to(dtype)
+    affine = Affine.of(reference.finalize_moments(m, weight, *norm_of(K, device), 1e-5))
+    g = torch.randn(200, K).double() + 0.1
+    centre = m.mean if centred else None
+    G = g.T @ (h - (m.mean.cpu().double() if centred else 0))
+    sg, G = g.sum(0).float().to(device), G.float().to(device)
+    arguments = sg, G, centre, m, weight, affine
+    got, want = (f.finalize_tail_grad(*arguments) for f in (finalize, reference))
+    exact = reference.finalize_tail_grad(*exactly(arguments))
+    for name in ("dweight", "dgamma", "A", "B"):
+        assert_matches(*(getattr(t, name) for t in (got, want, exact)), K, name, maximum=False)
+    # v is made from the rounded A and B: ours from ours.
+    off = m.mean.double() - (0 if centre is None else centre.double())
+    of_rounded = [-(sg.double() / 200) @ t.A.double() - off @ t.B.double() for t in (got, want)]
+    ours, theirs = ((t.v.double() - v).norm() for t, v in zip((got, want), of_rounded, strict=True))
+    terms = (sg.double() / 200).abs() @ got.A.double().abs() + off.abs() @ got.B.double().abs()
+    assert got.v.dtype == torch.float32 and ours <= 2 * theirs + 2**-23 * terms.norm(), (ours, theirs)
+
+
+@on
+def test_what_a_group_of_processes_shares_is_the_algebras(device):
+    """Rows that are counted on the device."""
+    rows = torch.tensor(50.0, device=device)
+    stats = Stats(rows, vector(8, device), torch.rand(8).to(device))
+    norm = norm_of(8, device)
+    assert torch.equal(finalize.finalize_stats(stats, *norm, 1e-5), reference.finalize_stats(stats, *norm, 1e-5))
+    affine = Affine(*(torch.rand(8).to(device) for _ in range(5)))
+    got, want = (f.finalize_bn_grad(stats[1:], rows, affine) for f in (finalize, reference))
+    assert all(map(torch.equal, got, want))
+
+
+# Compiled for GPUs that are not here.
+
+
+def operand_shapes(K, J, H, dtype):
+    """What training makes of a block's tail and of its first convolution, on meta tensors: g, lazy h, dc, x."""
+
+    def activation(channels, size=H):
+        return torch.empty(256, channels, size, size, dtype=dtype).contiguous(memory_format=NHWC)
+
+    bits = torch.empty(256 * H * H, K // 8, dtype=torch.uint8)
+    j = torch.empty(J)
+    g = Operand(activation(K), mask=bits)
+    h = Operand(activation(J), (j, j), relu=True)
+    dc = Operand(activation(J), (j, j), (activation(J), j))
+    return g, h, dc, Operand(activation(K)), Operand(activation(K // 2, 2 * H), stride=2)
+
+
+def launches_of_training(dtype, arch):
+    with launch.recording(arch) as launches, torch.device("meta"):
+        for J, H in ((64, 56), (128, 28), (256, 14), (512, 7)):
+            K = 4 * J
+            g, h, dc, x, strided = operand_shapes(K, J, H, dtype)
+            k, j = torch.empty(K), torch.empty(J)
+            if dtype == torch.float32:
+                h = dataclasses.replace(h, centre=j)
+            for x_of in (h, Operand(h.tensor), strided):
+                G, sg = wgrad.wgrad(g, x_of, (1, 1), Geometry(), sums=True)
+            wgrad.wgrad(dc, x, (1, 1), Geometry())
+            m = wgrad.moments(dataclasses.replace(h, centre=None))
+            wgrad.moments(strided)
+            reductions.bn_pass(Operand(x.tensor, (k, k)), Epilogue(residual=x, relu=True, reduce="mask"))
+            reductions.bn_pass(x, Epilogue(residual=Operand(x.tensor, (k, k)), relu=True))
+            reductions.reduce(g, Normalized(x.tensor, k, k))
+            _, stats = reductions.bn_pass(Operand(h.tensor), Epilogue(reduce="stats"))
+            lazy = dataclasses.replace(h, centre=None)
+            reductions.bn_pass(Operand(h.tensor), Epilogue(mask=lazy, reduce=Normalized(h.tensor, j, j)))
+            reductions.bn_pass(dc, Epilogue())
+            finalize.finalize_stats(stats, j, j, 1e-5)
+            finalize.finalize_bn_grad((j, j), 256 * H * H, Affine(j, j, j, j, j))
+            weight = torch.empty(K, J, dtype=dtype)
+            affine = Affine.of(finalize.finalize_moments(m, weight, k, k, 1e-5))
+            centre = j if dtype == torch.float32 else None
+            finalize.finalize_tail_grad(sg, torch.empty(K, J), centre, m, weight, affine)
+    return launches
+
+
+@pytest.mark.parametrize(
+    "arch, dtype",
+    [(80, torch.bfloat16), (90, torch.bfloat16), (100, torch.bfloat16), (120, torch.bfloat16), (90, torch.float16),
+     (90, torch.float32)],
+    ids=str,
+)  # fmt: skip
+def test_training_compiles_clean(arch, dtype):
+    found = {}
+    for made in launches_of_training(dtype, arch):
+        found.setdefault(offline.specialize(made, arch)[0], made)
+    unit = {80: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}[arch]
+    for made in found.values():
+        c = offline.read(made, arch)
+        name = f"{made.name} {made.what} sm_{arch}"
+        assert not c.wrong() and c.programs >= 1, f"{name}: {c.wrong()}"
+        a = made.arguments
+        if made.name == "wgrad" and dtype != torch.float32:
+            assert set(c.matrix) == {unit}, f"{name}: {c.matrix}"
+            # Each accumulator is added to another once in FLUSH rows.
+            accumulators = a["BLOCK_K"] * a["BLOCK_C"] // (32 * c.warps)
+            assert c.ptx.count("add.f32") + 2 * c.ptx.count("add.f32x2") >= accumulators, name
+        if a.get("RELU") or any(getattr(v, "RELU", False) for v in a.values()):
+            assert c.nan_max, f"{name}: no maximum that keeps NaN"
+
+
+def test_bytes_of_the_launches_counted_by_hand():
+    launches = launches_of_training(torch.bfloat16, 90)
+    M, J, K = 256 * 56 * 56, 64, 256
+    of = {made.name: made for made in reversed(launches) if "56x56" in made.what}
+    gradient = next(made for made in launches if made.name == "wgrad")
+    parts = gradient.arguments["parts_ptr"].shape[0]
+    assert gradient.work.bytes == M * (2 * K + K // 8 + 2 * J) + 4 * parts * (K * J + K)
+    assert gradient.work.flops == 2 * M * K * J <= gradient.work.issued
+    first = next(made for made in launches if made.name == "pass")
+    assert of["pass"] is first and first.work.bytes == M * (3 * 2 * K + K // 8)
+    moments = next(made for made in launches if "moments" in made.what)
+    parts = moments.arguments["parts_ptr"].shape[0]
+    assert moments.work.bytes == 2 * M * J + 4 * parts * (J * J + J)
