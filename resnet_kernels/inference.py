@@ -420,7 +420,7 @@ class _Freezer:
         if not all(hasattr(model, name) for name in STEM):
             return None
         conv, bn, relu, pool = (getattr(model, name) for name in STEM)
-        reason = fusable.convolution(conv) or fusable.batch_norm(bn)
+        reason = fusable.convolution(conv) or fusable.batch_norm(bn) or fusable.known_statistics(bn)
         if any(fusable.hook_on(m) for m in (conv, bn, relu, pool)) or bn.training or type(relu) is not nn.ReLU:
             return None
         square = type(pool) is nn.MaxPool2d and all(

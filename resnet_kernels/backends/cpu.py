@@ -246,7 +246,9 @@ def _pass(x: Operand, e: Epilogue, dtype: torch.dtype, store: bool, in_place: bo
     shift = None if e.shift is None else e.shift.float().contiguous()
     out = lazy[0] if in_place and lazy[0].is_contiguous(memory_format=torch.channels_last) else None
     y, sums = C.train_pass(lazy, shift, residual, e.relu, kept, _rounds_to_zero(dtype), store, out, kind, normalized)
-    t = y.to(dtype) if store else None
+    if not store:
+        return None, Stats(x.tensor.numel() // x.tensor.shape[1], *sums) if kind else sums
+    t: Tensor = y.to(dtype)
     if e.reduce == "mask":
         return t, t
     if rounds and e.reduce is not None:

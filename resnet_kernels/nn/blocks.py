@@ -14,7 +14,7 @@ from torchvision.models import resnet
 
 from ..backends import select
 from ..backends.contract import BackendUnavailable
-from ..ops import residual_block, residual_block_training
+from ..ops import preactivation_block, residual_block, residual_block_training
 from ..ops.batch_norm import affine_of, norm_of, uses_batch_statistics
 from .fusable import Parts, context, parts, why_plain
 
@@ -29,6 +29,8 @@ def fused_forward(block: nn.Module, x: Tensor) -> Tensor:
         [conv.groups for conv in p.convs],
     )
     weights = [conv.weight for conv in p.convs]
+    if p.preactivation:
+        return preactivation_block(x, weights, [norm_of(bn) for bn in p.norms], *geometry, p.shortcut)
     if any(uses_batch_statistics(bn) for bn in p.norms):
         return residual_block_training(x, weights, [norm_of(bn) for bn in p.norms], *geometry, p.shortcut)
     affines = [affine_of(bn) for bn in p.norms]
@@ -37,8 +39,8 @@ def fused_forward(block: nn.Module, x: Tensor) -> Tensor:
     return residual_block(x, weights, [a for a, _ in affines], [b for _, b in affines], *geometry, p.shortcut)
 
 
-class _Fused:
-    """The forward both blocks share, before torchvision's in the order of inheritance."""
+class Fused:
+    """The forward that blocks share, before the plain one in the order of inheritance."""
 
     def forward(self, x: Tensor) -> Tensor:
         assert isinstance(self, nn.Module)
@@ -50,12 +52,12 @@ class _Fused:
             elif name and reason:
                 raise BackendUnavailable(f"backend {name!r} was named and this block cannot run fused: {reason}")
         if reason:
-            # torchvision's, which the checker does not see from a mixin.
+            # The plain chain, which the checker does not see from a mixin.
             return super().forward(x)  # type: ignore[misc]
         return fused_forward(self, x)
 
 
-class BasicBlock(_Fused, resnet.BasicBlock):
+class BasicBlock(Fused, resnet.BasicBlock):
     """y = relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)), both convolutions 3x3, stride on the first.
 
     The arguments, attributes and state dict of `torchvision.models.resnet.BasicBlock`.
@@ -64,7 +66,7 @@ class BasicBlock(_Fused, resnet.BasicBlock):
     """
 
 
-class Bottleneck(_Fused, resnet.Bottleneck):
+class Bottleneck(Fused, resnet.Bottleneck):
     """y = relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x)): 1x1, 3x3 with the stride, 1x1.
 
     The arguments, attributes and state dict of `torchvision.models.resnet.Bottleneck`.

@@ -12,38 +12,43 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrize
-from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
 from ..backends import select
 from ..backends.contract import Call, Geometry
 from ..ops.batch_norm import group_of, uses_batch_statistics
-from ..ops.block import same_padding, total_stride
-from ..ops.training import call_of_training
-from .shortcuts import ZeroPadShortcut
+from ..ops.block import same_padding, total_stride, walk
+from ..ops.block_training import call_of_training
+from .shortcuts import Preactivation, ZeroPadShortcut
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 
 
 class Parts(NamedTuple):
-    """A block taken apart. `convs` and `norms` end with the projection's when there is one; what they are is for
-    `structure` to say."""
+    """A block taken apart. `convs` and `norms` end with the projection's when there is one (before a pre-activation it
+    has no batch norm); what they are is for `structure` to say."""
 
     convs: list[nn.Conv2d]
     norms: list[nn.Module]
     shortcut: str
+    preactivation: bool = False
 
 
 def parts(block: nn.Module) -> Parts | str:
     """The block's parts, or why its structure cannot be fused."""
-    names = ["1", "2", "3"] if isinstance(block, resnet.Bottleneck) else ["1", "2"]
+    names = ["1", "2", "3"] if hasattr(block, "conv3") else ["1", "2"]
     convs = [getattr(block, f"conv{n}") for n in names]
     norms = [getattr(block, f"bn{n}") for n in names]
     downsample = block.downsample
+    pre = isinstance(block, Preactivation)
     if downsample is None:
-        return Parts(convs, norms, "identity")
+        return Parts(convs, norms, "identity", pre)
     if type(downsample) is ZeroPadShortcut:
-        return Parts(convs, norms, "zero_pad")
+        return Parts(convs, norms, "zero_pad", pre)
+    if pre:
+        if isinstance(downsample, nn.Conv2d):
+            return Parts([*convs, downsample], norms, "projection", pre)
+        return f"downsample: expected None, Conv2d or ZeroPadShortcut, got {_name(downsample)}"
     if type(downsample) is nn.Sequential and len(downsample) == 2:
         conv, bn = downsample
         return Parts([*convs, cast(nn.Conv2d, conv)], [*norms, bn], "projection")
@@ -63,7 +68,7 @@ def inner_modules(block: nn.Module, p: Parts) -> Iterator[tuple[str, nn.Module]]
     yield "relu", block.get_submodule("relu")
     if block.downsample is not None:
         yield "downsample", block.get_submodule("downsample")
-    if p.shortcut == "projection":
+    if p.shortcut == "projection" and not p.preactivation:
         yield "downsample.0", p.convs[-1]
         yield "downsample.1", p.norms[-1]
 
@@ -94,11 +99,12 @@ def structure(block: nn.Module) -> str | None:
             return f"{name} has a parametrization in training mode, which may change each time it is read"
     if type(block.relu) is not nn.ReLU:
         return f"relu: expected ReLU, got {_name(block.relu)}"
-    for i, (conv, bn) in enumerate(zip(p.convs, p.norms, strict=True)):
-        projection = p.shortcut == "projection" and i == len(p.convs) - 1
-        for name, reason in ((f"conv{i + 1}", convolution(conv)), (f"bn{i + 1}", batch_norm(bn))):
+    for kind, modules, why in (("conv", p.convs, convolution), ("bn", p.norms, batch_norm)):
+        for i, module in enumerate(modules):
+            reason = why(module)
             if reason:
-                return f"{'downsample' if projection else name}: {reason}"
+                chain = len(p.convs) - (p.shortcut == "projection")
+                return f"{f'{kind}{i + 1}' if i < chain else 'downsample'}: {reason}"
     return _shortcut(block, p)
 
 
@@ -145,7 +151,7 @@ def convolution(conv: nn.Module) -> str | None:
 
 
 def batch_norm(bn: nn.Module) -> str | None:
-    """Why the batch norm is not an affine map by its running statistics, or None."""
+    """Why the batch norm is not one that is computed here, or None."""
     if parametrize.type_before_parametrizations(bn) not in BATCH_NORMS:
         return f"expected one of {', '.join(c.__name__ for c in BATCH_NORMS)}, got {_name(bn)}"
     if (bn.running_mean is None) != (bn.running_var is None):
@@ -153,20 +159,34 @@ def batch_norm(bn: nn.Module) -> str | None:
     return None
 
 
+def known_statistics(bn: nn.Module) -> str | None:
+    """Why a batch norm that passed `batch_norm` is not an affine map by its running statistics, or None."""
+    if not uses_batch_statistics(bn):
+        return None
+    return "it is in training mode" if bn.training else "the batch norm keeps no running statistics"
+
+
+def statistics(block: nn.Module) -> str | None:
+    """Why the batch norms of a block that passed `structure` are not affine maps, or None."""
+    p = parts(block)
+    assert isinstance(p, Parts)
+    return next((reason for reason in map(known_statistics, p.norms) if reason), None)
+
+
 def training(block: nn.Module, x: Tensor) -> str | None:
     """Why a block with batch statistics cannot be fused for this input, or None."""
     p = parts(block)
     assert isinstance(p, Parts)
-    if not any(uses_batch_statistics(bn) for bn in p.norms):
+    if not p.preactivation and not any(uses_batch_statistics(bn) for bn in p.norms):
         return None
     if p.shortcut == "projection" and (p.convs[-1].kernel_size != (1, 1) or p.convs[-1].groups != 1):
         return f"downsample: expected an ungrouped 1x1 convolution in training, got {p.convs[-1]}"
-    sizes = tuple(x.shape[2:])
-    for conv, bn in zip(p.convs, p.norms, strict=True):
-        if not (p.shortcut == "projection" and conv is p.convs[-1]):
-            sizes = tuple(geometry(conv).output_size(n, conv.weight.shape[2]) for n in sizes)
+    shapes = [tuple(conv.weight.shape) for conv in p.convs]
+    _, maps = walk(x.shape[1:], shapes, [geometry(conv) for conv in p.convs], p.shortcut)
+    seen = maps if p.preactivation else [*maps[1:], maps[-1]]
+    for bn, (_, P, Q) in zip(p.norms, seen, strict=False):
         # Those of a group have more on its other processes.
-        if uses_batch_statistics(bn) and not group_of(bn) and x.shape[0] * sizes[0] * sizes[1] < 2:
+        if uses_batch_statistics(bn) and not group_of(bn) and x.shape[0] * P * Q < 2:
             return f"x: expected more than one value per channel in training, got {tuple(x.shape)}"
     call = training_call(p, x)
     name = select.named()
@@ -225,17 +245,19 @@ def tensors(block: nn.Module, x: Tensor) -> str | None:
         if x.dtype != dtype:
             return f"x: expected {dtype} under autocast, got {x.dtype}"
     channels, sizes = x.shape[1], list(x.shape[2:])
-    for i, (conv, bn) in enumerate(zip(p.convs, p.norms, strict=True)):
+    for bn in p.norms:
+        if bn.running_mean is not None and bn.running_mean.device != x.device:
+            return f"expected statistics on {x.device}, as x, got {bn.running_mean.device}"
+        if isinstance(bn, FrozenBatchNorm2d) and bn.weight.dtype != dtype:
+            return f"a FrozenBatchNorm2d in {bn.weight.dtype} gives its own dtype, expected {dtype}"
+    for i, conv in enumerate(p.convs):
         weight = conv.weight
         if not compiling and type(weight) not in (Tensor, nn.Parameter):
             return f"a weight is a {_name(weight)}"
-        known = bn.running_mean is None or bn.running_mean.device == x.device
-        if weight.device != x.device or not known:
-            return f"expected weights and statistics on {x.device}, as x, got {weight.device}"
+        if weight.device != x.device:
+            return f"expected weights on {x.device}, as x, got {weight.device}"
         if weight.dtype != dtype and not (torch.is_autocast_enabled(x.device.type) and weight.is_floating_point()):
             return f"expected weights in {dtype}, as x, got {weight.dtype}"
-        if isinstance(bn, FrozenBatchNorm2d) and bn.weight.dtype != dtype:
-            return f"a FrozenBatchNorm2d in {bn.weight.dtype} gives its own dtype, expected {dtype}"
         projection = p.shortcut == "projection" and i == len(p.convs) - 1
         expected = x.shape[1] if projection else channels
         if weight.shape[1] * conv.groups != expected:

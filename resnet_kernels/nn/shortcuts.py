@@ -28,17 +28,22 @@ class ZeroPadShortcut(nn.Module):
         return f"{self.in_channels}, {self.out_channels}, stride={self.stride}"
 
 
+class Preactivation(nn.Module):
+    """Marks a block whose batch norms and ReLUs stand in front of its convolutions."""
+
+
 def make_shortcut(
     option: str,
     in_channels: int,
     out_channels: int,
     stride: int = 1,
-    norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    norm_layer: Callable[[int], nn.Module] | None = nn.BatchNorm2d,
 ) -> nn.Module | None:
     """The `downsample` of a block from in_channels to out_channels with this stride.
 
     option: "A" zero padding where the shape changes, "B" projection where it changes (torchvision's), "C" projection
         always. Where it does not change, A and B are the identity: None.
+    norm_layer: of a projection; None for a pre-activation block's, which has none.
     Raises ValueError for another option.
     """
     if option not in ("A", "B", "C"):
@@ -48,4 +53,4 @@ def make_shortcut(
     if option == "A":
         return ZeroPadShortcut(in_channels, out_channels, stride)
     conv = nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False)
-    return nn.Sequential(conv, norm_layer(out_channels))
+    return conv if norm_layer is None else nn.Sequential(conv, norm_layer(out_channels))

@@ -1,6 +1,18 @@
 """Differentiable fused ops over the primitives of `backends.contract`."""
 
+from .batch_norm import BatchNorm
 from .block import residual_block
-from .training import BatchNorm, residual_block_training
+from .block_training import preactivation_block, residual_block_training
+from .functional import basic_block, bottleneck, conv_bn_act, preactivation_basic_block, preactivation_bottleneck
 
-__all__ = ["BatchNorm", "residual_block", "residual_block_training"]
+__all__ = [
+    "BatchNorm",
+    "basic_block",
+    "bottleneck",
+    "conv_bn_act",
+    "preactivation_basic_block",
+    "preactivation_block",
+    "preactivation_bottleneck",
+    "residual_block",
+    "residual_block_training",
+]

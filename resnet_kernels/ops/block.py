@@ -306,7 +306,9 @@ def check(
     shortcut: str = "identity",
 ) -> None:
     """Raises TypeError or ValueError unless the arguments of `residual_block` fit each other."""
-    check_chain(x, weights, strides, dilations, groups, shortcut, SHORTCUTS, "scales, shifts", [scales, shifts])
+    check_chain(x, weights, strides, dilations, groups, shortcut, SHORTCUTS)
+    if not len(weights) == len(scales) == len(shifts):
+        raise ValueError(f"expected {len(weights)} scales and shifts, got {len(scales)} and {len(shifts)}")
     for i, (w, a, b) in enumerate(zip(weights, scales, shifts, strict=True)):
         for name, t, dtype in (
             (f"weights[{i}]", w, x.dtype),
@@ -331,18 +333,15 @@ def check_chain(
     groups: Sequence[int],
     shortcut: str,
     shortcuts: Sequence[str],
-    names: str,
-    others: Sequence[Sequence[Any]],
 ) -> None:
-    """Raises TypeError or ValueError unless weights, geometries and shortcut make a block over x. `others`, called
-    `names`: what else there must be one of per weight."""
+    """Raises TypeError or ValueError unless weights, geometries and shortcut make a block over x."""
     if shortcut not in shortcuts:
         raise ValueError(f"shortcut: expected one of {', '.join(shortcuts)}, got {shortcut!r}")
-    sequences = (weights, *others, strides, dilations, groups)
+    sequences = (weights, strides, dilations, groups)
     least = 2 if shortcut == "projection" else 1
     if len({len(v) for v in sequences}) != 1 or len(weights) < least:
         raise ValueError(
-            f"expected as many weights, {names}, strides, dilations and groups as convolutions, "
+            f"expected one weight, stride, dilation and groups per convolution, "
             f"at least {least}, got {[len(v) for v in sequences]}"
         )
     if x.dim() != 4:
