@@ -40,6 +40,10 @@ INTERPRETED = [
     ["test_contract.py"],
     ["test_blocks.py", "-k", "odd"],
     ["test_triton.py"],
+    ["test_triton_reductions.py"],
+    ["test_triton_reductions.py"],
+    ["test_triton_training.py", "-k", "convolutions"],
+    ["test_triton_training.py", "-k", "not convolutions"],
     ["test_tuning.py"],
 ]
 
@@ -512,7 +516,8 @@ def call(device="cuda", dtype=torch.bfloat16, weights=THREE, needs=("conv", "res
 def test_why_not():
     assert "expected tensors on cuda, got cpu" in triton.why_not(call("cpu"))
     assert "expected float32, bfloat16, float16, got torch.float64" in triton.why_not(call(dtype=torch.float64))
-    assert "not implemented here: data_grad" in triton.why_not(call(needs=("conv", "data_grad")))
+    assert "not implemented here: bottleneck" in triton.why_not(call(needs=("conv", "bottleneck")))
+    assert triton.why_not(call(needs=("training",))) is None
     second = (((64, 64, 1, 1), Geometry()), ((64, 64, 3, 3), Geometry(1, 1)))
     reason = triton.why_not(call(weights=second, needs=("conv", "two_products")))
     assert "expected a second product that is an ungrouped 1x1, got 3x3" in reason

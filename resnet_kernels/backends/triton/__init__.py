@@ -5,6 +5,13 @@
     tail.py     a bottleneck's 3x3, last 1x1 and the next block's first in one (sm_90, sm_100)
     stem.py     convolution, ReLU and max pooling of a network's stem in one
     passes.py   batch norm, residual, ReLU and pooling alone
+
+    training.py    convolutions in training: which kernel, or the library's
+    products.py    sums of 1x1 products, operands and epilogue as training has them
+    reductions.py  passes with statistics, sums, masks
+    wgrad.py       weight gradients and moments
+    finalize.py    the algebra per channel
+
     configs.py  tiles, warps and stages per architecture
     launch.py   a launch as data: run, or recorded
     offline.py  compiles what was recorded without a GPU, and reads it
@@ -17,16 +24,35 @@ from __future__ import annotations
 
 import functools
 import importlib
+import types
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..contract import Block, Call, Epilogue, Geometry, Operand, Packed, Pool, Product, beyond
+from ..contract import (
+    Affine,
+    Block,
+    Call,
+    Epilogue,
+    Geometry,
+    Moments,
+    Normalized,
+    Operand,
+    Packed,
+    Pool,
+    Product,
+    Stats,
+    TailGrad,
+    beyond,
+)
 
 NAME = "triton"
-SUPPORTS = frozenset({"conv", "residual", "two_products", "lazy", "bn_pass", "pool"})
+SUPPORTS = frozenset(
+    "conv wgrad moments bn_pass finalize residual two_products lazy two_tensors mask reduce data_grad pool training"
+    "".split()
+)
 PACKS_FOR_SIZE = False
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -38,6 +64,28 @@ def _kernels() -> tuple[Any, str | None]:
         return importlib.import_module(".run", __name__), None
     except ImportError as error:
         return None, f"triton does not load: {error}"
+
+
+class _Primitive(types.ModuleType):
+    """A module that is called as the function of its own name: wgrad.py, imported, hides any other `wgrad` here."""
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        return getattr(self, self.__name__.rpartition(".")[2])(*args, **keywords)
+
+
+@functools.cache
+def _training(name: str) -> Any:
+    """A module of training's kernels."""
+    module = importlib.import_module(f".{name}", __name__)
+    if name == "wgrad":
+        module.__class__ = _Primitive
+    return module
+
+
+def __getattr__(name: str) -> Any:
+    if name == "wgrad":
+        return _training(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def interpreting() -> bool:
@@ -72,12 +120,48 @@ def pack(weight: Tensor, scale: Tensor, geometry: Geometry, size: Sequence[int],
     return _kernels()[0].pack(weight, scale, geometry, keep)
 
 
+def mask_size(sizes: Sequence[int]) -> tuple[int, ...] | None:
+    return _training("training").mask_size(sizes)
+
+
+def settle(operand: Operand, kernel: int) -> Operand:
+    return _training("training").settle(operand, kernel)
+
+
 def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
-    return _kernels()[0].conv(products, epilogue), None
+    return _training("training").conv(products, epilogue)
+
+
+def moments(h: Operand) -> Moments:
+    return _training("wgrad").moments(h)
 
 
 def bn_pass(x: Operand, epilogue: Epilogue, pool: Pool | None = None) -> tuple[Tensor, Any]:
-    return _kernels()[0].bn_pass(x, epilogue, pool), None
+    if pool is not None:
+        return _kernels()[0].bn_pass(x, epilogue, pool), None
+    return _training("reductions").bn_pass(x, epilogue)
+
+
+def reduce(x: Operand, by: str | Normalized) -> Any:
+    return _training("reductions").reduce(x, by)
+
+
+def finalize_stats(stats: Stats, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+    return _training("finalize").finalize_stats(stats, gamma, beta, eps)
+
+
+def finalize_moments(m: Moments, weight: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+    return _training("finalize").finalize_moments(m, weight, gamma, beta, eps)
+
+
+def finalize_bn_grad(sums: tuple[Tensor, Tensor], rows: int | Tensor, affine: Affine) -> tuple[Tensor, ...]:
+    return _training("finalize").finalize_bn_grad(sums, rows, affine)
+
+
+def finalize_tail_grad(
+    sg: Tensor, G: Tensor, centre: Tensor | None, m: Moments, weight: Tensor, affine: Affine
+) -> TailGrad:
+    return _training("finalize").finalize_tail_grad(sg, G, centre, m, weight, affine)
 
 
 def residual_blocks(x: Tensor, blocks: Sequence[Block], overwrite: bool) -> Tensor:
