@@ -111,10 +111,10 @@ PYBIND11_MODULE(_C, m) {
     return std::array{"onednn", "direct", "winograd"}[static_cast<int>(conv.engine)];
   });
   m.def("pack_conv", [](const at::Tensor& weight, const at::Tensor& scale, const std::array<int64_t, 4>& g,
-                        const std::vector<int64_t>& size, const std::string& engine) {
+                        const std::vector<int64_t>& size, const std::string& engine, bool turned) {
     py::gil_scoped_release unlocked;
-    return resnet_kernels::pack_conv(weight, scale, {g[0], g[1], g[2], g[3]}, size, engine);
-  });
+    return resnet_kernels::pack_conv(weight, scale, {g[0], g[1], g[2], g[3]}, size, engine, turned);
+  }, py::arg("weight"), py::arg("scale"), py::arg("geometry"), py::arg("size"), py::arg("engine"), py::arg("turned") = false);
   m.def("conv", &resnet_kernels::cpu_conv, py::arg("x"), py::arg("conv"), py::arg("shift"), py::arg("residual"),
         py::arg("overwrite"), py::arg("relu"), py::arg("scale") = py::none(), py::call_guard<py::gil_scoped_release>());
   m.def("residual_block", &resnet_kernels::cpu_residual_block, py::call_guard<py::gil_scoped_release>());

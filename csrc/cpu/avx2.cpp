@@ -224,30 +224,41 @@ RK_AVX2 bool moderate(const float* x, int64_t count) {
 
 }  // namespace
 
-at::Tensor avx2_pack(const at::Tensor& weight, const at::Tensor& scale, bool winograd) {
-  const int64_t K = weight.size(0), C = weight.size(1), R = weight.size(2), S = weight.size(3);
-  const int64_t taps = winograd ? 16 : R * S;
-  // Read filter by filter of one tap after the other: NCHW, which most weights are already.
-  const auto plain = weight.contiguous(), scales = scale.to(at::kFloat).contiguous();
-  const float* w = plain.const_data_ptr<float>();
+at::Tensor avx2_pack(const at::Tensor& weight, const at::Tensor& scale, bool winograd, bool turned,
+                     const std::vector<int64_t>& some) {
+  // Read where it lies: NCHW or channels_last, and turned for a data gradient without a copy.
+  const auto source = weight.scalar_type() == at::kFloat ? weight : weight.to(at::kFloat);
+  const int64_t K = source.size(turned ? 1 : 0), C = source.size(turned ? 0 : 1), R = source.size(2), S = source.size(3);
+  const int64_t stride_k = source.stride(turned ? 1 : 0), stride_c = source.stride(turned ? 0 : 1);
+  std::vector<int64_t> at_tap;
+  for (int64_t tap = 0; tap < R * S; ++tap) at_tap.push_back(tap / S * source.stride(2) + tap % S * source.stride(3));
+  if (turned) std::reverse(at_tap.begin(), at_tap.end());
+  if (!some.empty()) {
+    std::vector<int64_t> chosen;
+    for (const int64_t tap : some) chosen.push_back(at_tap[tap]);
+    at_tap = chosen;
+  }
+  const int64_t taps = winograd ? 16 : at_tap.size();
+  const auto scales = scale.to(at::kFloat).contiguous();
+  const float* w = source.const_data_ptr<float>();
   const float* a = scales.const_data_ptr<float>();
   // From the pool: a replaced model packs at every call.
-  auto packed = pooled_nhwc({1, K * taps * C, 1, 1}, plain.options());
+  auto packed = pooled_nhwc({1, K * taps * C, 1, 1}, source.options());
   float* const out = packed.mutable_data_ptr<float>();
   at::parallel_for(0, K / kColumns, 1, [&](int64_t first, int64_t last) {
     for (int64_t panel = first; panel < last; ++panel) {
       for (int64_t c = 0; c < C; ++c) {
         float* const to = out + (panel * taps * C + c) * kColumns;
-        const float* const g = w + (panel * kColumns * C + c) * R * S;  // of the panel's first output channel
+        const float* const g = w + panel * kColumns * stride_k + c * stride_c;  // of the panel's first output channel
         const float* const s = a + panel * kColumns;
         if (winograd) {
           double scaled[9][kColumns];
           for (int64_t k = 0; k < kColumns; ++k)
-            for (int64_t tap = 0; tap < 9; ++tap) scaled[tap][k] = static_cast<double>(g[k * C * 9 + tap]) * s[k];
+            for (int64_t tap = 0; tap < 9; ++tap) scaled[tap][k] = static_cast<double>(g[k * stride_k + at_tap[tap]]) * s[k];
           transform_filters(scaled, to, C * kColumns);
         } else {
-          for (int64_t k = 0; k < kColumns; ++k)
-            for (int64_t tap = 0; tap < taps; ++tap) to[tap * C * kColumns + k] = g[k * C * taps + tap] * s[k];
+          for (int64_t tap = 0; tap < taps; ++tap)
+            for (int64_t k = 0; k < kColumns; ++k) to[tap * C * kColumns + k] = g[k * stride_k + at_tap[tap]] * s[k];
         }
       }
     }
@@ -296,7 +307,7 @@ bool avx2_all_moderate(const at::Tensor& x) {
 
 bool avx2_runs() { return false; }
 bool avx2_preferred() { return false; }
-at::Tensor avx2_pack(const at::Tensor&, const at::Tensor&, bool) { TORCH_CHECK(false, "avx2: not an x86-64 build"); }
+at::Tensor avx2_pack(const at::Tensor&, const at::Tensor&, bool, bool, const std::vector<int64_t>&) { TORCH_CHECK(false, "avx2: not an x86-64 build"); }
 void avx2_direct(const at::Tensor&, const at::Tensor&, const at::Tensor&, const float*, const float*, const float*, bool, const Window&) {}
 void avx2_winograd(const at::Tensor&, const at::Tensor&, const at::Tensor&, const float*, const float*, const float*, bool) {}
 bool avx2_all_moderate(const at::Tensor&) { return false; }

@@ -4,6 +4,8 @@
 
 #include <ATen/ATen.h>
 
+#include <vector>
+
 namespace resnet_kernels {
 
 // Whether this processor runs them, and whether they were measured to be the better choice on such a one.
@@ -11,8 +13,10 @@ bool avx2_runs();
 bool avx2_preferred();
 
 // weight (K, C, R, S) times scale (K) -> [K/16][R*S][C][16], or for Winograd [K/16][16][C][16], the transform of
-// each filter, computed in double. K % 16 == 0, and C % 8 == 0 for Winograd.
-at::Tensor avx2_pack(const at::Tensor& weight, const at::Tensor& scale, bool winograd);
+// each filter, computed in double. K % 16 == 0, and C % 8 == 0 for Winograd. turned: weight is (C, K, R, S) and each
+// filter is turned round, as a data gradient wants it. some: those taps alone, in that order.
+at::Tensor avx2_pack(const at::Tensor& weight, const at::Tensor& scale, bool winograd, bool turned = false,
+                     const std::vector<int64_t>& some = {});
 
 struct Window {
   int64_t R, S, stride, padding, dilation;

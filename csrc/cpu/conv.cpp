@@ -72,29 +72,32 @@ at::Tensor folded(const at::Tensor& weight, const at::Tensor& scale) {
 
 }  // namespace
 
-Conv pack_conv(const at::Tensor& weight, const at::Tensor& scale, const Geometry& g, const std::vector<int64_t>& size,
-               const std::string& name) {
+Conv pack_conv(const at::Tensor& given, const at::Tensor& scale, const Geometry& g, const std::vector<int64_t>& size,
+               const std::string& name, bool turned) {
   at::AutoDispatchBelowADInplaceOrView guard;
+  RK_CHECK_EQ(given.dim(), 4, "weight: dimensions");
+  TORCH_CHECK(!turned || (g.stride == 1 && g.groups == 1), "a turned weight: expected stride 1 and one group, got ", g.stride,
+              " and ", g.groups);
+  const auto weight = turned ? given.transpose(0, 1) : given;
   TORCH_CHECK(name == "auto" || name == "onednn" || name == "direct" || name == "winograd",
               "engine: expected auto, onednn, direct or winograd, got ", name);
-  RK_CHECK_EQ(weight.dim(), 4, "weight: dimensions");
   check_cpu(weight, "weight");
   check_per_channel(scale, weight.size(0), "scale");
   Engine engine = name == "direct" ? Engine::kDirect : name == "winograd" ? Engine::kWinograd : Engine::kOneDnn;
   if (name == "auto") engine = preferred(weight, g);
   Conv conv{engine, g, {weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, {}, {}};
   if (engine == Engine::kOneDnn) {
-    conv.packed = onednn_pack(folded(weight, scale), g, size);
+    conv.packed = onednn_pack(folded(turned ? weight.flip({2, 3}).contiguous() : weight, scale), g, size);
     return conv;
   }
   const auto reason = why_not(engine, weight, g);
   TORCH_CHECK(reason.empty(), "engine ", name, ": ", reason, ", got a weight of ", weight.sizes());
-  conv.packed = avx2_pack(weight, scale, engine == Engine::kWinograd);
+  conv.packed = avx2_pack(given, scale, engine == Engine::kWinograd, turned);
   if (engine == Engine::kWinograd && name == "auto" && !avx2_all_moderate(conv.packed)) {
     conv.engine = Engine::kDirect;
-    conv.packed = avx2_pack(weight, scale, false);
+    conv.packed = avx2_pack(given, scale, false, turned);
   } else if (engine == Engine::kWinograd) {
-    conv.plain = weight;
+    conv.plain = turned ? weight.flip({2, 3}) : weight;
     conv.scale = scale;
   }
   return conv;

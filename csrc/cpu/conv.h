@@ -27,9 +27,10 @@ struct Conv {
 };
 
 // Packs weight (K, C/groups, R, S) times scale (K) for operands of `size` (N, C, H, W), in the weight's dtype.
-// engine: "auto", "onednn", "direct" or "winograd".
+// engine: "auto", "onednn", "direct" or "winograd". turned: weight is (C, K, R, S), of the convolution whose data gradient
+// this is; geometry is that of the gradient, of stride 1 and one group.
 Conv pack_conv(const at::Tensor& weight, const at::Tensor& scale, const Geometry& geometry,
-               const std::vector<int64_t>& size, const std::string& engine);
+               const std::vector<int64_t>& size, const std::string& engine, bool turned = false);
 
 // y = relu(scale * conv(x) + shift + residual), channels_last. Any of scale, shift and residual may be absent. With
 // `overwrite` the result may take the residual's memory.

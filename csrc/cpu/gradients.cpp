@@ -4,6 +4,7 @@
 
 #include "common/checks.h"
 #include "cpu/avx2.h"
+#include "cpu/pool.h"
 #include "cpu/reductions.h"
 
 namespace resnet_kernels {
@@ -34,7 +35,7 @@ std::pair<at::Tensor, at::Tensor> cpu_wgrad(const at::Tensor& g, const at::Tenso
   const bool three = R == 3 && S == 3 && geo.stride == 1 && geo.padding == 1 && geo.dilation == 1 && geo.groups == 1;
   at::Tensor sum;
   if (pointwise && in_panels(g, x)) {
-    const auto dweight = at::empty({K, C, 1, 1}, x.options());
+    const auto dweight = pooled_nhwc({K, C, 1, 1}, x.options());
     if (sums) sum = at::empty({K}, x.options());
     avx2_wgrad(dweight.mutable_data_ptr<float>(), g.const_data_ptr<float>(), x.const_data_ptr<float>(), nullptr,
                sums ? sum.mutable_data_ptr<float>() : nullptr, g.numel() / K, K, C);
@@ -42,7 +43,7 @@ std::pair<at::Tensor, at::Tensor> cpu_wgrad(const at::Tensor& g, const at::Tenso
   }
   if (sums) sum = cpu_pass(Lazy{g}, Finish{}, false, {}, Reduce::kNormalized, g, at::zeros({K}, g.options()), at::zeros({K}, g.options())).first;
   if (three && in_panels(g, x) && avx2_all_moderate(x) && avx2_all_moderate(g)) {
-    const auto dweight = at::empty({K, C, 3, 3}, x.options().memory_format(at::MemoryFormat::ChannelsLast));
+    const auto dweight = pooled_nhwc({K, C, 3, 3}, x.options());
     avx2_winograd_wgrad(dweight, g, x);
     return {dweight, sum};
   }

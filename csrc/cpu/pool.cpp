@@ -20,8 +20,8 @@ class Pool {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       const auto found = waiting_.lower_bound(bytes);
-      // A block twice as large would be missing elsewhere.
-      if (found != waiting_.end() && found->first <= 2 * bytes) {
+      // A much larger block would be missing elsewhere, and what training keeps would be as much larger.
+      if (found != waiting_.end() && found->first <= bytes + bytes / 8) {
         const auto block = std::make_pair(found->second, found->first);
         held_ -= block.second;
         waiting_.erase(found);

@@ -121,9 +121,9 @@ def _convolve(
             assert shift is None and not relu
             return t.contiguous(memory_format=torch.channels_last) if y is None else y.add_(t) if overwrite else y + t
         # A data gradient of stride 1 is the convolution by the filter turned round.
-        weight = weight.transpose(0, 1).flip(2, 3)
-        turned = Geometry(1, g.dilation * (weight.shape[2] - 1) - g.padding, g.dilation)
-        packed, g = Packed(weight, None, tuple(weight.shape)), turned
+        g = Geometry(1, g.dilation * (weight.shape[2] - 1) - g.padding, g.dilation)
+        conv = C.pack_conv(weight, torch.ones(weight.shape[1]), g, x.shape, "auto", True)
+        return C.conv(x, conv, shift, y, overwrite, relu)
     scale = None
     if isinstance(packed.weight, Tensor):
         # The weight stays exact: rounding of a scaled one would be the same error in every row.
