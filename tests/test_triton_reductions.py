@@ -201,13 +201,14 @@ def test_sums_of_the_gradient(sizes, terms, dtype, device, poisoned):
 def test_nan_goes_through_relu_masks_and_sums(device):
     x, m = (draw((1, 16, 4, 5), torch.float32, device) for _ in range(2))
     x[0, 1, 0, 0] = x[0, 2, 1, 1] = m[0, 3, 2, 2] = float("nan")
+    m[0, 1, 0, 0] = 1
     keep = torch.ones_like(x, dtype=torch.bool)
     keep[0, 2, 1, 1] = False
     t, bits = reductions.bn_pass(Operand(x, mask=keep), Epilogue(relu=True, mask=Operand(m, relu=True), reduce="mask"))
     want, _ = reference.bn_pass(Operand(x, mask=keep), Epilogue(relu=True, mask=Operand(m, relu=True)))
     assert torch.equal(t.isnan(), want.isnan())
     # A masked NaN is gone, a kept one stays, and what a NaN masks is kept.
-    assert t[0, 2, 1, 1] == 0 and (t[0, 1, 0, 0].isnan() or m[0, 1, 0, 0] <= 0)
+    assert t[0, 2, 1, 1] == 0 and t[0, 1, 0, 0].isnan()
     assert t[0, 3, 2, 2] == x[0, 3, 2, 2].clamp_min(0)
     assert torch.equal(bits, products.packed_bits(want))
     for by in ("stats", Normalized(x, x.new_zeros(16), x.new_ones(16))):
@@ -513,15 +514,20 @@ def launches_of_training(dtype, arch):
 
 @pytest.mark.parametrize(
     "arch, dtype",
-    [(80, torch.bfloat16), (90, torch.bfloat16), (100, torch.bfloat16), (120, torch.bfloat16), (90, torch.float16),
-     (90, torch.float32)],
+    [
+        (80, torch.bfloat16),
+        (90, torch.bfloat16),
+        (100, torch.bfloat16),
+        (90, torch.float16),
+        (90, torch.float32),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_training_compiles_clean(arch, dtype):
     found = {}
     for made in launches_of_training(dtype, arch):
         found.setdefault(offline.specialize(made, arch)[0], made)
-    unit = {80: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}[arch]
+    unit = {80: "mma", 90: "wgmma", 100: "tcgen05"}[arch]
     for made in found.values():
         c = offline.read(made, arch)
         name = f"{made.name} {made.what} sm_{arch}"

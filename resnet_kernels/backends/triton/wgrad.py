@@ -207,12 +207,11 @@ def config_of(K: int, C: int, itemsize: int, arch: int, fma: bool) -> Config:
     if fma:
         return configs.BY_FMA
     in_shared = arch in configs.OPERANDS_IN_SHARED and itemsize == 2
-    # On sm_120 more than 64 by 64 spill, and that in two stages.
-    BLOCK_K = min(128 if itemsize == 2 and arch != 120 else 64, max(16, configs.power_of_two(K)))
+    BLOCK_K = min(128 if itemsize == 2 else 64, max(16, configs.power_of_two(K)))
     BLOCK_C = min(128 if in_shared else 64, max(16, configs.power_of_two(C)))
     num_warps = 8 if BLOCK_K * BLOCK_C >= 128 * 64 else 4
     # A stage holds FLUSH rows.
-    return Config(64 if in_shared else 32, BLOCK_C, BLOCK_K, num_warps, 3 if arch == 120 else 2)
+    return Config(64 if in_shared else 32, BLOCK_C, BLOCK_K, num_warps, 2)
 
 
 def parts_of(M: int, tiles: int, processors: int) -> tuple[int, int]:
