@@ -41,7 +41,6 @@ INTERPRETED = [
     ["test_blocks.py", "-k", "odd"],
     ["test_triton.py"],
     ["test_triton_reductions.py"],
-    ["test_triton_reductions.py"],
     ["test_triton_training.py", "-k", "convolutions"],
     ["test_triton_training.py", "-k", "not convolutions"],
     ["test_tuning.py"],

@@ -113,6 +113,7 @@ CALLS = {
     "dx-projection": lambda d: ([d.back(d.dc(d.C))], Epilogue(None, Operand(d.t(d.K, 1, 2)), spread=2)),
     "dx-zero-pad": lambda d: ([d.back(d.dc(d.C))], Epilogue(None, Operand(d.t(d.K, 1, 2)[:, :-2]), spread=2)),
     "dx-spread-affine": lambda d: ([d.back(d.dc(d.C))], Epilogue(None, d.h(d.K, 2), spread=2)),
+    "lazy-projection": lambda d: ([d.by(d.h(d.C)), d.by(dataclasses.replace(d.x(9, 2), relu=True))], Epilogue()),
     "through-projection": lambda d: ([d.back(d.g(d.C)), d.by(d.x(d.K, 2))], Epilogue(d.v(d.K))),
     "3x3-statistics": lambda d: (
         [Product(d.h(d.C), d.w(d.K, d.C, 3), Geometry(1, 1))],
@@ -313,15 +314,15 @@ def launches_of_training(case, dtype, arch):
         vectors = [torch.empty(w.shape[0]) for w in weights]
         unused = [torch.empty(0) for _ in weights]
         n = len(convs)
+        geometry = [[c.stride[0] for c in convs], [c.dilation[0] for c in convs], [c.groups for c in convs]]
         plan = training.Plan(
-            [c.stride[0] for c in convs], [c.dilation[0] for c in convs], [c.groups for c in convs],
-            [1e-5] * n, [True] * n, [""] * n, shortcut, True, [],
-        )  # fmt: skip
+            *geometry, [1e-5] * n, [True] * n, [""] * n, shortcut, relu=True, preactivation=False, stored=[]
+        )
         shapes = [w.shape for w in weights]
         plan = plan._replace(stored=training.stored_outputs(x.shape, shapes, plan, plan.geometries(weights)))
-        kept = training._Forward(triton, x, weights, vectors, vectors, unused, unused, plan).run()
+        kept = training.Forward(triton, x, weights, vectors, vectors, unused, unused, plan).run()
         every = [True] * n
-        training._Backward(triton, x, weights, kept, plan, True, every, every).run(torch.empty_like(kept.y))
+        training.Backward(triton, x, weights, kept, plan, True, every, every).run(torch.empty_like(kept.y))
     return launches
 
 

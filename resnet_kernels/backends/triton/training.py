@@ -33,8 +33,7 @@ def settle(operand: Operand, kernel: int) -> Operand:
 
 def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
     sizes = check_conv(products, epilogue)
-    centred = any(p.operand.centre is not None for p in products)
-    if call_of(products, epilogue).needs <= INFERENCE and epilogue.spread == 1 and not centred:
+    if _of_inference(products, epilogue):
         return run.conv(products, epilogue), None
     if 0 in sizes:
         nothing = Operand(_empty(products[0].operand.tensor, sizes))
@@ -50,6 +49,13 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
     for term in more[:-1]:
         t = Operand(reductions.bn_pass(t, Epilogue(residual=term))[0])
     return reductions.bn_pass(t, dataclasses.replace(epilogue, residual=more[-1] if more else None))
+
+
+def _of_inference(products: Sequence[Product], epilogue: Epilogue) -> bool:
+    """Whether inference's kernels compute it without making an operand in memory before."""
+    beside = [p.operand for p in products[1:]] + ([epilogue.residual] if epilogue.residual else [])
+    lazy = any(o.affine is not None or o.relu for o in beside) or any(p.operand.centre is not None for p in products)
+    return call_of(products, epilogue).needs <= INFERENCE and epilogue.spread == 1 and not lazy
 
 
 def _empty(x: Tensor, sizes: Sequence[int]) -> Tensor:
