@@ -130,6 +130,10 @@ PYBIND11_MODULE(_C, m) {
     }
     return py::make_tuple(both.first, sums ? py::cast(both.second) : py::none());
   });
+  m.def("data_grad", [](const at::Tensor& g, const at::Tensor& weight, int64_t H, int64_t W, const std::array<int64_t, 4>& geometry) {
+    py::gil_scoped_release unlocked;
+    return resnet_kernels::cpu_data_grad(g, weight, H, W, {geometry[0], geometry[1], geometry[2], geometry[3]});
+  });
   m.def("second_moments", &resnet_kernels::cpu_second_moments, py::call_guard<py::gil_scoped_release>());
   m.def("max_pool_relu", &resnet_kernels::cpu_max_pool_relu, py::call_guard<py::gil_scoped_release>());
 #ifdef RESNET_KERNELS_CUDA

@@ -242,7 +242,7 @@ def test_a_replaced_inner_module(pair):
         "conv2": nn.Conv2d(64, 64, 3, padding=1, bias=True),
         "bn1": nn.GroupNorm(8, 64),
         "conv1": nn.Conv2d(64, 64, 3, padding=1, padding_mode="reflect", bias=False),
-        "bn2": nn.BatchNorm2d(64, track_running_stats=False),
+        "bn2": nn.InstanceNorm2d(64),
         "downsample": nn.Sequential(nn.AvgPool2d(1), nn.Conv2d(64, 256, 1, bias=False), nn.BatchNorm2d(256)),
     }
     for name, module in swaps.items():

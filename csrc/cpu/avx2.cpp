@@ -173,37 +173,56 @@ RK_AVX2 void winograd_block(float* y, const float* x, const float* packed, const
 // Too few channels for an inner loop over them alone: the stem's three.
 bool rows_as_taps(int64_t C, int64_t S, int64_t dilation) { return C < 8 && S > 1 && dilation == 1; }
 
+// Which rows of x an output position (i, j) of a P x Q grid meets: (i * stride + dh, j * stride + dw) for each tap; and
+// where it stands in y: at (i * spread + u, j * spread + v).
+struct Grid {
+  int64_t P, Q, stride;
+  std::vector<int64_t> dh, dw;
+  int64_t spread = 1, u = 0, v = 0;
+};
+
+Grid grid_of(const Window& win, int64_t P, int64_t Q) {
+  Grid grid{P, Q, win.stride, {}, {}};
+  for (int64_t tap = 0; tap < win.R * win.S; ++tap) {
+    grid.dh.push_back(tap / win.S * win.dilation - win.padding);
+    grid.dw.push_back(tap % win.S * win.dilation - win.padding);
+  }
+  return grid;
+}
+
 // depth: how many neighbouring values of a row of x a tap meets: its channels, or more.
 void direct(const at::Tensor& y, const at::Tensor& x, const at::Tensor& packed, const float* scale,
-            const float* shift, const float* residual, bool relu, const Window& win, int64_t depth) {
-  const int64_t C = x.size(1), H = x.size(2), W = x.size(3), K = y.size(1), P = y.size(2), Q = y.size(3);
-  const int64_t M = y.size(0) * P * Q, taps = win.R * win.S;
+            const float* shift, const float* residual, bool relu, const Grid& grid, int64_t depth) {
+  const int64_t C = x.size(1), H = x.size(2), W = x.size(3), K = y.size(1), P = grid.P, Q = grid.Q;
+  const int64_t M = y.size(0) * P * Q, taps = grid.dh.size(), height = y.size(2), width = y.size(3);
   if (M == 0) return;
   const float* in = x.const_data_ptr<float>();
   const float* b = packed.const_data_ptr<float>();
   float* const result = y.mutable_data_ptr<float>();
   const std::vector<float> zeros(depth);
-  const int64_t rows_per_block = block_size(M, C * sizeof(float) * std::min(taps, win.stride * win.stride), kDirectBytes);
+  const int64_t rows_per_block = block_size(M, C * sizeof(float) * std::max<int64_t>(1, std::min(taps, grid.stride * grid.stride)), kDirectBytes);
   at::parallel_for(0, (M + rows_per_block - 1) / rows_per_block, 1, [&](int64_t first, int64_t last) {
-    // The operand rows of every tap, found once for all panels.
+    // The operand rows of every tap and the result's, found once for all panels.
     std::vector<const float*> rows_of((rows_per_block + kRows - 1) / kRows * taps * kRows);
+    std::vector<float*> to_row(rows_per_block);
     for (int64_t block = first; block < last; ++block) {
       const int64_t begin = block * rows_per_block, end = std::min(M, begin + rows_per_block);
       for (int64_t m = begin; m < end; ++m) {
-        const int64_t n = m / (P * Q), h = m / Q % P * win.stride - win.padding, w = m % Q * win.stride - win.padding;
-        const float** const to = rows_of.data() + (m - begin) / kRows * taps * kRows + (m - begin) % kRows;
+        const int64_t n = m / (P * Q), i = m / Q % P, j = m % Q;
+        const float** const from = rows_of.data() + (m - begin) / kRows * taps * kRows + (m - begin) % kRows;
         for (int64_t tap = 0; tap < taps; ++tap) {
-          const int64_t hi = h + tap / win.S * win.dilation, wi = w + tap % win.S * win.dilation;
-          const bool inside = hi >= 0 && hi < H && wi >= 0 && wi < W;
-          to[tap * kRows] = inside ? in + ((n * H + hi) * W + wi) * C : zeros.data();
+          const int64_t h = i * grid.stride + grid.dh[tap], w = j * grid.stride + grid.dw[tap];
+          const bool inside = h >= 0 && h < H && w >= 0 && w < W;
+          from[tap * kRows] = inside ? in + ((n * H + h) * W + w) * C : zeros.data();
         }
+        to_row[m - begin] = result + ((n * height + i * grid.spread + grid.u) * width + j * grid.spread + grid.v) * K;
       }
       for (int64_t k = 0; k < K; k += kColumns) {
         const Finish finish{scale ? scale + k : nullptr, shift ? shift + k : nullptr, residual, result, relu};
         for (int64_t m = begin; m < end; m += kRows) {
           const int rows = static_cast<int>(std::min<int64_t>(kRows, end - m));
           float* out[kRows];
-          for (int r = 0; r < rows; ++r) out[r] = result + (m + r) * K + k;
+          for (int r = 0; r < rows; ++r) out[r] = to_row[m - begin + r] + k;
           kTile[rows](taps, depth, rows_of.data() + (m - begin) * taps, b + k * taps * depth, out, finish);
         }
       }
@@ -272,9 +291,33 @@ void avx2_direct(const at::Tensor& y, const at::Tensor& x, const at::Tensor& pac
     // With the padding there, a row of the filter meets S * C neighbouring values: one tap of a filter of one column.
     const auto padded = at::constant_pad_nd(x, {win.padding, win.padding, win.padding, win.padding})
                             .contiguous(at::MemoryFormat::ChannelsLast);
-    direct(y, padded, packed, scale, shift, residual, relu, {win.R, 1, win.stride, 0, win.dilation}, win.S * x.size(1));
+    const Window rows{win.R, 1, win.stride, 0, win.dilation};
+    direct(y, padded, packed, scale, shift, residual, relu, grid_of(rows, y.size(2), y.size(3)), win.S * x.size(1));
   } else {
-    direct(y, x, packed, scale, shift, residual, relu, win, x.size(1));
+    direct(y, x, packed, scale, shift, residual, relu, grid_of(win, y.size(2), y.size(3)), x.size(1));
+  }
+}
+
+void avx2_data_grad(const at::Tensor& dx, const at::Tensor& g, const at::Tensor& weight, const Window& win) {
+  const auto ones = at::ones({dx.size(1)}, dx.options());
+  for (int64_t u = 0; u < win.stride; ++u) {
+    for (int64_t v = 0; v < win.stride; ++v) {
+      // Rows h = stride * i + u of dx: those taps r whose h + padding - r * dilation is stride * p.
+      Grid grid{(dx.size(2) - u + win.stride - 1) / win.stride, (dx.size(3) - v + win.stride - 1) / win.stride, 1, {}, {}, win.stride, u, v};
+      std::vector<int64_t> taps;
+      for (int64_t r = 0; r < win.R; ++r) {
+        for (int64_t s = 0; s < win.S; ++s) {
+          const int64_t h = u + win.padding - r * win.dilation, w = v + win.padding - s * win.dilation;
+          if (h % win.stride != 0 || w % win.stride != 0) continue;
+          grid.dh.push_back(h / win.stride);
+          grid.dw.push_back(w / win.stride);
+          // A turned pack counts taps from the other end.
+          taps.push_back(win.R * win.S - 1 - (r * win.S + s));
+        }
+      }
+      const auto packed = taps.empty() ? at::empty({0}, dx.options()) : avx2_pack(weight, ones, false, true, taps);
+      direct(dx, g, packed, nullptr, nullptr, nullptr, false, grid, g.size(1));
+    }
   }
 }
 
@@ -310,6 +353,7 @@ bool avx2_preferred() { return false; }
 at::Tensor avx2_pack(const at::Tensor&, const at::Tensor&, bool, bool, const std::vector<int64_t>&) { TORCH_CHECK(false, "avx2: not an x86-64 build"); }
 void avx2_direct(const at::Tensor&, const at::Tensor&, const at::Tensor&, const float*, const float*, const float*, bool, const Window&) {}
 void avx2_winograd(const at::Tensor&, const at::Tensor&, const at::Tensor&, const float*, const float*, const float*, bool) {}
+void avx2_data_grad(const at::Tensor&, const at::Tensor&, const at::Tensor&, const Window&) {}
 bool avx2_all_moderate(const at::Tensor&) { return false; }
 
 #endif

@@ -46,17 +46,17 @@ RK_AVX2 void outer_tile(const float* a, const float* b, int64_t depth, float* ou
     }
 }
 
-// The rows of one panel of `a` against all C / 16 panels of `b`: 16 rows of `out`, of C columns.
+// The rows of one panel of `a` against all C / 16 panels of `b`: 16 rows of `out`, of C columns, at distance `stride`.
 void outer_rows(const float* a, const float* b, int64_t depth, int64_t panel_depth, int64_t C, float* out,
-                bool accumulate) {
+                int64_t stride, bool accumulate) {
   for (int64_t t = 0; t < depth; t += kDepth) {
     const int64_t count = std::min(kDepth, depth - t);
     const bool add = accumulate || t > 0;
     for (int64_t c = 0; c < C; c += kPanel) {
       const float *pa = a + t * kPanel, *pb = b + c * panel_depth + t * kPanel;
-      outer_tile<6>(pa, pb, count, out + c, C, add);
-      outer_tile<6>(pa + 6, pb, count, out + 6 * C + c, C, add);
-      outer_tile<4>(pa + 12, pb, count, out + 12 * C + c, C, add);
+      outer_tile<6>(pa, pb, count, out + c, stride, add);
+      outer_tile<6>(pa + 6, pb, count, out + 6 * stride + c, stride, add);
+      outer_tile<4>(pa + 12, pb, count, out + 12 * stride + c, stride, add);
     }
   }
 }
@@ -145,10 +145,41 @@ void avx2_wgrad(float* dweight, const float* g, const float* x, const float* cen
       for (int64_t k = 0; k < K; ++k) total[k] += partial[part * K + k];
     at::parallel_for(0, K / kPanel, 1, [&](int64_t first, int64_t last) {
       for (int64_t panel = first; panel < last; ++panel)
-        outer_rows(a.get() + panel * depth * kPanel, b.get(), rows, depth, C, dweight + panel * kPanel * C, begin > 0);
+        outer_rows(a.get() + panel * depth * kPanel, b.get(), rows, depth, C, dweight + panel * kPanel * C, C, begin > 0);
     });
   }
   for (int64_t k = 0; sums && k < K; ++k) sums[k] = static_cast<float>(total[k]);
+}
+
+void avx2_conv_wgrad(const at::Tensor& dweight, const at::Tensor& g, const at::Tensor& x, const Window& win) {
+  const int64_t K = g.size(1), C = x.size(1), H = x.size(2), W = x.size(3), P = g.size(2), Q = g.size(3);
+  const int64_t M = g.size(0) * P * Q, taps = win.R * win.S, stride = taps * C;
+  const int64_t depth = rows_that_fit(kBlockBytes, (K + C) * sizeof(float), 2 * kRowsPacked, 1024);
+  const auto a = scratch(depth * K), b = scratch(depth * C);
+  const float *in = x.const_data_ptr<float>(), *gradient = g.const_data_ptr<float>();
+  float* const result = dweight.mutable_data_ptr<float>();
+  const std::vector<float> zeros(C);
+  if (M == 0) std::fill(result, result + K * stride, 0.f);
+  for (int64_t begin = 0; begin < M; begin += depth) {
+    const int64_t rows = std::min(depth, M - begin);
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      at::parallel_for(0, rows, kRowsPacked, [&](int64_t first, int64_t last) {
+        if (tap == 0) pack_rows(a.get() + first * kPanel, gradient + (begin + first) * K, nullptr, nullptr, last - first, K, depth);
+        for (int64_t t = first; t < last; ++t) {
+          const int64_t m = begin + t, n = m / (P * Q);
+          const int64_t h = m / Q % P * win.stride - win.padding + tap / win.S * win.dilation;
+          const int64_t w = m % Q * win.stride - win.padding + tap % win.S * win.dilation;
+          const bool inside = h >= 0 && h < H && w >= 0 && w < W;
+          pack_rows(b.get() + t * kPanel, inside ? in + ((n * H + h) * W + w) * C : zeros.data(), nullptr, nullptr, 1, C, depth);
+        }
+      });
+      at::parallel_for(0, K / kPanel, 1, [&](int64_t first, int64_t last) {
+        for (int64_t panel = first; panel < last; ++panel)
+          outer_rows(a.get() + panel * depth * kPanel, b.get(), rows, depth, C, result + panel * kPanel * stride + tap * C, stride,
+                     begin > 0);
+      });
+    }
+  }
 }
 
 void avx2_winograd_wgrad(const at::Tensor& dweight, const at::Tensor& g, const at::Tensor& x) {
@@ -180,7 +211,7 @@ void avx2_winograd_wgrad(const at::Tensor& dweight, const at::Tensor& g, const a
       for (int64_t unit = first; unit < last; ++unit) {
         const int64_t p = unit / (K / kPanel), panel = unit % (K / kPanel);
         outer_rows(Z.get() + (p * K + panel * kPanel) * depth, V.get() + p * C * depth, tiles, depth, C,
-                   S.get() + (p * K + panel * kPanel) * C, begin > 0);
+                   S.get() + (p * K + panel * kPanel) * C, C, begin > 0);
       }
     });
   }
@@ -193,6 +224,7 @@ void avx2_winograd_wgrad(const at::Tensor& dweight, const at::Tensor& g, const a
 
 void avx2_wgrad(float*, const float*, const float*, const float*, float*, int64_t, int64_t, int64_t) {}
 void avx2_winograd_wgrad(const at::Tensor&, const at::Tensor&, const at::Tensor&) {}
+void avx2_conv_wgrad(const at::Tensor&, const at::Tensor&, const at::Tensor&, const Window&) {}
 
 #endif
 

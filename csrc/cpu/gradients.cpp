@@ -42,9 +42,11 @@ std::pair<at::Tensor, at::Tensor> cpu_wgrad(const at::Tensor& g, const at::Tenso
     return {dweight, sum};
   }
   if (sums) sum = cpu_pass(Lazy{g}, Finish{}, false, {}, Reduce::kNormalized, g, at::zeros({K}, g.options()), at::zeros({K}, g.options())).first;
-  if (three && in_panels(g, x) && avx2_all_moderate(x) && avx2_all_moderate(g)) {
-    const auto dweight = pooled_nhwc({K, C, 3, 3}, x.options());
-    avx2_winograd_wgrad(dweight, g, x);
+  if (geo.groups == 1 && in_panels(g, x)) {
+    const auto dweight = pooled_nhwc({K, C, R, S}, x.options());
+    // Winograd's transform would spread NaN and Inf over a filter.
+    if (three && avx2_all_moderate(x) && avx2_all_moderate(g)) avx2_winograd_wgrad(dweight, g, x);
+    else avx2_conv_wgrad(dweight, g, x, {R, S, geo.stride, geo.padding, geo.dilation});
     return {dweight, sum};
   }
   // Grouped ones are read as NCHW by torch's kernels whatever they get, and an empty batch has no gradient there.
@@ -53,6 +55,25 @@ std::pair<at::Tensor, at::Tensor> cpu_wgrad(const at::Tensor& g, const at::Tenso
   const int64_t s[] = {geo.stride, geo.stride}, p[] = {geo.padding, geo.padding}, d[] = {geo.dilation, geo.dilation}, none[] = {0, 0};
   const auto grads = at::convolution_backward(g, x, weight, std::nullopt, s, p, d, false, none, geo.groups, {false, true, false});
   return {std::get<1>(grads), sum};
+}
+
+at::Tensor cpu_data_grad(const at::Tensor& g, const at::Tensor& weight, int64_t H, int64_t W, const Geometry& geo) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  check_cpu(g, "g");
+  check_nhwc(g, "g");
+  RK_CHECK_EQ(g.scalar_type(), at::kFloat, "g: dtype");
+  RK_CHECK_EQ(weight.scalar_type(), at::kFloat, "weight: dtype");
+  RK_CHECK_EQ(g.size(1), weight.size(0), "g: channels");
+  const int64_t C = weight.size(1) * geo.groups, R = weight.size(2), S = weight.size(3);
+  const auto dx = pooled_nhwc({g.size(0), C, H, W}, g.options());
+  if (avx2_preferred() && geo.groups == 1 && C % 16 == 0) {
+    avx2_data_grad(dx, g, weight, {R, S, geo.stride, geo.padding, geo.dilation});
+    return dx;
+  }
+  if (g.size(0) == 0) return dx;
+  const int64_t s[] = {geo.stride, geo.stride}, p[] = {geo.padding, geo.padding}, d[] = {geo.dilation, geo.dilation}, none[] = {0, 0};
+  const auto grads = at::convolution_backward(g, dx, weight, std::nullopt, s, p, d, false, none, geo.groups, {true, false, false});
+  return std::get<0>(grads).contiguous(at::MemoryFormat::ChannelsLast);
 }
 
 at::Tensor cpu_second_moments(const at::Tensor& h, const at::Tensor& mean) {

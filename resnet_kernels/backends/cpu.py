@@ -113,13 +113,10 @@ def _convolve(
         if packed.scale is not None:
             x = x * packed.scale[:, None, None]
         if g.stride > 1 or g.groups > 1:
-            like = x.new_empty((x.shape[0], weight.shape[1] * g.groups, *p.data_grad_size))
-            like = like.contiguous(memory_format=torch.channels_last)
-            pairs = [[n] * 2 for n in (g.stride, g.padding, g.dilation)]
-            backward = torch.ops.aten.convolution_backward
-            t, _, _ = backward(x, like, weight, None, *pairs, False, [0, 0], g.groups, [True, False, False])
-            assert shift is None and not relu
-            return t.contiguous(memory_format=torch.channels_last) if y is None else y.add_(t) if overwrite else y + t
+            t = C.data_grad(x, weight, *p.data_grad_size, g)
+            if y is None and shift is None and not relu:
+                return t
+            return _pass(Operand(t), Epilogue(shift, None if y is None else Operand(y), relu), x.dtype, True, True)[0]
         # A data gradient of stride 1 is the convolution by the filter turned round.
         g = Geometry(1, g.dilation * (weight.shape[2] - 1) - g.padding, g.dilation)
         conv = C.pack_conv(weight, torch.ones(weight.shape[1]), g, x.shape, "auto", True)
