@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .backends import select, triton
 from .backends.contract import Call
 from .inference import FrozenModel, FrozenResNet, FrozenTrunk
-from .nn import BasicBlock, Bottleneck
-from .nn.fusable import Parts, geometry, parts, why_plain
+from .nn import fusable
+from .nn.blocks import Fused
 from .ops import block as block_op
 from .ops import residual_block
 from .roofline import H200, launches_of
@@ -76,12 +76,14 @@ def _explain_call(name: str, call: Call, x: Tensor, reason: str | None, block: n
 
 
 def _explain_block(name: str, block: nn.Module, x: Tensor) -> Explanation:
-    reason = why_plain(block, x)
-    p = parts(block)
-    if not isinstance(p, Parts) or not all(isinstance(c, nn.Conv2d) for c in p.convs):
+    reason = fusable.why_plain(block, x)
+    p = fusable.parts(block)
+    if not isinstance(p, fusable.Parts) or not all(isinstance(c, nn.Conv2d) for c in p.convs):
         return Explanation(name, PLAIN, reason, {}, False)
+    if fusable.trains(p):
+        return _explain_call(name, fusable.training_call(p, x), x, reason)
     weights = [tuple(c.weight.shape) for c in p.convs]
-    geometries = [geometry(c) for c in p.convs]
+    geometries = [fusable.geometry(c) for c in p.convs]
     call = block_op.call_of_block(x.device, x.dtype, weights, geometries, p.shortcut, tuple(x.shape))
     return _explain_call(name, call, x, reason, block)
 
@@ -132,7 +134,7 @@ def explain(module_or_op: Any, *inputs: Any, **keywords: Any) -> Explanations:
 
         return hook
 
-    kinds = (BasicBlock, Bottleneck, FrozenTrunk, FrozenResNet)
+    kinds = (Fused, FrozenTrunk, FrozenResNet)
     # A frozen ResNet may run its trunk as part of a graph, past the trunk's hooks.
     inside = {id(m.trunk) for m in module_or_op.modules() if isinstance(m, FrozenResNet)}
     hooks = {

@@ -239,7 +239,7 @@ BAD = {
     "mixed-dtype": (dict(x=torch.randn(2, 4, 5, 5).double()), TypeError, "expected torch.float64 .* got torch.float32"),
     "mixed-device": (dict(x=torch.randn(2, 4, 5, 5, device="meta")), ValueError, "expected it on meta, as x, got cpu"),
     "shortcut": (dict(shortcut="id"), ValueError, "expected one of identity, projection, zero_pad, got 'id'"),
-    "lengths": (dict(strides=[1]), ValueError, "expected as many weights, scales, shifts"),
+    "lengths": (dict(strides=[1]), ValueError, "expected one weight, stride, dilation"),
     "even": (dict(weights=[torch.randn(4, 4, 2, 2)] * 2), ValueError, "with R odd, got"),
     "scale": (dict(scales=[torch.ones(3)] * 2), ValueError, r"expected \(4,\), got \(3,\)"),
     "identity": (dict(strides=[2, 1]), ValueError, r"identity needs y of x's sizes"),

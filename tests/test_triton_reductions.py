@@ -513,17 +513,20 @@ def launches_of_training(dtype, arch):
 
 
 @pytest.mark.parametrize(
-    "arch, dtype",
+    "arch, dtype, tf32",
     [
-        (80, torch.bfloat16),
-        (90, torch.bfloat16),
-        (100, torch.bfloat16),
-        (90, torch.float16),
-        (90, torch.float32),
+        (80, torch.bfloat16, False),
+        (90, torch.bfloat16, False),
+        (100, torch.bfloat16, False),
+        (90, torch.float16, False),
+        (80, torch.float32, False),
+        (90, torch.float32, False),
+        (90, torch.float32, True),
     ],
     ids=str,
 )
-def test_training_compiles_clean(arch, dtype):
+def test_training_compiles_clean(arch, dtype, tf32, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
     found = {}
     for made in launches_of_training(dtype, arch):
         found.setdefault(offline.specialize(made, arch)[0], made)

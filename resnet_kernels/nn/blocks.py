@@ -15,8 +15,8 @@ from torchvision.models import resnet
 from ..backends import select
 from ..backends.contract import BackendUnavailable
 from ..ops import preactivation_block, residual_block, residual_block_training
-from ..ops.batch_norm import affine_of, norm_of, uses_batch_statistics
-from .fusable import Parts, context, parts, why_plain
+from ..ops.batch_norm import affine_of, norm_of
+from .fusable import Parts, context, parts, trains, why_plain
 
 
 def fused_forward(block: nn.Module, x: Tensor) -> Tensor:
@@ -29,21 +29,19 @@ def fused_forward(block: nn.Module, x: Tensor) -> Tensor:
         [conv.groups for conv in p.convs],
     )
     weights = [conv.weight for conv in p.convs]
-    if p.preactivation:
-        return preactivation_block(x, weights, [norm_of(bn) for bn in p.norms], *geometry, p.shortcut)
-    if any(uses_batch_statistics(bn) for bn in p.norms):
-        return residual_block_training(x, weights, [norm_of(bn) for bn in p.norms], *geometry, p.shortcut)
+    if trains(p):
+        op = preactivation_block if p.preactivation else residual_block_training
+        return op(x, weights, [norm_of(bn) for bn in p.norms], *geometry, p.shortcut)
     affines = [affine_of(bn) for bn in p.norms]
     # Under autocast x is in its dtype already, the weights may not be.
     weights = [w.to(x.dtype) for w in weights]
     return residual_block(x, weights, [a for a, _ in affines], [b for _, b in affines], *geometry, p.shortcut)
 
 
-class Fused:
+class Fused(nn.Module):
     """The forward that blocks share, before the plain one in the order of inheritance."""
 
     def forward(self, x: Tensor) -> Tensor:
-        assert isinstance(self, nn.Module)
         reason = why_plain(self, x)
         if not torch.compiler.is_compiling() and not context(x):
             name = select.named()
@@ -52,8 +50,7 @@ class Fused:
             elif name and reason:
                 raise BackendUnavailable(f"backend {name!r} was named and this block cannot run fused: {reason}")
         if reason:
-            # The plain chain, which the checker does not see from a mixin.
-            return super().forward(x)  # type: ignore[misc]
+            return super().forward(x)  # the plain chain
         return fused_forward(self, x)
 
 

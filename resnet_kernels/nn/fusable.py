@@ -173,11 +173,17 @@ def statistics(block: nn.Module) -> str | None:
     return next((reason for reason in map(known_statistics, p.norms) if reason), None)
 
 
+def trains(p: Parts) -> bool:
+    """Whether the block runs as the op of training: some of its statistics are the batch's, or it is one of those for
+    which there is no other."""
+    return p.preactivation or any(uses_batch_statistics(bn) for bn in p.norms)
+
+
 def training(block: nn.Module, x: Tensor) -> str | None:
-    """Why a block with batch statistics cannot be fused for this input, or None."""
+    """Why a block that `trains` cannot be fused for this input, or None."""
     p = parts(block)
     assert isinstance(p, Parts)
-    if not p.preactivation and not any(uses_batch_statistics(bn) for bn in p.norms):
+    if not trains(p):
         return None
     if p.shortcut == "projection" and (p.convs[-1].kernel_size != (1, 1) or p.convs[-1].groups != 1):
         return f"downsample: expected an ungrouped 1x1 convolution in training, got {p.convs[-1]}"
