@@ -194,8 +194,24 @@ def training(block: nn.Module, x: Tensor) -> str | None:
         # Those of a group have more on its other processes.
         if uses_batch_statistics(bn) and not group_of(bn) and x.shape[0] * P * Q < 2:
             return f"x: expected more than one value per channel in training, got {tuple(x.shape)}"
-    call = training_call(p, x)
-    name = select.named()
+    # A compiler's sizes may be symbols.
+    size = () if torch.compiler.is_compiling() else tuple(x.shape)
+    rows = [tuple(geometry(conv)) for conv in p.convs]
+    return untrained(x.device, x.dtype, shapes, rows, size, select.named())
+
+
+@torch.compiler.assume_constant_result
+def untrained(
+    device: torch.device,
+    dtype: torch.dtype,
+    shapes: list[tuple[int, ...]],
+    geometries: list[tuple[int, ...]],
+    size: tuple[int, ...],
+    name: str | None,
+) -> str | None:
+    """Why the named backend (None: every one) cannot train a block, or None. A compiler asks and looks no further: what
+    is built, and which tables there are, is no part of its graph."""
+    call = call_of_training(device, dtype, shapes, [Geometry(*g) for g in geometries], size)
     if name and name != select.EAGER:
         return select.BY_NAME[name].why_not(call)
     reasons = select.reasons(call)

@@ -23,8 +23,10 @@ def call_of_training(
     geometries: Sequence[Geometry],
     size: Sequence[int],
 ) -> Call:
-    shapes = tuple((tuple(w), g) for w, g in zip(weights, geometries, strict=True))
-    return Call(device, dtype, frozenset({"training"}), shapes, tuple(size))
+    # Traced with sizes that are not known yet, a call has none: only what was measured depends on them.
+    known = tuple(size) if all(isinstance(n, int) for n in size) else ()
+    shapes = tuple((tuple(int(n) for n in w), g) for w, g in zip(weights, geometries, strict=True))
+    return Call(device, dtype, frozenset({"training"}), shapes, known)
 
 
 def _backend(x: Tensor, weights: Sequence[Tensor], geometries: Sequence[Geometry]) -> Backend:
@@ -104,10 +106,19 @@ def _backward(
         found = kind(backend, x, weights, Kept.of(kept, p), p, need_x, need_weights, need_norms).run(dy)
     nothing = x.new_empty(0)
     wanted = [found.x if need_x else None]
-    for grads, needs in ((found.weights, need_weights), (found.gammas, need_norms), (found.betas, need_norms)):
+    dweights = [g if g is None else _laid_out_as(w, g) for w, g in zip(weights, found.weights, strict=True)]
+    for grads, needs in ((dweights, need_weights), (found.gammas, need_norms), (found.betas, need_norms)):
         wanted += [grad if need else None for grad, need in zip(grads, needs, strict=True)]
     # An op's results are no views of each other, nor of its arguments.
     return [nothing.clone() if t is None else t for t in wanted]
+
+
+def _laid_out_as(weight: Tensor, grad: Tensor) -> Tensor:
+    """The gradient in its weight's layout, as DDP's buckets, optimizers and compilers expect it."""
+    grad = grad.view(weight.shape)
+    if all(n == 1 or s == t for n, s, t in zip(weight.shape, weight.stride(), grad.stride(), strict=True)):
+        return grad.as_strided(weight.shape, weight.stride())
+    return torch.empty_like(weight, dtype=grad.dtype).copy_(grad)
 
 
 def _backward_fake(
@@ -123,14 +134,10 @@ def _backward_fake(
     w = wide(x.dtype)
     channels = [t.shape[1:] for t in Kept.of(kept, Plan(*plan)).tables]
     grads = [_nhwc(x, x.shape) if need_x else x.new_empty(0)]
-    for sizes, needs in (
-        ([weight.shape for weight in weights], need_weights),
-        (channels, need_norms),
-        (channels, need_norms),
-    ):
-        grads += [
-            x.new_empty(size, dtype=w) if need else x.new_empty(0) for size, need in zip(sizes, needs, strict=True)
-        ]
+    for weight, need in zip(weights, need_weights, strict=True):
+        grads.append(torch.empty_like(weight, dtype=w) if need else x.new_empty(0))
+    for size, need in zip([*channels, *channels], [*need_norms, *need_norms], strict=True):
+        grads.append(x.new_empty(size, dtype=w) if need else x.new_empty(0))
     return grads
 
 
