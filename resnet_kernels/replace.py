@@ -56,6 +56,7 @@ def replace_blocks(model: nn.Module, channels_last: bool = False) -> Replacement
     Only the blocks' class changes: names, parameters, buffers, hooks, optimizers' references and the state dict stay.
     A block whose inner modules cannot be fused as they stand is replaced too, since that is decided again at every
     call, and noted.
+    Training: before DDP, FSDP or torch.compile take the model; examples/train_imagenet.py is a whole script.
 
     Args:
         model: any module; itself a block, or with blocks anywhere below.
