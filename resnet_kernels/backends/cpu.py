@@ -99,7 +99,8 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
     assert y is not None
     if pass_behind:
         return _pass(Operand(y), epilogue, dtype, store=True, in_place=True)
-    return y.to(dtype), _reduction_of(y.to(dtype), epilogue.reduce)
+    result = y.to(dtype)
+    return result, _reduction_of(result, epilogue.reduce)
 
 
 def _convolve(

@@ -25,7 +25,9 @@ def call_of_training(
 ) -> Call:
     # Traced with sizes that are not known yet, a call has none: only what was measured depends on them.
     known = tuple(size) if all(isinstance(n, int) for n in size) else ()
-    shapes = tuple((tuple(int(n) for n in w), g) for w, g in zip(weights, geometries, strict=True))
+    shapes = tuple(
+        (tuple(int(n) for n in w), Geometry(*(int(n) for n in g))) for w, g in zip(weights, geometries, strict=True)
+    )
     return Call(device, dtype, frozenset({"training"}), shapes, known)
 
 
