@@ -34,14 +34,16 @@ py::dict build_info() {
   return info;
 }
 
-// (tensor, mask, a, b, second, a2, relu, centre) of an Operand.
+// (tensor, mask, a, b, second, a2, mean, relu, centre) of an Operand.
 using LazyTuple = std::tuple<at::Tensor, std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<at::Tensor>,
-                             std::optional<at::Tensor>, std::optional<at::Tensor>, bool, std::optional<at::Tensor>>;
+                             std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<at::Tensor>, bool,
+                             std::optional<at::Tensor>>;
 
 resnet_kernels::Lazy lazy_of(const LazyTuple& t) {
   const auto some = [](const std::optional<at::Tensor>& value) { return value.value_or(at::Tensor()); };
   return {std::get<0>(t),       some(std::get<1>(t)), some(std::get<2>(t)), some(std::get<3>(t)),
-          some(std::get<4>(t)), some(std::get<5>(t)), std::get<6>(t),       some(std::get<7>(t))};
+          some(std::get<4>(t)), some(std::get<5>(t)), some(std::get<6>(t)), std::get<7>(t),
+          some(std::get<8>(t))};
 }
 
 // (y or None, the pair of reductions or None).

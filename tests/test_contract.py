@@ -257,11 +257,11 @@ def test_reference_gradients_are_autograds(name):
 
 def test_reference_lazy_operand_mask_and_reductions():
     x, second = (torch.randn(2, 6, 5, 5).double() for _ in range(2))
-    a, b, a2 = (torch.randn(6).double() for _ in range(3))
+    a, b, a2, mean2 = (torch.randn(6).double() for _ in range(4))
     weight = torch.randn(4, 6, 1, 1).double()
     mask = torch.rand(2, 4, 3, 3) > 0.5
-    operand = Operand(x, (a, b), (second, a2), relu=True, stride=2)
-    v = torch.relu(a[:, None, None] * x + a2[:, None, None] * second + b[:, None, None])[:, :, ::2, ::2]
+    operand = Operand(x, (a, b), (second, a2, mean2), relu=True, stride=2)
+    v = torch.relu(a[:, None, None] * x + a2[:, None, None] * (second - mean2[:, None, None]) + b[:, None, None])[:, :, ::2, ::2]
     want = F.conv2d(v, weight) * mask
     y, stats = reference.conv([Product(operand, weight)], Epilogue(mask=mask, reduce="stats"))
     torch.testing.assert_close(y, want)
@@ -317,14 +317,14 @@ def test_a_bottleneck_trains_by_the_primitives_alone():
     gh2, sums2 = reference.conv(products, Epilogue(v, mask=h2, reduce=Normalized(c2, n2.mean, n2.rstd)))
     dbeta2, dgamma2 = sums2
     al, be, const = reference.finalize_bn_grad(sums2, s2.rows, n2)
-    dc2 = Operand(gh2, (al, const), (c2, be))
+    dc2 = Operand(gh2, (al, const), (c2, be, n2.mean))
     dw2, _ = reference.wgrad(dc2, h1, (3, 3), pad)
     gh1, sums1 = reference.conv(
         [Product(dc2, w2, pad, data_grad_size=(H, H))], Epilogue(mask=h1, reduce=Normalized(c1, n1.mean, n1.rstd))
     )
     dbeta1, dgamma1 = sums1
     al, be, const = reference.finalize_bn_grad(sums1, s1.rows, n1)
-    dc1 = Operand(gh1, (al, const), (c1, be))
+    dc1 = Operand(gh1, (al, const), (c1, be, n1.mean))
     dw1, _ = reference.wgrad(dc1, Operand(x), (1, 1), Geometry())
     dx, _ = reference.conv([Product(dc1, w1, data_grad_size=(H, H))], Epilogue(residual=g))
 

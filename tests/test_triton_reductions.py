@@ -68,7 +68,7 @@ def operand_of(terms, sizes, dtype, device):
     return Operand(
         draw(own, dtype, device),
         (vector(C, device), vector(C, device)) if "affine" in terms else None,
-        (draw(own, dtype, device), vector(C, device)) if "second" in terms else None,
+        (draw(own, dtype, device), vector(C, device), vector(C, device)) if "second" in terms else None,
         "relu" in terms,
         (torch.rand(own) > 0.4).to(device).contiguous(memory_format=NHWC) if "mask" in terms else None,
         s,

@@ -133,6 +133,8 @@ RK_AVX2 void winograd_block(float* y, const float* x, const float* packed, const
       const int64_t hi = h + i / 4, wi = w + i % 4;
       const bool inside = hi >= 0 && hi < g.H && wi >= 0 && wi < g.W;
       patch[i] = inside ? x + ((n * g.H + hi) * g.W + wi) * g.C : nullptr;
+      // What the next patch but one to the right has that this one has not.
+      if (i % 4 >= 2 && hi >= 0 && hi < g.H && wi + 4 < g.W) prefetch(x + ((n * g.H + hi) * g.W + wi + 4) * g.C, g.C);
     }
     for (int64_t c = 0; c < g.C; c += 8) transform_patch(patch, c, V + t * g.C + c, count * g.C);
   }

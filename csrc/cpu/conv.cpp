@@ -85,7 +85,7 @@ Conv pack_conv(const at::Tensor& given, const at::Tensor& scale, const Geometry&
   check_per_channel(scale, weight.size(0), "scale");
   Engine engine = name == "direct" ? Engine::kDirect : name == "winograd" ? Engine::kWinograd : Engine::kOneDnn;
   if (name == "auto") engine = preferred(weight, g);
-  Conv conv{engine, g, {weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, {}, {}};
+  Conv conv{engine, g, {weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, {}, {}, {}, false};
   if (engine == Engine::kOneDnn) {
     conv.packed = onednn_pack(folded(turned ? weight.flip({2, 3}).contiguous() : weight, scale), g, size);
     return conv;
@@ -97,7 +97,8 @@ Conv pack_conv(const at::Tensor& given, const at::Tensor& scale, const Geometry&
     conv.engine = Engine::kDirect;
     conv.packed = avx2_pack(given, scale, false, turned);
   } else if (engine == Engine::kWinograd) {
-    conv.plain = turned ? weight.flip({2, 3}) : weight;
+    conv.plain = weight;
+    conv.turned = turned;
     conv.scale = scale;
   }
   return conv;
@@ -138,7 +139,8 @@ at::Tensor cpu_conv(const at::Tensor& x, const Conv& conv, const std::optional<a
     if (residual.has_value()) t.add_(*residual);
     return relu ? at::relu_(t) : t;
   }
-  const auto weight = conv.engine == Engine::kWinograd ? folded(conv.plain, conv.scale) : conv.packed;
+  const auto plain = conv.turned ? conv.plain.flip({2, 3}) : conv.plain;
+  const auto weight = conv.engine == Engine::kWinograd ? folded(plain, conv.scale) : conv.packed;
   at::Tensor y;
   if (residual.has_value()) {
     y = overwrite ? *residual : residual->clone();

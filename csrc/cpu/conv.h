@@ -24,6 +24,7 @@ struct Conv {
   std::array<int64_t, 4> shape;  // (K, C/groups, R, S)
   at::Tensor packed;
   at::Tensor plain, scale;  // the weight as it came, for Winograd on inputs that are not all moderate, else undefined
+  bool turned = false;
 };
 
 // Packs weight (K, C/groups, R, S) times scale (K) for operands of `size` (N, C, H, W), in the weight's dtype.

@@ -1,6 +1,6 @@
 #include "cpu/pool.h"
 
-#include <cstdlib>
+#include <stdlib.h>
 #include <map>
 #include <mutex>
 
@@ -21,7 +21,7 @@ class Pool {
       const std::lock_guard<std::mutex> lock(mutex_);
       const auto found = waiting_.lower_bound(bytes);
       // A much larger block would be missing elsewhere, and what training keeps would be as much larger.
-      if (found != waiting_.end() && found->first <= bytes + bytes / 8) {
+      if (found != waiting_.end() && found->first <= bytes + bytes / 4) {
         const auto block = std::make_pair(found->second, found->first);
         held_ -= block.second;
         waiting_.erase(found);
@@ -29,9 +29,10 @@ class Pool {
       }
     }
     const size_t alignment = bytes >= kHugePage ? kHugePage : 64;
-    const size_t size = (bytes + alignment - 1) / alignment * alignment;
-    void* const memory = std::aligned_alloc(alignment, size);
-    TORCH_CHECK(memory != nullptr, "could not allocate ", size, " bytes of activations");
+    // Not a multiple of the alignment: a block rounded up would be too large for the tensor that it was made for.
+    const size_t size = (bytes + 63) / 64 * 64;
+    void* memory = nullptr;
+    TORCH_CHECK(posix_memalign(&memory, alignment, size) == 0, "could not allocate ", size, " bytes of activations");
 #ifdef __linux__
     if (alignment == kHugePage) madvise(memory, size, MADV_HUGEPAGE);
 #endif

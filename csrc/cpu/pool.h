@@ -13,6 +13,6 @@ at::Tensor pooled_nhwc(at::IntArrayRef sizes, const at::TensorOptions& options);
 
 // Bytes waiting in the pool; at most kPoolBytes.
 int64_t pool_bytes();
-constexpr int64_t kPoolBytes = 1ll << 30;
+constexpr int64_t kPoolBytes = 1024ll << 20;
 
 }  // namespace resnet_kernels

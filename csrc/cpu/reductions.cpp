@@ -38,10 +38,10 @@ RK_MULTI_ISA void affine_relu(float* t, const float* x, const float* a, const fl
 }
 
 RK_MULTI_ISA void affine_of_two(float* t, const float* x, const float* a, const float* b, const float* second,
-                                const float* a2, int64_t rows, int64_t C) {
+                                const float* a2, const float* mean, int64_t rows, int64_t C) {
   for (int64_t m = 0; m < rows; ++m)
     for (int64_t c = 0; c < C; ++c)
-      t[m * C + c] = __builtin_fmaf(a2[c], second[m * C + c], __builtin_fmaf(a[c], x[m * C + c], b[c]));
+      t[m * C + c] = __builtin_fmaf(a2[c], second[m * C + c] - mean[c], __builtin_fmaf(a[c], x[m * C + c], b[c]));
 }
 
 // t = x + sign * v per channel.
@@ -86,19 +86,19 @@ const float* data(const at::Tensor& t) { return t.defined() ? t.const_data_ptr<f
 
 // The pointers of a Lazy, and its value over rows: in `t`, or where it already stands.
 struct Rows {
-  const float *x, *mask, *a, *b, *second, *a2, *centre;
+  const float *x, *mask, *a, *b, *second, *a2, *mean, *centre;
   bool relu;
   int64_t C;
 
   explicit Rows(const Lazy& l)
-      : x(data(l.x)), mask(data(l.mask)), a(data(l.a)), b(data(l.b)), second(data(l.second)), a2(data(l.a2)),
+      : x(data(l.x)), mask(data(l.mask)), a(data(l.a)), b(data(l.b)), second(data(l.second)), a2(data(l.a2)), mean(data(l.mean)),
         centre(data(l.centre)), relu(l.relu), C(l.x.size(1)) {}
 
   const float* value(float* t, int64_t first, int64_t rows) const {
     const int64_t at = first * C, count = rows * C;
     const float* v = x + at;
     if (mask) keep(t, v, mask + at, 0, count), v = t;
-    if (a && second) affine_of_two(t, v, a, b, second + at, a2, rows, C), v = t;
+    if (a && second) affine_of_two(t, v, a, b, second + at, a2, mean, rows, C), v = t;
     else if (a && relu) return affine_relu(t, v, a, b, rows, C), centred(t, t, rows);
     else if (a) affine(t, v, a, b, rows, C), v = t;
     if (relu) rectify(t, v, count), v = t;
@@ -121,10 +121,10 @@ void check(const Lazy& l, at::IntArrayRef sizes, const char* name) {
     RK_CHECK_EQ(t.scalar_type(), at::kFloat, name);
     RK_CHECK_EQ(t.sizes(), sizes, name);
   }
-  for (const auto& t : {l.a, l.b, l.a2, l.centre})
+  for (const auto& t : {l.a, l.b, l.a2, l.mean, l.centre})
     if (t.defined()) check_per_channel(t, sizes[1], name);
-  TORCH_CHECK(l.a.defined() == l.b.defined() && l.second.defined() == l.a2.defined() && (!l.second.defined() || l.a.defined()),
-              name, ": expected a with b, and a second tensor with its factor beside them");
+  TORCH_CHECK(l.a.defined() == l.b.defined() && l.second.defined() == l.a2.defined() && l.a2.defined() == l.mean.defined() && (!l.second.defined() || l.a.defined()),
+              name, ": expected a with b, and a second tensor with its factor and mean beside them");
 }
 
 }  // namespace

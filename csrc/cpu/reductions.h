@@ -11,12 +11,12 @@ namespace resnet_kernels {
 
 // A tensor seen through what is applied to it, in this order; absent parts are undefined tensors.
 struct Lazy {
-  at::Tensor x;          // (N, C, H, W)
-  at::Tensor mask;       // of x's sizes: x where not (mask <= 0), else 0
-  at::Tensor a, b;       // a*x + b
-  at::Tensor second, a2; // + a2*second
+  at::Tensor x;                 // (N, C, H, W)
+  at::Tensor mask;              // of x's sizes: x where not (mask <= 0), else 0
+  at::Tensor a, b;              // a*x + b
+  at::Tensor second, a2, mean;  // + a2*(second - mean)
   bool relu = false;
-  at::Tensor centre;     // - centre
+  at::Tensor centre;            // - centre
 };
 
 // What happens to it then, in this order.

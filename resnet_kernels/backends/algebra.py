@@ -59,9 +59,9 @@ def product_stats(m: Moments, weight: Tensor) -> Stats:
 
 
 def bn_grad(sums: tuple[Tensor, Tensor], rows: int | Tensor, affine: Affine) -> tuple[Tensor, Tensor, Tensor]:
-    dbeta, dgamma, a, mean, rstd = (t.double() for t in (*sums, affine.a, affine.mean, affine.rstd))
-    be = (-a * rstd * dgamma / rows).to(affine.a.dtype)
-    return affine.a, be, (-a * dbeta / rows - be.double() * mean).to(be.dtype)
+    dbeta, dgamma, a, rstd = (t.double() for t in (*sums, affine.a, affine.rstd))
+    be, const = -a * rstd * dgamma / rows, -a * dbeta / rows
+    return affine.a, be.to(affine.a.dtype), const.to(affine.a.dtype)
 
 
 def tail_dgamma(sg: Tensor, G: Tensor, centre: Tensor | None, weight: Tensor, affine: Affine) -> Tensor:

@@ -73,14 +73,14 @@ class Operand:
     v = tensor, every stride-th row and column
     v = v where mask, else 0         mask: bool of the tensor's sizes, or what the same backend returned for "mask"
     v = a*v + b                      affine = (a, b), per channel
-    v = a*v + a2*second + b          with second = (tensor, a2)
+    v = a*v + a2*(tensor2 - mean) + b   with second = (tensor2, a2, mean): a large mean leaves before it is multiplied
     v = relu(v), rounded to the tensor's dtype
     v = v - centre, per channel      (fp32 and fp64 only: it is not rounded again)
     """
 
     tensor: Tensor
     affine: tuple[Tensor, Tensor] | None = None
-    second: tuple[Tensor, Tensor] | None = None
+    second: tuple[Tensor, Tensor, Tensor] | None = None
     relu: bool = False
     mask: Tensor | None = None
     stride: int = 1
@@ -362,7 +362,7 @@ class Backend(Protocol):
         """The same for c = h W^T (weight (K, J)), from h's moments: mean = W mu, var = diag(W Cov W^T)."""
 
     def finalize_bn_grad(self, sums: tuple[Tensor, Tensor], rows: int | Tensor, affine: Affine) -> tuple[Tensor, ...]:
-        """From sum(g), sum(g*xhat): (al, be, const) with dL/dc = al*g + be*c + const."""
+        """From sum(g), sum(g*xhat): (al, be, const) with dL/dc = al*g + be*(c - mean) + const."""
 
     def finalize_tail_grad(
         self, sg: Tensor, G: Tensor, centre: Tensor | None, m: Moments, weight: Tensor, affine: Affine

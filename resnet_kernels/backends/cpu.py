@@ -188,8 +188,8 @@ def _lazy(o: Operand) -> tuple:
     tensors = [None if t is None else _nhwc(t, torch.float32) for t in (o.tensor, o.mask, o.second and o.second[0])]
     if o.mask is not None and o.mask.dtype == torch.bool:
         tensors[1] = _nhwc(o.mask, torch.float32)
-    a2 = None if o.second is None else o.second[1].float().contiguous()
-    return tensors[0], tensors[1], *per_channel[:2], tensors[2], a2, o.relu, per_channel[2]
+    a2, mean = (None, None) if o.second is None else (t.float().contiguous() for t in o.second[1:])
+    return tensors[0], tensors[1], *per_channel[:2], tensors[2], a2, mean, o.relu, per_channel[2]
 
 
 def _unstrided(o: Operand) -> Operand:
@@ -200,7 +200,7 @@ def _unstrided(o: Operand) -> Operand:
     def part(t: Tensor) -> Tensor:
         return t[:, :, :: o.stride, :: o.stride]
 
-    second = None if o.second is None else (part(o.second[0]), o.second[1])
+    second = None if o.second is None else (part(o.second[0]), *o.second[1:])
     mask = None if o.mask is None else part(o.mask)
     return dataclasses.replace(o, tensor=part(o.tensor), second=second, mask=mask, stride=1)
 

@@ -80,8 +80,8 @@ def _value(operand: Operand) -> Tensor:
         a, b = operand.affine
         v = _per_channel(a) * v + _per_channel(b)
     if operand.second is not None:
-        tensor, a2 = operand.second
-        v = v + _per_channel(a2) * tensor[:, :, ::s, ::s].to(v.dtype)
+        tensor, a2, mean = operand.second
+        v = v + _per_channel(a2) * (tensor[:, :, ::s, ::s].to(v.dtype) - _per_channel(mean))
     if operand.relu:
         v = torch.relu(v)
     v = v.to(x.dtype)

@@ -295,7 +295,7 @@ class Backward(Block):
         return self.need_x or any(self.need_weights[:i]) or any(self.need_norms[:i])
 
     def through_norm(self, i: int, gh: Operand, sums: tuple[Tensor, Tensor], rows: int) -> Operand:
-        """dc = al*gh + be*c + const, from sum(gh) and sum(gh * xhat)."""
+        """dc = al*gh + be*(c - mean) + const, from sum(gh) and sum(gh * xhat)."""
         affine = self.affine(i)
         self.dbetas[i], self.dgammas[i] = sums
         if not self.plan.batch[i]:
@@ -306,7 +306,7 @@ class Backward(Block):
             al, be, const = algebra.bn_grad((dbeta, dgamma), total, affine)
         else:
             al, be, const = self.backend.finalize_bn_grad(sums, rows, affine)
-        return dataclasses.replace(gh, affine=(al, const), second=(self.kept.c[i], be))
+        return dataclasses.replace(gh, affine=(al, const), second=(self.kept.c[i], be, affine.mean))
 
     def normalized(self, i: int) -> Normalized:
         affine = self.affine(i)

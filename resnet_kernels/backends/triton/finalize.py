@@ -111,12 +111,12 @@ def _products_table_kernel(
 
 
 @triton.jit
-def _bn_grad_kernel(dbeta_ptr, dgamma_ptr, a_ptr, mean_ptr, rstd_ptr, be_ptr, const_ptr, K, rows, BLOCK: tl.constexpr):
+def _bn_grad_kernel(dbeta_ptr, dgamma_ptr, a_ptr, rstd_ptr, be_ptr, const_ptr, K, rows, BLOCK: tl.constexpr):
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    a, mean, rstd = vector(a_ptr, k, K), vector(mean_ptr, k, K), vector(rstd_ptr, k, K)
-    be = (-a * rstd * vector(dgamma_ptr, k, K) / rows).to(tl.float32)
-    const = -a * vector(dbeta_ptr, k, K) / rows - be * mean
-    tl.store(be_ptr + k, be, k < K)
+    a, rstd = vector(a_ptr, k, K), vector(rstd_ptr, k, K)
+    be = -a * rstd * vector(dgamma_ptr, k, K) / rows
+    const = -a * vector(dbeta_ptr, k, K) / rows
+    tl.store(be_ptr + k, be.to(tl.float32), k < K)
     tl.store(const_ptr + k, const.to(tl.float32), k < K)
 
 
@@ -256,15 +256,15 @@ def finalize_moments(m: Moments, weight: Tensor, gamma: Tensor, beta: Tensor, ep
 
 
 def finalize_bn_grad(sums: tuple[Tensor, Tensor], rows: int | Tensor, affine: Affine) -> tuple[Tensor, ...]:
-    """From sum(g), sum(g*xhat), each (K): (al, be, const) with dL/dc = al*g + be*c + const."""
+    """From sum(g), sum(g*xhat), each (K): (al, be, const) with dL/dc = al*g + be*(c - mean) + const."""
     if isinstance(rows, Tensor):
         return algebra.bn_grad(sums, rows, affine)
-    dbeta, dgamma, a, mean, rstd = _plain(*sums, affine.a, affine.mean, affine.rstd)
+    dbeta, dgamma, a, rstd = _plain(*sums, affine.a, affine.rstd)
     K = a.numel()
     be, const = torch.empty_like(a), torch.empty_like(a)
     _submit(
         _bn_grad_kernel, -(-K // BLOCK), f"gradient of {K}", 0, dbeta_ptr=dbeta, dgamma_ptr=dgamma, a_ptr=a,
-        mean_ptr=mean, rstd_ptr=rstd, be_ptr=be, const_ptr=const, K=K, rows=float(rows), BLOCK=BLOCK,
+        rstd_ptr=rstd, be_ptr=be, const_ptr=const, K=K, rows=float(rows), BLOCK=BLOCK,
     )  # fmt: skip
     return a, be, const
 

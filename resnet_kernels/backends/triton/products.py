@@ -45,6 +45,7 @@ class Lazy(NamedTuple):
     a: Any
     b: Any
     a2: Any
+    mean: Any
     centre: Any
     C: int
     pitch: int
@@ -93,8 +94,8 @@ def value(operand, rows, there, c0, BLOCK: tl.constexpr):
         t = tl.fma(t, a[None, :].broadcast_to(t.shape), b[None, :].broadcast_to(t.shape))
     if operand.second is not None:
         s = tl.load(operand.second + rows[:, None] * operand.second_pitch + c[None, :], inside, 0.0)
-        a2 = tl.load(operand.a2 + c, known, 0.0)
-        t = tl.fma(s.to(tl.float32), a2[None, :].broadcast_to(t.shape), t)
+        a2, mean = tl.load(operand.a2 + c, known, 0.0), tl.load(operand.mean + c, known, 0.0)
+        t = tl.fma(s.to(tl.float32) - mean[None, :], a2[None, :].broadcast_to(t.shape), t)
     if operand.RELU:
         t = relu(t)
     if operand.centre is not None:
@@ -291,7 +292,7 @@ def lazy_of(o: Operand, stride: int = 1, block: int = 8) -> Lazy:
         # Bytes are too narrow for asynchronous copies.
         bits = bits.view(torch.int32)
     a, b = o.affine or (None, None)
-    second, a2 = o.second or (None, None)
+    second, a2, mean = o.second or (None, None, None)
     second = None if second is None else in_rows(second)
     _, C, H, W = x.shape
     return Lazy(
@@ -301,6 +302,7 @@ def lazy_of(o: Operand, stride: int = 1, block: int = 8) -> Lazy:
         _vector(a),
         _vector(b),
         _vector(a2),
+        _vector(mean),
         _vector(o.centre),
         C,
         nhwc_strides(x)[2],

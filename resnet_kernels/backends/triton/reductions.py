@@ -150,7 +150,7 @@ def _masking(mask: Tensor | Operand, C: int) -> Lazy:
     if isinstance(mask, Operand):
         return lazy_of(mask, mask.stride)
     nothing = tl.constexpr(1), tl.constexpr(False)
-    return Lazy(None, None, packed_bits(mask), None, None, None, None, C, 0, 0, 0, 0, *nothing)
+    return Lazy(None, None, packed_bits(mask), None, None, None, None, None, C, 0, 0, 0, 0, *nothing)
 
 
 def _run(x: Operand, epilogue: Epilogue, store: bool) -> tuple[Tensor | None, Any]:

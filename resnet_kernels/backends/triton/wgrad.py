@@ -376,6 +376,6 @@ def moments(h: Operand) -> Moments:
 
 
 def _first_image(h: Operand) -> Operand:
-    second = None if h.second is None else (h.second[0][:1], h.second[1])
+    second = None if h.second is None else (h.second[0][:1], *h.second[1:])
     mask = None if h.mask is None else packed_bits(h.mask)[: h.tensor[:1, 0].numel()]
     return dataclasses.replace(h, tensor=h.tensor[:1], second=second, mask=mask)
