@@ -261,7 +261,8 @@ def test_reference_lazy_operand_mask_and_reductions():
     weight = torch.randn(4, 6, 1, 1).double()
     mask = torch.rand(2, 4, 3, 3) > 0.5
     operand = Operand(x, (a, b), (second, a2, mean2), relu=True, stride=2)
-    v = torch.relu(a[:, None, None] * x + a2[:, None, None] * (second - mean2[:, None, None]) + b[:, None, None])[:, :, ::2, ::2]
+    a_, b_, a2_, mean2_ = (t[:, None, None] for t in (a, b, a2, mean2))
+    v = torch.relu(a_ * x + a2_ * (second - mean2_) + b_)[:, :, ::2, ::2]
     want = F.conv2d(v, weight) * mask
     y, stats = reference.conv([Product(operand, weight)], Epilogue(mask=mask, reduce="stats"))
     torch.testing.assert_close(y, want)

@@ -158,12 +158,12 @@ def test_blocks_on_a_gpu(case, dtype, monkeypatch):
     check(make, DTYPES[dtype], "triton", monkeypatch, draws=-(-64 // case.planes))
 
 
-def adversarial(case, kind):
+def adversarial(case, kind, size=100):
     block, x = case.make().train(), case.input()
     if kind == "large-mean":
-        x = x + 100
-        block.bn1.bias.data += 100
-        block.bn2.bias.data += 100
+        x = x + size
+        block.bn1.bias.data += size
+        block.bn2.bias.data += size
     elif kind == "constant":
         x[:, ::3] = 0.75
         block.conv1.weight.data[1] = 0
@@ -172,18 +172,43 @@ def adversarial(case, kind):
         block.bn2.bias.data[1::2] -= 50
         block.bn2.weight.data[2] = 0
     elif kind == "outlier":
-        x[0, 3, 1, 1] = 1e4
-    elif kind == "two-rows":
-        x = x[:2, :, :1, :1]
+        x[0, 3, 1, 1] = 10 * size
+    elif kind == "few-rows":
+        x = x[:2, :, :3, :3]
     return block, x
+
+
+@pytest.mark.parametrize("case", [BY_MOMENTS, STORED], ids=str)
+def test_an_outlier_on_a_cpu(case, monkeypatch):
+    """Three to five times eager's error there, which is that of fp64 arithmetic rounded at the end; small all the same."""
+    block, x = adversarial(case, "outlier")
+    x = x.contiguous(memory_format=torch.channels_last)
+    dy = torch.randn_like(copy.deepcopy(block)(x)).detach()
+    got, masks = ours(block, x, dy, "cpu", monkeypatch)
+    for name, want in exact(block, x, dy, masks).items():
+        if want.is_floating_point():
+            assert (got[name] - want).norm() <= 1e-5 * want.norm(), name
+
+
+def test_two_rows_normalise_to_plus_and_minus_one():
+    """Of whose gradients cancellation leaves next to nothing."""
+    block, x = rk.nn.Bottleneck(64, 16).train(), torch.randn(2, 64, 1, 1)
+    plain = copy.deepcopy(block)
+    rk.restore_blocks(plain)
+    torch.testing.assert_close(block(x), plain(x), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("kind", ["large-mean", "constant", "dead", "outlier", "two-rows"])
+@pytest.mark.parametrize("kind", ["large-mean", "constant", "dead", "outlier", "few-rows"])
 @pytest.mark.parametrize("case", [BY_MOMENTS, STORED], ids=str)
 def test_adversarial_statistics(case, kind, dtype, backend, monkeypatch):
-    check(lambda: adversarial(case, kind), DTYPES[dtype], backend, monkeypatch, draws=3)
+    # Of a mean of 100 standard deviations bf16 leaves half a digit, in eager too: there is nothing to compare.
+    size = 100 if dtype == "fp32" else 10
+    if (kind, dtype, backend) == ("outlier", "fp32", "cpu"):
+        pytest.skip("eager's batch norm on CPUs computes in fp64: see test_an_outlier_on_a_cpu")
+    draws = 8 if kind == "large-mean" else 3
+    check(lambda: adversarial(case, kind, size), DTYPES[dtype], backend, monkeypatch, draws)
 
 
 # What a batch norm may be, each of the block's by itself.

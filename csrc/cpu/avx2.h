@@ -33,10 +33,9 @@ void avx2_winograd(const at::Tensor& y, const at::Tensor& x, const at::Tensor& p
 // positions. C a multiple of 16.
 void avx2_data_grad(const at::Tensor& dx, const at::Tensor& g, const at::Tensor& weight, const Window& window);
 
-// dweight (K, C) = (g - centre)^T (x - centre) over M rows; g (M, K) and x (M, C) contiguous, K and C multiples of 16,
-// centre null or of both. sums: null, or K sums over the rows of g. As many threads as there are, the same result.
-void avx2_wgrad(float* dweight, const float* g, const float* x, const float* centre, float* sums, int64_t M, int64_t K,
-                int64_t C);
+// dweight (K, C) = g^T x over M rows; g (M, K) and x (M, C) contiguous, K and C multiples of 16. sums: null, or K sums over
+// the rows of g. As many threads as there are, the same result.
+void avx2_wgrad(float* dweight, const float* g, const float* x, float* sums, int64_t M, int64_t K, int64_t C);
 // The weight gradient (K, R, S, C) of a convolution; g and x NHWC, channels multiples of 16.
 void avx2_conv_wgrad(const at::Tensor& dweight, const at::Tensor& g, const at::Tensor& x, const Window& window);
 // The weight gradient (K, 3, 3, C) of a 3x3 convolution of stride 1 and padding 1 by F(2x2, 3x3), transposed: g and x

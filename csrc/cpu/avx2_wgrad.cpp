@@ -61,14 +61,12 @@ void outer_rows(const float* a, const float* b, int64_t depth, int64_t panel_dep
   }
 }
 
-// Rows of `channels` values into panels of `panel_depth` rows, less centre; their sums into `sums`.
-RK_AVX2 void pack_rows(float* panels, const float* x, const float* centre, float* sums, int64_t rows, int64_t channels,
-                       int64_t panel_depth) {
+// Rows of `channels` values into panels of `panel_depth` rows; their sums into `sums`.
+RK_AVX2 void pack_rows(float* panels, const float* x, float* sums, int64_t rows, int64_t channels, int64_t panel_depth) {
   for (int64_t t = 0; t < rows; ++t) {
     for (int64_t c = 0; c < channels; c += 8) {
-      __m256 v = _mm256_loadu_ps(x + t * channels + c);
+      const __m256 v = _mm256_loadu_ps(x + t * channels + c);
       if (sums) _mm256_storeu_ps(sums + c, _mm256_add_ps(_mm256_loadu_ps(sums + c), v));
-      if (centre) v = _mm256_sub_ps(v, _mm256_loadu_ps(centre + c));
       _mm256_storeu_ps(panels + c / kPanel * panel_depth * kPanel + t * kPanel + c % kPanel, v);
     }
   }
@@ -122,8 +120,7 @@ RK_AVX2 void finish_filters(float* dweight, const float* s, int64_t position_str
 
 }  // namespace
 
-void avx2_wgrad(float* dweight, const float* g, const float* x, const float* centre, float* sums, int64_t M, int64_t K,
-                int64_t C) {
+void avx2_wgrad(float* dweight, const float* g, const float* x, float* sums, int64_t M, int64_t K, int64_t C) {
   const int64_t depth = rows_that_fit(kBlockBytes, (K + C) * sizeof(float), 2 * kRowsPacked, 1024);
   const auto a = scratch(depth * K), b = scratch(depth * C);
   const int64_t parts = (depth + kRowsPacked - 1) / kRowsPacked;
@@ -137,8 +134,8 @@ void avx2_wgrad(float* dweight, const float* g, const float* x, const float* cen
         const int64_t t = part * kRowsPacked, count = std::min(kRowsPacked, rows - t);
         float* const s = sums ? partial.data() + part * K : nullptr;
         if (s) std::fill(s, s + K, 0.f);
-        pack_rows(a.get() + t * kPanel, g + (begin + t) * K, centre, s, count, K, depth);
-        pack_rows(b.get() + t * kPanel, x + (begin + t) * C, centre, nullptr, count, C, depth);
+        pack_rows(a.get() + t * kPanel, g + (begin + t) * K, s, count, K, depth);
+        pack_rows(b.get() + t * kPanel, x + (begin + t) * C, nullptr, count, C, depth);
       }
     });
     for (int64_t part = 0; sums && part < used; ++part)
@@ -164,13 +161,13 @@ void avx2_conv_wgrad(const at::Tensor& dweight, const at::Tensor& g, const at::T
     const int64_t rows = std::min(depth, M - begin);
     for (int64_t tap = 0; tap < taps; ++tap) {
       at::parallel_for(0, rows, kRowsPacked, [&](int64_t first, int64_t last) {
-        if (tap == 0) pack_rows(a.get() + first * kPanel, gradient + (begin + first) * K, nullptr, nullptr, last - first, K, depth);
+        if (tap == 0) pack_rows(a.get() + first * kPanel, gradient + (begin + first) * K, nullptr, last - first, K, depth);
         for (int64_t t = first; t < last; ++t) {
           const int64_t m = begin + t, n = m / (P * Q);
           const int64_t h = m / Q % P * win.stride - win.padding + tap / win.S * win.dilation;
           const int64_t w = m % Q * win.stride - win.padding + tap % win.S * win.dilation;
           const bool inside = h >= 0 && h < H && w >= 0 && w < W;
-          pack_rows(b.get() + t * kPanel, inside ? in + ((n * H + h) * W + w) * C : zeros.data(), nullptr, nullptr, 1, C, depth);
+          pack_rows(b.get() + t * kPanel, inside ? in + ((n * H + h) * W + w) * C : zeros.data(), nullptr, 1, C, depth);
         }
       });
       at::parallel_for(0, K / kPanel, 1, [&](int64_t first, int64_t last) {
@@ -222,7 +219,7 @@ void avx2_winograd_wgrad(const at::Tensor& dweight, const at::Tensor& g, const a
 
 #else
 
-void avx2_wgrad(float*, const float*, const float*, const float*, float*, int64_t, int64_t, int64_t) {}
+void avx2_wgrad(float*, const float*, const float*, float*, int64_t, int64_t, int64_t) {}
 void avx2_winograd_wgrad(const at::Tensor&, const at::Tensor&, const at::Tensor&) {}
 void avx2_conv_wgrad(const at::Tensor&, const at::Tensor&, const at::Tensor&, const Window&) {}
 

@@ -14,8 +14,6 @@ bool in_panels(const at::Tensor& g, const at::Tensor& x) {
   return avx2_preferred() && g.size(1) % 16 == 0 && x.size(1) % 16 == 0;
 }
 
-at::Tensor rows_of(const at::Tensor& t) { return t.permute({0, 2, 3, 1}).flatten(0, 2); }
-
 }  // namespace
 
 std::pair<at::Tensor, at::Tensor> cpu_wgrad(const at::Tensor& g, const at::Tensor& x, int64_t R, int64_t S,
@@ -37,7 +35,7 @@ std::pair<at::Tensor, at::Tensor> cpu_wgrad(const at::Tensor& g, const at::Tenso
   if (pointwise && in_panels(g, x)) {
     const auto dweight = pooled_nhwc({K, C, 1, 1}, x.options());
     if (sums) sum = at::empty({K}, x.options());
-    avx2_wgrad(dweight.mutable_data_ptr<float>(), g.const_data_ptr<float>(), x.const_data_ptr<float>(), nullptr,
+    avx2_wgrad(dweight.mutable_data_ptr<float>(), g.const_data_ptr<float>(), x.const_data_ptr<float>(),
                sums ? sum.mutable_data_ptr<float>() : nullptr, g.numel() / K, K, C);
     return {dweight, sum};
   }
@@ -76,20 +74,19 @@ at::Tensor cpu_data_grad(const at::Tensor& g, const at::Tensor& weight, int64_t 
   return std::get<0>(grads).contiguous(at::MemoryFormat::ChannelsLast);
 }
 
-at::Tensor cpu_second_moments(const at::Tensor& h, const at::Tensor& mean) {
+at::Tensor cpu_second_moments(const at::Tensor& h) {
   at::AutoDispatchBelowADInplaceOrView guard;
   check_cpu(h, "h");
   check_nhwc(h, "h");
   RK_CHECK_EQ(h.scalar_type(), at::kFloat, "h: dtype");
   const int64_t J = h.size(1);
-  check_per_channel(mean, J, "mean");
   if (!in_panels(h, h)) {
-    const auto rows = rows_of(h) - mean;
+    const auto rows = h.permute({0, 2, 3, 1}).flatten(0, 2);
     return at::mm(rows.t(), rows);
   }
-  const auto M2 = at::empty({J, J}, mean.options());
+  const auto M2 = at::empty({J, J}, h.options());
   const float* rows = h.const_data_ptr<float>();
-  avx2_wgrad(M2.mutable_data_ptr<float>(), rows, rows, mean.const_data_ptr<float>(), nullptr, h.numel() / J, J, J);
+  avx2_wgrad(M2.mutable_data_ptr<float>(), rows, rows, nullptr, h.numel() / J, J, J);
   return M2;
 }
 

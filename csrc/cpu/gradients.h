@@ -18,7 +18,7 @@ std::pair<at::Tensor, at::Tensor> cpu_wgrad(const at::Tensor& g, const at::Tenso
 // dL/dx (N, C, H, W) from g (N, K, P, Q) and weight (K, C/groups, R, S), for any stride and groups.
 at::Tensor cpu_data_grad(const at::Tensor& g, const at::Tensor& weight, int64_t H, int64_t W, const Geometry& geometry);
 
-// (h - mean)^T (h - mean) over the rows of h (N, J, P, Q): (J, J).
-at::Tensor cpu_second_moments(const at::Tensor& h, const at::Tensor& mean);
+// h^T h over the rows of h (N, J, P, Q): (J, J).
+at::Tensor cpu_second_moments(const at::Tensor& h);
 
 }  // namespace resnet_kernels

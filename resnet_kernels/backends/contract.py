@@ -175,11 +175,13 @@ class Stats(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Of rows h: how many, mean (J) and M2 = sum of (h - mean)(h - mean)^T (J, J)."""
+    """Of rows h: how many, mean (J) and M2 = sum of (h - mean)(h - mean)^T (J, J). centred: h - mean as a plain
+    operand, where it was made on the way (fp32 and fp64 only)."""
 
     rows: int
     mean: Tensor
     M2: Tensor
+    centred: Operand | None = None
 
 
 class Affine(NamedTuple):

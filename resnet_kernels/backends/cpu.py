@@ -281,9 +281,11 @@ def wgrad(
 
 def moments(h: Operand) -> Moments:
     C, _ = extension.load()
-    t = _nhwc(_plain(h, torch.float32), torch.float32)
-    rows, mean, _ = reduce(Operand(t), "stats")
-    return Moments(rows, mean, C.second_moments(t, mean))
+    rows, mean, _ = reduce(h, "stats")
+    value = h if h.tensor.dtype == torch.float32 else Operand(_plain(h, torch.float32))
+    centred = _nhwc(_plain(dataclasses.replace(value, centre=mean), torch.float32), torch.float32)
+    M2 = C.second_moments(centred)
+    return Moments(rows, mean, M2, Operand(centred) if h.tensor.dtype == torch.float32 else None)
 
 
 def finalize_stats(stats: Stats, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:

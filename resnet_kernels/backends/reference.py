@@ -114,13 +114,14 @@ def _finish(t: Tensor, epilogue: Epilogue, dtype: torch.dtype, pool: Pool | None
 
 
 def _reduced(t: Tensor, by: str | Normalized) -> Any:
-    v = t.to(wide(t.dtype))
+    # Summed in fp64: a mean's error is the same in every row.
+    v, w = t.double(), wide(t.dtype)
     if isinstance(by, Normalized):
         off = by.tensor.to(v.dtype) - _per_channel(by.mean)
-        return v.sum((0, 2, 3)), (v * off).sum((0, 2, 3)) * by.rstd
+        return v.sum((0, 2, 3)).to(w), ((v * off).sum((0, 2, 3)) * by.rstd).to(w)
     mean = v.mean((0, 2, 3))
     M2 = (v - _per_channel(mean)).square().sum((0, 2, 3))
-    return Stats(v.numel() // v.shape[1], mean, M2)
+    return Stats(v.numel() // v.shape[1], mean.to(w), M2.to(w))
 
 
 def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
@@ -153,14 +154,14 @@ def wgrad(
 ) -> tuple[Tensor, Tensor | None]:
     gv, xv = (_value(o).to(wide(o.tensor.dtype)) for o in (g, x))
     sizes = (gv.shape[1], xv.shape[1] // geometry.groups, *kernel)
-    return conv2d_weight(xv, sizes, gv, *geometry), gv.sum((0, 2, 3)) if sums else None
+    return conv2d_weight(xv, sizes, gv, *geometry), gv.double().sum((0, 2, 3)).to(gv.dtype) if sums else None
 
 
 def moments(h: Operand) -> Moments:
-    rows = _value(h).permute(0, 2, 3, 1).flatten(0, 2)
-    rows = rows.to(wide(rows.dtype))
+    rows = _value(h).permute(0, 2, 3, 1).flatten(0, 2).double()
     mean = rows.mean(0)
-    return Moments(rows.shape[0], mean, (rows - mean).T @ (rows - mean))
+    w = wide(h.tensor.dtype)
+    return Moments(rows.shape[0], mean.to(w), ((rows - mean).T @ (rows - mean)).to(w))
 
 
 def bn_pass(x: Operand, epilogue: Epilogue, pool: Pool | None = None) -> tuple[Tensor, Any]:

@@ -201,18 +201,35 @@ class Forward(Block):
             return algebra.table(merged(stats, name), gamma, beta, self.plan.eps[i])
         return self.backend.finalize_stats(stats, gamma, beta, self.plan.eps[i])
 
-    def from_moments(self, i: int, operand: Operand, kept: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
-        """The table of a product of rows; its operand's moments into `kept`."""
+    def by_moments(
+        self, i: int, operand: Operand, geometry: Geometry, kept: dict[int, tuple[Tensor, Tensor]]
+    ) -> tuple[Product, Tensor]:
+        """The normalised product of a convolution whose output is not stored, and its shift; the table onto the list,
+        the operand's moments into `kept`."""
+        w, eps = self.weights[i], self.plan.eps[i]
         if not self.plan.batch[i]:
-            return self.frozen(i)
+            self.tables.append(self.frozen(i))
+            return Product(self.backend.settle(operand, w.shape[2]), w, geometry, self.affine(i).a), self.affine(i).b
         m = self.backend.moments(operand)
         kept[i] = m.mean, m.M2
         gamma, beta, _, _ = self.norms[i]
         name = self.plan.groups_of[i]
         if name:
             stats = merged(algebra.product_stats(m, self.matrix(i)), name)
-            return algebra.table(stats, gamma, beta, self.plan.eps[i])
-        return self.backend.finalize_moments(m, self.matrix(i), gamma, beta, self.plan.eps[i])
+            self.tables.append(algebra.table(stats, gamma, beta, eps))
+        else:
+            self.tables.append(self.backend.finalize_moments(m, self.matrix(i), gamma, beta, eps))
+        affine = self.affine(i)
+        if not self.centred:
+            return Product(operand, w, geometry, affine.a), affine.b
+        # h - mu in place of h: rounding in a product of large means would be the same in every row, where PyTorch's
+        # statistics, taken of its result, would take it out again.
+        centred = m.centred or self.backend.settle(dataclasses.replace(operand, centre=m.mean), 1)
+        shift = beta
+        if name:
+            off = self.matrix(i).double() @ m.mean.double() - affine.mean
+            shift = (beta + affine.a * off).to(beta.dtype)
+        return Product(centred, w, geometry, affine.a), shift
 
     def run(self) -> Kept:
         plan, backend, n = self.plan, self.backend, self.plan.n
@@ -223,23 +240,21 @@ class Forward(Block):
         added: list[Operand] = []  # normalised outputs that are stored
         for i in range(n):
             w, g = self.weights[i], self.geometries[i]
-            h = backend.settle(self.activation(i, c), w.shape[2])
+            h = self.activation(i, c)
             if i == n - 1 and self.is_product(i):
-                self.tables.append(self.from_moments(i, h, moments))
-                a = self.affine(i)
-                products, shift = [Product(h, w, g, a.a)], a.b
+                product, shift = self.by_moments(i, h, g, moments)
+                products.append(product)
                 break
+            h = backend.settle(h, w.shape[2])
             c[i], stats = backend.conv([Product(h, w, g)], Epilogue(reduce="stats" if plan.batch[i] else None))
             self.tables.append(self.from_stats(i, stats))
         if not products:
             a = self.affine(n - 1)
             added.append(Operand(c[n - 1], (a.a, a.b)))
         if plan.projected and self.is_product(n):
-            w, x = self.weights[n], backend.settle(self.shortcut_rows(), 1)
-            self.tables.append(self.from_moments(n, x, moments))
-            a = self.affine(n)
-            products.append(Product(x, w, POINTWISE, a.a))
-            shift = a.b if shift is None else shift + a.b
+            product, more = self.by_moments(n, self.shortcut_rows(), POINTWISE, moments)
+            products.append(product)
+            shift = more if shift is None else shift + more
         elif plan.projected:
             w, g = self.weights[n], self.geometries[n]
             c[n], stats = backend.conv([Product(Operand(self.x), w, g)], Epilogue(reduce="stats"))
