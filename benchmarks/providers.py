@@ -282,9 +282,11 @@ def _of_backend(backend: str, devices: tuple[str, ...]) -> list[Provider]:
         return functools.partial(function, backend=backend)
 
     why = bind(_block_why_not)
+    # Where it is not what "replaced" is.
+    trained = {"training"} if backend == "triton" else set()
     return [
         Provider(backend, False, frozenset({"primitives"}), bind(_conv), devices, bind(_conv_why_not)),
-        Provider(f"replaced {backend}", False, frozenset({"blocks"}), bind(_replaced), devices, why),
+        Provider(f"replaced {backend}", False, frozenset({"blocks"} | trained), bind(_replaced), devices, why),
         Provider(f"frozen {backend}", False, MODELS, bind(_frozen), devices, why),
     ]
 

@@ -316,7 +316,15 @@ def launches_of_training(case, dtype, arch):
         n = len(convs)
         geometry = [[c.stride[0] for c in convs], [c.dilation[0] for c in convs], [c.groups for c in convs]]
         plan = training.Plan(
-            *geometry, [1e-5] * n, [True] * n, [""] * n, shortcut, relu=True, preactivation=False, stored=[]
+            *geometry,
+            [1e-5] * n,
+            [True] * n,
+            [""] * n,
+            shortcut,
+            relu=True,
+            preactivation=False,
+            stored=[],
+            backend="triton",
         )
         shapes = [w.shape for w in weights]
         plan = plan._replace(stored=training.stored_outputs(x.shape, shapes, plan, plan.geometries(weights)))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends import select
-from ..backends.contract import Backend, Call, Geometry, wide
+from ..backends.contract import Call, Geometry, wide
 from .batch_norm import BatchNorm, update_running
 from .block import LIBRARY, SHORTCUTS, check_chain, same_padding, walk
 from .preactivation import PreactivationBackward, PreactivationForward
@@ -20,25 +20,30 @@ def call_of_training(
     device: torch.device,
     dtype: torch.dtype,
     weights: Sequence[Sequence[int]],
-    geometries: Sequence[Geometry],
+    geometries: Sequence[Sequence[int]],
     size: Sequence[int],
 ) -> Call:
-    # Traced with sizes that are not known yet, a call has none: only what was measured depends on them.
-    known = tuple(size) if all(isinstance(n, int) for n in size) else ()
-    shapes = tuple(
-        (tuple(int(n) for n in w), Geometry(*(int(n) for n in g))) for w, g in zip(weights, geometries, strict=True)
-    )
-    return Call(device, dtype, frozenset({"training"}), shapes, known)
+    shapes = tuple((tuple(w), Geometry(*g)) for w, g in zip(weights, geometries, strict=True))
+    return Call(device, dtype, frozenset({"training"}), shapes, tuple(size))
 
 
-def _backend(x: Tensor, weights: Sequence[Tensor], geometries: Sequence[Geometry]) -> Backend:
-    return select.choose(call_of_training(x.device, x.dtype, [w.shape for w in weights], geometries, x.shape))
+# A compiler takes what it says for granted: what is built, and which tables there are, is no part of its graph.
+@torch.compiler.assume_constant_result
+def _chosen(
+    device: torch.device,
+    dtype: torch.dtype,
+    weights: list[tuple[int, ...]],
+    geometries: list[tuple[int, ...]],
+    size: tuple[int, ...],
+) -> str:
+    """The name of the backend that runs a call, forward and backward."""
+    return select.choose(call_of_training(device, dtype, weights, geometries, size)).NAME
 
 
 # The ops. Lists of numbers are a plan's fields, in their order.
 PLAN = (
     "int[] strides, int[] dilations, int[] groups, float[] eps, bool[] batch, str[] groups_of, str shortcut, "
-    "bool relu, bool preactivation, bool[] stored"
+    "bool relu, bool preactivation, bool[] stored, str backend"
 )
 
 
@@ -53,7 +58,7 @@ def _forward(
 ) -> list[Tensor]:
     p = Plan(*plan)
     x = x.contiguous(memory_format=torch.channels_last)
-    backend = _backend(x, weights, p.geometries(weights))
+    backend = select.BY_NAME[p.backend]
     # In the dtypes of the operands, whatever autocast says.
     with torch.autocast(x.device.type, enabled=False):
         kind = PreactivationForward if p.preactivation else Forward
@@ -79,7 +84,7 @@ def _forward_fake(
     # What the batch norms are of, and what is stored, by their index.
     outputs = maps[: p.n] if p.preactivation else [*maps[1:], maps[-1]]
     result = (x.shape[0], *maps[-1])
-    mask = _backend(x, weights, geometries).mask_size(result) if p.relu else None
+    mask = select.BY_NAME[p.backend].mask_size(result) if p.relu else None
     w = wide(x.dtype)
     c = {i: _nhwc(x, (x.shape[0], *outputs[i])) for i in p.outputs()}
     tables = [x.new_empty(5, sizes[0], dtype=w) for sizes in outputs[: len(p.batch)]]
@@ -102,7 +107,7 @@ def _backward(
 ) -> list[Tensor]:
     p = Plan(*plan)
     x, dy = (t.to(x.dtype).contiguous(memory_format=torch.channels_last) for t in (x, dy))
-    backend = _backend(x, weights, p.geometries(weights))
+    backend = select.BY_NAME[p.backend]
     with torch.autocast(x.device.type, enabled=False):
         kind = PreactivationBackward if p.preactivation else Backward
         found = kind(backend, x, weights, Kept.of(kept, p), p, need_x, need_weights, need_norms).run(dy)
@@ -217,12 +222,16 @@ def run(
 ) -> Kept:
     """The op's results; the running statistics are not moved."""
     geometries = [same_padding(w, *row) for w, *row in zip(weights, strides, dilations, groups, strict=True)]
+    shapes = [tuple(w.shape) for w in weights]
+    # A compiler's sizes may be symbols; only what was measured depends on them.
+    size = () if torch.compiler.is_compiling() else tuple(x.shape)
     plan = Plan(
         list(strides), list(dilations), list(groups), [n.eps for n in norms], [n.batch for n in norms],
         [n.group for n in norms], shortcut, relu, preactivation, [False, False],
+        _chosen(x.device, x.dtype, shapes, [tuple(g) for g in geometries], size),
     )  # fmt: skip
     if not preactivation:
-        plan = plan._replace(stored=stored_outputs(x.shape, [w.shape for w in weights], plan, geometries))
+        plan = plan._replace(stored=stored_outputs(x.shape, shapes, plan, geometries))
     channels = [w.shape[0] for w in weights]
     if preactivation:
         channels = [x.shape[1], *channels][: len(norms)]

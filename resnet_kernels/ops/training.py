@@ -45,7 +45,8 @@ POINTWISE = Geometry()
 class Plan(NamedTuple):
     """What of a block is no tensor. strides, dilations, groups: one per convolution, the projection's last. eps, batch,
     groups_of (names of process groups, "" for none): one per batch norm; with `preactivation` (ops/preactivation.py)
-    the projection has none. stored: whether the outputs of the chain's last convolution and of the projection are."""
+    the projection has none. stored: whether the outputs of the chain's last convolution and of the projection are.
+    backend: the name of the one that runs forward and backward."""
 
     strides: Sequence[int]
     dilations: Sequence[int]
@@ -57,6 +58,7 @@ class Plan(NamedTuple):
     relu: bool
     preactivation: bool
     stored: Sequence[bool]
+    backend: str
 
     @property
     def projected(self) -> bool:
