@@ -14,7 +14,17 @@ from torchvision.ops import FrozenBatchNorm2d
 import resnet_kernels as rk
 from resnet_kernels.nn.fusable import why_plain
 from resnet_kernels.ops import training
-from resnet_kernels.testing import ODD_CASES, RESNET_CASES, RESNEXT_CASES, BlockCase, assert_matches
+from resnet_kernels.testing import (
+    ODD_CASES,
+    RESNET_CASES,
+    RESNEXT_CASES,
+    BlockCase,
+    assert_matches,
+    eager_results,
+    exact_results,
+    fused_results,
+    results,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CASES = {c.name: c for c in RESNET_CASES + RESNEXT_CASES + ODD_CASES}
@@ -25,82 +35,7 @@ STORED = BlockCase("stored", False, 64, 64, 4, 4, 2, N=3)
 SMALL = [*TRAINABLE, BY_MOMENTS, STORED]
 
 
-class RecordedReLU(nn.Module):
-    """ReLU that tells where it let through."""
-
-    def __init__(self):
-        super().__init__()
-        self.masks = []
-
-    def forward(self, z):
-        self.masks.append(~(z <= 0))
-        return torch.relu(z)
-
-
-class GivenReLU(nn.Module):
-    """Zero where the masks, one after the other, say so."""
-
-    def __init__(self, masks):
-        super().__init__()
-        self.masks = iter(masks)
-
-    def forward(self, z):
-        return torch.where(next(self.masks).to(z.device), z, 0)
-
-
-def results(block, x, dy):
-    x = x.clone().requires_grad_()
-    y = block(x)
-    y.backward(dy)
-    grads = {name: p.grad for name, p in block.named_parameters() if p.requires_grad}
-    return {"y": y.detach(), "x": x.grad} | grads | {n: b for n, b in block.named_buffers()}
-
-
-def eager(block, x, dy):
-    """(results, masks) of torchvision's block."""
-    block = copy.deepcopy(block)
-    block.relu = RecordedReLU()
-    return results(block, x, dy), block.relu.masks
-
-
-def exact(block, x, dy, masks):
-    """Results in fp64, with the gradients under these masks."""
-    block = copy.deepcopy(block).double()
-    y = copy.deepcopy(block)(x.double()).detach()
-    block.relu = GivenReLU(masks)
-    return results(block, x.double(), dy.double()) | {"y": y}
-
-
-def ours(block, x, dy, backend, monkeypatch):
-    """(results, masks) of the fused block."""
-    block = copy.deepcopy(block)
-    rk.replace_blocks(block)
-    kept = []
-    monkeypatch.setattr(training.Kept, "of", kept_of(kept))
-    with rk.use_backend(backend):
-        assert why_plain(block, x) is None
-        out = results(block, x, dy)
-    monkeypatch.undo()
-    k = kept[0]
-    masks = []
-    n = 3 if hasattr(block, "bn3") else 2
-    for i in range(n - 1):
-        a, b = (t.double()[:, None, None] for t in k.tables[i][:2])
-        masks.append(~((a * k.c[i].double() + b).float() <= 0))
-    return out, [*masks, ~(out["y"] <= 0)]
-
-
-def kept_of(kept):
-    original = training.Kept.of.__func__
-
-    def of(flat, plan):
-        kept.append(original(training.Kept, flat, plan))
-        return kept[-1]
-
-    return staticmethod(of)
-
-
-def check(make, dtype, backend, monkeypatch, draws=1):
+def check(make, dtype, backend, draws=1):
     """Every result under the rule, each implementation against fp64 under its own masks.
 
     make() -> block, x. draws: of how many blocks and inputs the errors are taken together: the RMS of a vector of five
@@ -111,9 +46,9 @@ def check(make, dtype, backend, monkeypatch, draws=1):
         block, x = make()
         block, x = block.to(dtype), x.to(dtype).contiguous(memory_format=torch.channels_last)
         dy = torch.randn_like(copy.deepcopy(block)(x)).detach()
-        theirs, their_masks = eager(block, x, dy)
-        got, masks = ours(block, x, dy, backend, monkeypatch)
-        want, want_of_theirs = exact(block, x, dy, masks), exact(block, x, dy, their_masks)
+        theirs, their_masks = eager_results(block, x, dy)
+        got, masks = fused_results(block, x, dy, backend)
+        want, want_of_theirs = (exact_results(block, x, dy, m) for m in (masks, their_masks))
         for name in theirs:
             if not theirs[name].is_floating_point():
                 assert torch.equal(got[name], theirs[name]), name
@@ -122,8 +57,8 @@ def check(make, dtype, backend, monkeypatch, draws=1):
             shifted = (theirs[name].double() - want_of_theirs[name] + want[name]).to(dtype)
             found.setdefault(name, []).append((got[name], shifted, want[name]))
     rows = x.shape[0] * x.shape[2] * x.shape[3]
-    for name, results in found.items():
-        out, theirs, want = (torch.stack(t) for t in zip(*results, strict=True))
+    for name, drawn in found.items():
+        out, theirs, want = (torch.stack(t) for t in zip(*drawn, strict=True))
         assert_matches(out, theirs, want, rows, name, maximum=name == "y")
 
 
@@ -134,28 +69,28 @@ def of_case(case):
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", SMALL, ids=str)
-def test_odd_blocks(case, dtype, backend, monkeypatch, poisoned):
-    check(of_case(case), DTYPES[dtype], backend, monkeypatch, draws=-(-64 // case.planes))
+def test_odd_blocks(case, dtype, backend, poisoned):
+    check(of_case(case), DTYPES[dtype], backend, draws=-(-64 // case.planes))
 
 
 @pytest.mark.parametrize("case", RESNET_CASES + RESNEXT_CASES[1:3], ids=str)
-def test_resnet_blocks(case, monkeypatch, poisoned):
-    check(of_case(case), torch.float32, "cpu", monkeypatch)
+def test_resnet_blocks(case, poisoned):
+    check(of_case(case), torch.float32, "cpu")
 
 
 @pytest.mark.parametrize("name", ["r50-layer1", "r50-layer3-down", "r18-layer2-down"])
-def test_resnet_blocks_in_bf16(name, monkeypatch, poisoned):
-    check(of_case(dataclasses.replace(CASES[name], H=14, W=14)), torch.bfloat16, "cpu", monkeypatch)
+def test_resnet_blocks_in_bf16(name, poisoned):
+    check(of_case(dataclasses.replace(CASES[name], H=14, W=14)), torch.bfloat16, "cpu")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", RESNET_CASES + RESNEXT_CASES[1:3] + tuple(SMALL), ids=str)
-def test_blocks_on_a_gpu(case, dtype, monkeypatch):
+def test_blocks_on_a_gpu(case, dtype):
     def make():
         return case.make().train().cuda(), case.input(device="cuda")
 
-    check(make, DTYPES[dtype], "triton", monkeypatch, draws=-(-64 // case.planes))
+    check(make, DTYPES[dtype], "triton", draws=-(-64 // case.planes))
 
 
 def adversarial(case, kind, size=100):
@@ -179,13 +114,13 @@ def adversarial(case, kind, size=100):
 
 
 @pytest.mark.parametrize("case", [BY_MOMENTS, STORED], ids=str)
-def test_an_outlier_on_a_cpu(case, monkeypatch):
+def test_an_outlier_on_a_cpu(case):
     """Up to five times eager's error there, which is that of fp64 arithmetic rounded at the end; small all the same."""
     block, x = adversarial(case, "outlier")
     x = x.contiguous(memory_format=torch.channels_last)
     dy = torch.randn_like(copy.deepcopy(block)(x)).detach()
-    got, masks = ours(block, x, dy, "cpu", monkeypatch)
-    for name, want in exact(block, x, dy, masks).items():
+    got, masks = fused_results(block, x, dy, "cpu")
+    for name, want in exact_results(block, x, dy, masks).items():
         if want.is_floating_point():
             assert (got[name] - want).norm() <= 1e-5 * want.norm(), name
 
@@ -202,13 +137,13 @@ def test_two_rows_normalise_to_plus_and_minus_one():
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["large-mean", "constant", "dead", "outlier", "few-rows"])
 @pytest.mark.parametrize("case", [BY_MOMENTS, STORED], ids=str)
-def test_adversarial_statistics(case, kind, dtype, backend, monkeypatch):
+def test_adversarial_statistics(case, kind, dtype, backend):
     # Of a mean of 100 standard deviations bf16 leaves half a digit, in eager too: there is nothing to compare.
     size = 100 if dtype == "fp32" else 10
     if (kind, dtype, backend) == ("outlier", "fp32", "cpu"):
         pytest.skip("eager's batch norm on CPUs computes in fp64: see test_an_outlier_on_a_cpu")
     draws = 8 if kind == "large-mean" else 3
-    check(lambda: adversarial(case, kind, size), DTYPES[dtype], backend, monkeypatch, draws)
+    check(lambda: adversarial(case, kind, size), DTYPES[dtype], backend, draws)
 
 
 # What a batch norm may be, each of the block's by itself.

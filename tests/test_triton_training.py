@@ -290,15 +290,15 @@ def of_case(case, device, frozen=False):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", [c for c in SMALL if c.name != "wide"], ids=str)
-def test_blocks_train(case, dtype, device, monkeypatch, poisoned):
-    check(of_case(case, device), DTYPES[dtype], "triton", monkeypatch)
+def test_blocks_train(case, dtype, device, poisoned):
+    check(of_case(case, device), DTYPES[dtype], "triton")
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["odd-channels-down", "basic-odd-down", "batch-7"])
-def test_blocks_train_with_their_last_batch_norms_frozen(name, dtype, device, monkeypatch, poisoned):
-    check(of_case(CASES[name], device, frozen=True), DTYPES[dtype], "triton", monkeypatch)
+def test_blocks_train_with_their_last_batch_norms_frozen(name, dtype, device, poisoned):
+    check(of_case(CASES[name], device, frozen=True), DTYPES[dtype], "triton")
 
 
 # What a GPU would run: recorded, compiled and read.
