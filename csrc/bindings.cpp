@@ -5,7 +5,7 @@
 #include "common/checks.h"
 #include "cpu/conv.h"
 #include "cpu/gradients.h"
-#include "cpu/passes.h"
+#include "cpu/max_pool.h"
 #include "cpu/pool.h"
 #include "cpu/reductions.h"
 
@@ -47,7 +47,7 @@ resnet_kernels::Lazy lazy_of(const LazyTuple& t) {
 }
 
 // (y or None, the pair of reductions or None).
-py::tuple train_pass(const LazyTuple& x, const std::optional<at::Tensor>& shift, const std::optional<LazyTuple>& residual,
+py::tuple bn_pass(const LazyTuple& x, const std::optional<at::Tensor>& shift, const std::optional<LazyTuple>& residual,
                         bool relu, const std::optional<LazyTuple>& kept, float threshold, bool store,
                         const std::optional<at::Tensor>& out, const std::string& reduce,
                         const std::optional<std::array<at::Tensor, 3>>& normalized) {
@@ -121,8 +121,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("overwrite"), py::arg("relu"), py::arg("scale") = py::none(), py::call_guard<py::gil_scoped_release>());
   m.def("residual_block", &resnet_kernels::cpu_residual_block, py::call_guard<py::gil_scoped_release>());
   m.def("pool_bytes", &resnet_kernels::pool_bytes);
-  m.def("bn_pass", &resnet_kernels::cpu_bn_pass, py::call_guard<py::gil_scoped_release>());
-  m.def("train_pass", &train_pass);
+  m.def("bn_pass", &bn_pass);
   m.def("wgrad", [](const at::Tensor& g, const at::Tensor& x, int64_t R, int64_t S, const std::array<int64_t, 4>& geometry,
                     bool sums) {
     std::pair<at::Tensor, at::Tensor> both;

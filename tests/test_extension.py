@@ -64,19 +64,24 @@ def test_cpu_passes_name_what_is_wrong():
     x = torch.randn(2, 4, 5, 5).contiguous(memory_format=torch.channels_last)
     y = torch.randn(2, 3, 5, 5).contiguous(memory_format=torch.channels_last)
     conv = C.pack_conv(torch.randn(5, 3, 1, 1), torch.ones(5), (1, 0, 1, 1), [2, 3, 5, 5], "auto")
+    def bn_pass(t, a=None, b=None, residual=None):
+        """a*t + b + residual"""
+        added = None if residual is None else (residual, *[None] * 6, False, None)
+        return C.bn_pass((t, None, a, b, *[None] * 3, False, None), None, added, False, None, 0.0, True, None, "", None)
+
+    ones = torch.ones(4)
     cases = [
-        (lambda: C.bn_pass(torch.randn(2, 4, 5, 5), None, None, None, False), "x: expected channels_last memory"),
-        (lambda: C.bn_pass(x[0], None, None, None, False), "x: expected 4 dimensions"),
-        (
-            lambda: C.bn_pass(x, torch.ones(3), None, None, False),
-            "scale: expected 4 contiguous values, one per channel",
-        ),
-        (lambda: C.bn_pass(x, torch.ones(4).double(), None, None, False), "scale: expected float32, got Double"),
-        (
-            lambda: C.bn_pass(x, None, None, x[:1], False),
-            r"residual: sizes: expected \[2, 4, 5, 5\], got \[1, 4, 5, 5\]",
-        ),
-        (lambda: C.bn_pass(x, None, None, x.bfloat16(), False), "residual: dtype: expected Float, got BFloat16"),
+        (lambda: bn_pass(torch.randn(2, 4, 5, 5)), "x: expected channels_last memory"),
+        (lambda: bn_pass(x[0]), "x: expected 4 dimensions"),
+        (lambda: bn_pass(x, torch.ones(3), ones), "x: expected 4 contiguous values, one per channel"),
+        (lambda: bn_pass(x, ones.double(), ones), "x: expected float32, got Double"),
+        (lambda: bn_pass(x, ones), "x: expected a with b"),
+        (lambda: bn_pass(x, residual=x[:1]), r"residual: expected \[2, 4, 5, 5\], got \[1, 4, 5, 5\]"),
+        (lambda: bn_pass(x, residual=x.bfloat16()), "residual: expected Float, got BFloat16"),
+        (lambda: C.wgrad(x, x[:1], 1, 1, (1, 0, 1, 1), False), "g: images: expected 1, got 2"),
+        (lambda: C.wgrad(x, x.double(), 1, 1, (1, 0, 1, 1), False), "x: expected Float, got Double"),
+        (lambda: C.data_grad(x, torch.randn(3, 4, 1, 1), 5, 5, (1, 0, 1, 1)), "g: channels: expected 3, got 4"),
+        (lambda: C.second_moments(x.double()), "h: dtype: expected Float, got Double"),
         (lambda: C.max_pool_relu(x, 9, 2, 1), "a window of 9 does not fit a map of 5 x 5 padded by 1"),
         (lambda: C.max_pool_relu(x, 3, 2, 2), r"expected 2 \* padding <= kernel"),
         (lambda: C.conv(x, conv, None, None, False, False), "x: channels: expected 3, got 4"),

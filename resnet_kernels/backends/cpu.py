@@ -36,7 +36,6 @@ from .contract import (
     TailGrad,
     beyond,
     check_conv,
-    wide,
 )
 
 NAME = "cpu"
@@ -152,23 +151,14 @@ def residual_blocks(x: Tensor, blocks: Sequence[Block], overwrite: bool) -> Tens
 
 
 def bn_pass(x: Operand, epilogue: Epilogue, pool: Pool | None = None) -> tuple[Tensor, Any]:
-    if pool is None:
-        return _pass(x, epilogue, x.tensor.dtype, store=True)
-    C, _ = extension.load()
     t, dtype = x.tensor, x.tensor.dtype
-    half = dtype == torch.float16
-    v = _nhwc(t, torch.float32 if half else dtype)
-    residual = None if epilogue.residual is None else _nhwc(epilogue.residual.tensor, v.dtype)
-    plain = x.affine is None and epilogue.shift is None and residual is None
-    if pool is None or not (plain and epilogue.relu):
-        scale, shift = x.affine or (None, None)
-        if epilogue.shift is not None:
-            shift = epilogue.shift if shift is None else shift + epilogue.shift
-        to_wide = (None if s is None else s.to(wide(dtype)).contiguous() for s in (scale, shift))
-        v = C.bn_pass(v, *to_wide, residual, epilogue.relu)
-    if pool is not None:
-        v = C.max_pool_relu(v, *pool) if epilogue.relu else torch.max_pool2d(v, *pool)
-    return v.to(dtype), None
+    if pool is None:
+        return _pass(x, epilogue, dtype, store=True)
+    if x.plain and epilogue == Epilogue(relu=True):
+        C, _ = extension.load()
+        v = _nhwc(t, torch.float32 if dtype == torch.float16 else dtype)
+        return C.max_pool_relu(v, *pool).to(dtype), None
+    return torch.max_pool2d(_pass(x, epilogue, dtype, store=True)[0], *pool), None
 
 
 # Training. Products read plain operands: what an Operand holds is computed once, by a pass.
@@ -211,7 +201,7 @@ def _plain(operand: Operand, dtype: torch.dtype) -> Tensor:
     if o.plain:
         return o.tensor
     C, _ = extension.load()
-    y, _ = C.train_pass(_lazy(o), None, None, False, None, 0.0, True, None, "", None)
+    y, _ = C.bn_pass(_lazy(o), None, None, False, None, 0.0, True, None, "", None)
     return y.to(o.tensor.dtype).to(dtype)
 
 
@@ -243,7 +233,7 @@ def _pass(x: Operand, e: Epilogue, dtype: torch.dtype, store: bool, in_place: bo
     lazy = _lazy(x)
     shift = None if e.shift is None else e.shift.float().contiguous()
     out = lazy[0] if in_place and lazy[0].is_contiguous(memory_format=torch.channels_last) else None
-    y, sums = C.train_pass(lazy, shift, residual, e.relu, kept, _rounds_to_zero(dtype), store, out, kind, normalized)
+    y, sums = C.bn_pass(lazy, shift, residual, e.relu, kept, _rounds_to_zero(dtype), store, out, kind, normalized)
     if not store:
         return None, Stats(x.tensor.numel() // x.tensor.shape[1], *sums) if kind else sums
     t: Tensor = y.to(dtype)

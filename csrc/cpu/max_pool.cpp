@@ -1,7 +1,6 @@
-// Each pass reads its inputs once and writes its output once, rows of C contiguous channels spread over the threads.
-// The inner loops are plain C++ over one row, compiled for several instruction sets and chosen when loaded: they
-// vectorise without -ffast-math because ReLU and max are written as the selections that keep NaN.
-#include "cpu/passes.h"
+// Each thread has rows of windows; the inner loops are plain C++ over one row of channels, compiled for several
+// instruction sets: they vectorise without -ffast-math because max is written as the selection that keeps NaN.
+#include "cpu/max_pool.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -17,14 +16,6 @@ namespace resnet_kernels {
 namespace {
 
 // fp32 rows pass through unchanged; bf16 rows are widened on the way in and rounded on the way out.
-RK_MULTI_ISA void affine_row(float* y, const float* x, const float* scale, const float* shift, const float* residual,
-                             bool relu, int64_t C) {
-  for (int64_t c = 0; c < C; ++c) {
-    float t = __builtin_fmaf(scale[c], x[c], shift[c]) + residual[c];
-    y[c] = relu && t <= 0 ? 0 : t;
-  }
-}
-
 RK_MULTI_ISA void max_row(float* y, const float* x, int64_t C) {
   for (int64_t c = 0; c < C; ++c) y[c] = x[c] > y[c] || x[c] != x[c] ? x[c] : y[c];
 }
@@ -50,19 +41,6 @@ void store(at::BFloat16* y, const float* x, int64_t C) { round_row(y, x, C); }
 constexpr int64_t kGrain = 32768;  // elements a thread must have to be worth waking
 
 template <typename scalar_t>
-void affine_rows(scalar_t* y, const scalar_t* x, const float* scale, const float* shift, const scalar_t* residual,
-                 bool relu, int64_t rows, int64_t C) {
-  at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / C), [&](int64_t begin, int64_t end) {
-    std::vector<float> wide_x(C), wide_residual(C, 0.f), wide_y(C);
-    for (int64_t m = begin; m < end; ++m) {
-      const float* r = residual ? as_float(residual + m * C, wide_residual, C) : wide_residual.data();
-      affine_row(wide_y.data(), as_float(x + m * C, wide_x, C), scale, shift, r, relu, C);
-      store(y + m * C, wide_y.data(), C);
-    }
-  });
-}
-
-template <typename scalar_t>
 void max_pool_rows(scalar_t* y, const scalar_t* x, int64_t N, int64_t H, int64_t W, int64_t C, int64_t P, int64_t Q,
                    int64_t kernel, int64_t stride, int64_t padding) {
   at::parallel_for(0, N * P, std::max<int64_t>(1, kGrain / (Q * C)), [&](int64_t begin, int64_t end) {
@@ -83,36 +61,6 @@ void max_pool_rows(scalar_t* y, const scalar_t* x, int64_t N, int64_t H, int64_t
 }
 
 }  // namespace
-
-at::Tensor cpu_bn_pass(const at::Tensor& x, const std::optional<at::Tensor>& scale,
-                       const std::optional<at::Tensor>& shift, const std::optional<at::Tensor>& residual, bool relu) {
-  check_cpu(x, "x");
-  check_nhwc(x, "x");
-  const int64_t C = x.size(1), rows = x.numel() / std::max<int64_t>(C, 1);
-  const auto fp32 = x.options().dtype(at::kFloat);
-  const auto a = scale.has_value() ? *scale : at::ones({C}, fp32);
-  const auto b = shift.has_value() ? *shift : at::zeros({C}, fp32);
-  check_per_channel(a, C, "scale");
-  check_per_channel(b, C, "shift");
-  if (residual.has_value()) {
-    check_nhwc(*residual, "residual");
-    RK_CHECK_EQ(residual->sizes(), x.sizes(), "residual: sizes");
-    RK_CHECK_EQ(residual->scalar_type(), x.scalar_type(), "residual: dtype");
-  }
-  auto y = at::empty_like(x);
-  if (y.numel() == 0) return y;
-  AT_DISPATCH_SWITCH(x.scalar_type(), "bn_pass",
-                     AT_DISPATCH_CASE(at::kFloat, [&] {
-                       affine_rows(y.mutable_data_ptr<float>(), x.const_data_ptr<float>(), a.const_data_ptr<float>(),
-                                   b.const_data_ptr<float>(), residual ? residual->const_data_ptr<float>() : nullptr,
-                                   relu, rows, C);
-                     }) AT_DISPATCH_CASE(at::kBFloat16, [&] {
-                       affine_rows(y.mutable_data_ptr<at::BFloat16>(), x.const_data_ptr<at::BFloat16>(),
-                                   a.const_data_ptr<float>(), b.const_data_ptr<float>(),
-                                   residual ? residual->const_data_ptr<at::BFloat16>() : nullptr, relu, rows, C);
-                     }));
-  return y;
-}
 
 at::Tensor cpu_max_pool_relu(const at::Tensor& x, int64_t kernel, int64_t stride, int64_t padding) {
   check_cpu(x, "x");
