@@ -75,6 +75,7 @@ PLANS = (
     Plan("layers", 8, 15),
     Plan("inference", 120, 150),
     Plan("training", 35, 80),
+    Plan("accuracy", 20, 30),
     Plan("profile", 22, 0, "ncu reads NVIDIA GPUs"),
 )
 NAMES = [plan.name for plan in PLANS]

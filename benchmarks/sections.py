@@ -29,7 +29,7 @@ from resnet_kernels.backends import measured
 from resnet_kernels.roofline import launches_of
 from resnet_kernels.timing import Clock, sample
 
-from . import cases, layers
+from . import accuracy, cases, layers
 from .cases import DTYPES, Case
 from .events import Log
 from .measure import measure
@@ -299,6 +299,15 @@ def training(c: Context) -> None:
     _measure(c, _models(c, "training"), c.rounds(15, 4), 10.0 if c.gpu else 120.0)
 
 
+def accuracy_of(c: Context) -> None:
+    few = _few(c, "accuracy", {"dtypes": ["fp32", "bf16"], "batches": [4]})
+    for batch in few["batches"]:
+        for case in accuracy.cases(batch):
+            for dtype in few["dtypes"]:
+                for data in accuracy.DATA:
+                    accuracy.measure(case, dtype, data, c.device, c.log, c.rounds(5, 5))
+
+
 RUN: dict[str, Callable[[Context], None]] = {
     "facts": facts,
     "ahead": ahead,
@@ -308,6 +317,7 @@ RUN: dict[str, Callable[[Context], None]] = {
     "layers": layers_of,
     "inference": inference,
     "training": training,
+    "accuracy": accuracy_of,
 }
 
 

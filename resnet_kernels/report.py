@@ -198,6 +198,30 @@ def _layer_tables(results: Results, rows: list[Row]) -> list[Part]:
     return tables
 
 
+ACCURACY = (
+    "RMS of the error against fp64 over that of the exact values, over several seeds; gradients (d) against fp64 under "
+    f"the implementation's own ReLU masks; {NONE} where the exact value is 0."
+)
+
+
+def _error(row: Row, tensor: str) -> str:
+    return f"{row.errors[tensor]:.1e}" if tensor in row.errors else NONE if row.status == "ok" else row.status
+
+
+def _accuracy_tables(results: Results, rows: list[Row]) -> list[Part]:
+    """Tensors down; dtypes, kinds of data and providers across."""
+    tables = []
+    for (case, batch, size), same in by(rows, lambda r: (r.case, r.batch, r.size)).items():
+        headings = [f"{r.dtype} {r.part}, {'eager' if r.peer else 'ours'}" for r in same]
+        lines = [
+            [name, *(_error(r, name) for r in same)] for name in dict.fromkeys(name for r in same for name in r.errors)
+        ]
+        reasons = [f"{heading}: {r.reason}." for heading, r in zip(headings, same, strict=True) if r.reason]
+        title = f"{case}, batch {batch}, {size} x {size}"
+        tables.append(Part(title, 3, " ".join([ACCURACY, *reasons]), ["relative error", *headings], lines))
+    return tables
+
+
 def _wide_tables(results: Results, rows: list[Row]) -> list[Part]:
     """One table of all cases, with whatever a profiler read."""
     columns = _columns(results, rows, "section", "ms", "images/s", "gap us")
@@ -266,7 +290,7 @@ def single(results: Results) -> list[Part]:
     """The report of one file."""
     parts = [Part("Measurements", 1, MEANING), _facts(results), _sections(results), _glance(results)]
     rows = by(results.rows, lambda r: r.section)
-    tables = dict.fromkeys(MODELS, _model_tables) | {"layers": _layer_tables}
+    tables = dict.fromkeys(MODELS, _model_tables) | {"layers": _layer_tables, "accuracy": _accuracy_tables}
     for name in dict.fromkeys([*(s.name for s in results.sections), *rows]):
         details = next((s.details for s in results.sections if s.name == name), {})
         if details or name in rows:
@@ -381,13 +405,14 @@ def html(parts: Sequence[Part]) -> str:
 
 START = re.compile(r"^<!-- results ", re.M)
 BLOCK = re.compile(r"^(<!-- results ([^:\n]+): ([^\n]*?) -->\n)(.*?)^(<!-- end of results -->)$", re.M | re.S)
-SPEC = re.compile(r"(inference|training)(?: batch=(\d+))?")
+SPEC = re.compile(r"(inference|training)(?: batch=(\d+))?|accuracy (\S+)")
 
 
 def readme_tables(text: str, root: Path) -> str:
     """The text, its tables between `<!-- results FILE [FILE...]: SPEC -->` and `<!-- end of results -->` made anew.
 
-    Args: SPEC: inference or training, and batch=N to show no other. root: the folder that FILEs are relative to.
+    Args: SPEC: inference or training, and batch=N to show no other; or accuracy and a case. root: the folder that FILEs
+    are relative to.
     Raises ValueError for a file that is missing or no results file, an unknown SPEC, a block without rows or end.
     """
     blocks = BLOCK.findall(text)
@@ -399,18 +424,26 @@ def readme_tables(text: str, root: Path) -> str:
 def _readme_table(files: Sequence[str], spec: str, root: Path) -> str:
     wanted = SPEC.fullmatch(spec)
     if wanted is None:
-        raise ValueError(f"results {' '.join(files)}: expected 'inference' or 'training [batch=N]', got {spec!r}")
-    section, batch = wanted[1], wanted[2]
+        raise ValueError(
+            f"results {' '.join(files)}: expected 'inference' or 'training [batch=N]' or 'accuracy CASE', got {spec!r}"
+        )
+    section, batch, case = wanted[1] or "accuracy", wanted[2], wanted[3]
     read = [load(root / name) for name in files]
     groups = [
         (results, rows)
         for results in read
         for rows in results.groups().values()
-        if rows[0].section == section and batch in (None, str(rows[0].batch))
+        if rows[0].section == section and batch in (None, str(rows[0].batch)) and case in (None, rows[0].case)
     ]
     if not groups:
         raise ValueError(f"results {' '.join(files)}: expected rows of {spec!r}, got none")
     batches = list(dict.fromkeys(rows[0].batch for _, rows in groups))
+    if case:
+        blocks = []
+        for results in read:
+            tables = _accuracy_tables(results, [r for of, rows in groups if of is results for r in rows])
+            blocks += [*map(markdown_table, tables), _provenance(results.facts, batches)]
+        return "\n\n".join(blocks)
     told = [
         (f"{r.case} {r.dtype}", f"batch {r.batch}", f"{r.size} x {r.size}", results.facts["processor"])
         for results, (r, *_) in groups

@@ -25,15 +25,17 @@ SECTION_STATUSES = ("ok", "failed", "skipped", "cut", "running", "waiting")
 class Row:
     """One provider on one case.
 
-    section: "primitives", "blocks", "layers", "inference", "training" or "profile".
-    case: what is computed: a model, a block or a convolution. part: of a model, where the row is one part of it.
+    section: "primitives", "blocks", "layers", "inference", "training", "accuracy" or "profile".
+    case: what is computed: a model, a block or a convolution. part: of a model, where the row is one part of it; of
+    "accuracy" the kind of data.
     provider: who computes it; peer: whether that is somebody else's way, to be compared with.
     mode: "call" (launched from Python as users do) or "graph" (one captured CUDA graph replayed).
     dtype: fp32, bf16 or fp16. batch: images. size: height of the images or maps.
     seconds: median of one call, with p20 and p80, over `rounds`.
     bytes, flops: what must move through memory, and be computed, at least. floor: seconds those take at the ceilings.
     peak_bytes: memory above what is there before the call, at most.
-    errors: rms and max of the error against fp64, eager's, and what is allowed.
+    errors: rms and max of the error against fp64, eager's, and what is allowed; of "accuracy" each tensor's relative
+    error, over as many seeds as `rounds`.
     metrics: what a profiler read, by its name for it.
     """
 

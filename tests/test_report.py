@@ -335,6 +335,27 @@ def test_readme_tables(project):
     assert readme_tables(text, project) == text
 
 
+def test_accuracy(capsys, tmp_path):
+    results, case = whole(), {"section": "accuracy", "case": "r50-layer1", "part": "ordinary", "batch": 4, "size": 28}
+    results.rows += [
+        row("eager channels_last", None, True, dtype="fp32", errors={"y": 1.2e-6, "d x": 2.4e-6}, **case),
+        row("replaced", None, dtype="fp32", errors={"y": 3e-7}, **case),
+        row("eager channels_last", None, True, dtype="bf16", errors={"y": 0.004, "d x": 0.008}, **case),
+        row("replaced", None, dtype="bf16", status="failed", reason="a crash", **case),
+    ]
+    results.save(tmp_path / "gpu.json")
+    assert run(capsys, tmp_path / "gpu.json", "--out", tmp_path)[0] == 0
+    text = (tmp_path / "report.md").read_text()
+    names = ["fp32 ordinary, eager", "fp32 ordinary, ours", "bf16 ordinary, eager", "bf16 ordinary, ours"]
+    assert "### r50-layer1, batch 4, 28 x 28" in text and "bf16 ordinary, ours: a crash." in text
+    block = "<!-- results gpu.json: accuracy r50-layer1 -->\n<!-- end of results -->"
+    for table in (text, readme_tables(block, tmp_path)):
+        assert cells(table, "relative error")[1:] == names
+        assert cells(table, "y")[1:] == ["1.2e-06", "3.0e-07", "4.0e-03", "failed"]
+        assert cells(table, "d x")[1:] == ["2.4e-06", "–", "8.0e-03", "failed"]
+    assert '<td class="n">3.0e-07</td>' in (tmp_path / "report.html").read_text()
+
+
 def test_readme_round_trip_and_check(capsys, project):
     path = project / "README.md"
     assert run(capsys, "--readme", path, "--check")[0] == 1 and path.read_text() == README
@@ -349,11 +370,12 @@ def test_readme_round_trip_and_check(capsys, project):
     "block, says",
     [
         ("<!-- results gone.json: inference -->\n<!-- end of results -->", "gone.json"),
-        ("<!-- results results/gpu.json: blocks -->\n<!-- end of results -->", "or 'training [batch=N]', got 'blocks'"),
+        ("<!-- results results/gpu.json: blocks -->\n<!-- end of results -->", "or 'accuracy CASE', got 'blocks'"),
         (
             "<!-- results results/gpu.json: inference batch=3 -->\n<!-- end of results -->",
             "'inference batch=3', got none",
         ),
+        ("<!-- results results/gpu.json: accuracy r9 -->\n<!-- end of results -->", "'accuracy r9', got none"),
         ("<!-- results results/gpu.json: inference -->\n", "expected '<!-- end of results -->' after each"),
     ],
 )

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import resnet_kernels as rk
-from benchmarks import cases, cudnn_graph, gpu_suite, measure, ncu, sections
+from benchmarks import accuracy, cases, cudnn_graph, gpu_suite, measure, ncu, sections
 from benchmarks.cases import ConvAct
 from benchmarks.conftest import EventTimer, Told
 from benchmarks.folding import folded
@@ -23,6 +23,7 @@ from benchmarks.providers import PROVIDERS, Built, Provider, providers_of
 from resnet_kernels import timing
 from resnet_kernels.backends import aten
 from resnet_kernels.results import Results, Row, load, parse
+from resnet_kernels.testing import BlockCase, eager_results
 from resnet_kernels.timing import Clock, interleaved, rotating, sample
 
 ROOT = Path(__file__).parents[1]
@@ -143,6 +144,53 @@ def test_providers_on_a_gpu(provider):
     assert told.rows and all(row.status in ("ok", "unavailable") for row in told.rows), told.rows
 
 
+# Accuracy
+
+
+SMALL = BlockCase("small", False, 32, 8, 6, 6, option="C", N=4)
+
+
+def test_accuracy_is_eagers_and_ours():
+    told = Told()
+    for data in accuracy.DATA:
+        accuracy.measure(SMALL, "fp32", data, CPU, told, 2)
+    assert [(r.provider, r.peer, r.part, r.status, r.rounds) for r in told.rows] == [
+        (provider, peer, data, "ok", 2)
+        for data in ("ordinary", "large mean")
+        for provider, peer in (("eager channels_last", True), ("replaced", False))
+    ]
+    for row in told.rows:
+        assert {"y", "d x", "d conv2.weight", "d bn3.bias", "d downsample.1.weight", "bn1.running_var"} < set(
+            row.errors
+        )
+        assert all(0 <= error < 1e-2 for error in row.errors.values()), row
+    # Before a 1x1 and its batch norm, and past a ReLU that lets all through, a bias has no effect.
+    assert ["d bn2.bias" in row.errors for row in told.rows] == [True, True, False, False]
+
+
+def test_accuracy_is_relative():
+    def off(*args):
+        found, masks = eager_results(*args)
+        return {name: 1.01 * t for name, t in found.items()}, masks
+
+    found = accuracy.errors(off, SMALL, torch.float32, 0.0, CPU, 2)
+    assert len(found) == 22 and all(error == pytest.approx(0.01, rel=1e-2) for error in found.values())
+
+
+def test_accuracy_that_is_not_there_has_its_reason(monkeypatch):
+    def unavailable(*args):
+        raise rk.BackendUnavailable("not here")
+
+    told = Told()
+    monkeypatch.setattr(accuracy, "eager_results", None)
+    monkeypatch.setattr(accuracy, "fused_results", unavailable)
+    accuracy.measure(SMALL, "fp32", "ordinary", CPU, told, 1)
+    monkeypatch.setattr(told, "left", lambda: 0.0)
+    accuracy.measure(SMALL, "bf16", "ordinary", CPU, told, 1)
+    assert [r.status for r in told.rows] == ["failed", "unavailable", "cut", "cut"]
+    assert told.rows[1].reason == "not here" and "TypeError" in told.rows[0].reason
+
+
 # Timing
 
 
@@ -244,12 +292,12 @@ def test_every_section_runs_or_says_why_not(tmp_path):
     assert [s.name for s in results.sections] == gpu_suite.NAMES
     for section in results.sections:
         assert section.status == "ok" or (section.status == "skipped" and section.reason), section
-    assert {"facts", "tuning", "primitives", "blocks", "layers", "inference", "training"} == {
-        s.name for s in results.sections if s.status == "ok"
-    }
+    measured = {"primitives", "blocks", "layers", "inference", "training", "accuracy"}
+    assert {"facts", "tuning"} | measured == {s.name for s in results.sections if s.status == "ok"}
     assert results.facts["memory"] > 1e8 and results.facts["matrix"]["fp32"] > 1e8 and results.facts["commit"]
-    assert {r.section for r in results.rows} == {"primitives", "blocks", "layers", "inference", "training"}
-    assert all(r.status == "ok" and r.seconds and r.floor for r in results.rows)
+    assert {r.section for r in results.rows} == measured
+    assert all(r.status == "ok" and (r.errors if r.section == "accuracy" else r.floor) for r in results.rows)
+    assert all((r.seconds is None) == (r.section == "accuracy") for r in results.rows)
     assert [p for p in (tmp_path / "tuning").iterdir() if p.suffix == ".json"]
     assert "resnet18" in output and (tmp_path / "report.html").stat().st_size > 10_000
     assert "| inference |" in (tmp_path / "report.md").read_text()
