@@ -84,7 +84,9 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
     check_conv(products, epilogue)
     C, _ = extension.load()
     dtype = products[0].operand.tensor.dtype
-    compute = compute_dtype(dtype)
+    # Data gradients that no convolution of stride 1 computes exist in fp32.
+    strided = any(p.data_grad_size and (p.geometry.stride > 1 or p.geometry.groups > 1) for p in products)
+    compute = torch.float32 if strided else compute_dtype(dtype)
     # A pass behind the convolutions does what their own epilogue (shift, residual, ReLU) cannot.
     pass_behind = _needs_pass(epilogue)
     residual = None if pass_behind else epilogue.residual

@@ -34,6 +34,7 @@ from ..backends.contract import (
     Product,
     Stats,
     TailGrad,
+    fold,
     wide,
 )
 from .batch_norm import merged, summed
@@ -222,6 +223,13 @@ class Forward(Block):
         else:
             self.tables.append(self.backend.finalize_moments(m, self.matrix(i), gamma, beta, eps))
         affine = self.affine(i)
+        if not self.centred and i == self.plan.n:
+            # Beside the chain's product there is one accumulator: the scale goes into the weight, and the shift follows
+            # from what rounding left of it.
+            folded = fold(w, affine.a, w.dtype)
+            mu, exact = m.mean.double(), self.matrix(i).double()
+            shift = beta - affine.a * (affine.mean - exact @ mu) - folded.flatten(1).double() @ mu
+            return Product(operand, folded, geometry), shift.to(beta.dtype)
         if not self.centred:
             return Product(operand, w, geometry, affine.a), affine.b
         # h - mu in place of h: rounding in a product of large means would be the same in every row, where PyTorch's
