@@ -61,7 +61,7 @@ def replace_blocks(model: nn.Module, channels_last: bool = False) -> Replacement
     Args:
         model: any module; itself a block, or with blocks anywhere below.
         channels_last: also lay out the model's convolution weights so, in place, and with them whatever runs unfused
-            (the stem, training). Faster; but code that takes views of the weights, as torch's pruning does, may fail.
+            (the stem, for one). Faster; but code that takes views of the weights, as torch's pruning does, may fail.
     Returns:
         ReplacementReport
     Numerics: see `ops.residual_block`.
