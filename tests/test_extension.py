@@ -64,6 +64,7 @@ def test_cpu_passes_name_what_is_wrong():
     x = torch.randn(2, 4, 5, 5).contiguous(memory_format=torch.channels_last)
     y = torch.randn(2, 3, 5, 5).contiguous(memory_format=torch.channels_last)
     conv = C.pack_conv(torch.randn(5, 3, 1, 1), torch.ones(5), (1, 0, 1, 1), [2, 3, 5, 5], "auto")
+
     def bn_pass(t, a=None, b=None, residual=None):
         """a*t + b + residual"""
         added = None if residual is None else (residual, *[None] * 6, False, None)
