@@ -1,4 +1,4 @@
-"""What a frozen model's launches must move and do, and how long that takes at least."""
+"""What the launches of a frozen model, or of a training step, must move and do, and how long that takes at least."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import resnet
 
+from . import traffic
 from .backends import select
 from .inference import FrozenTrunk, freeze
+from .nn import fusable
+from .ops.batch_norm import norm_of
+from .ops.block_training import arguments
+from .ops.training import Backward, Forward
 
 if TYPE_CHECKING:
     from .backends.triton.launch import Launch, Work
@@ -54,11 +60,61 @@ def launches_of(module: nn.Module, x: Tensor, arch: int | None = None) -> list[L
         if isinstance(module, FrozenTrunk):
             on_meta(module)(image)
         else:
-            # The memo says what stands for a tensor in a copy: no memory is taken for weights.
-            tensors = [*module.parameters(), *module.buffers()]
-            imagined = copy.deepcopy(module, {id(t): t.detach().to("meta") for t in tensors})
-            freeze(imagined.eval(), x.dtype)(image)
+            freeze(_imagined(module).eval(), x.dtype)(image)
     return launches
+
+
+def training_launches_of(module: nn.Module, x: Tensor, arch: int | None = None) -> list[Launch]:
+    """What a training step of a torchvision ResNet whose blocks are replaced, or of one BasicBlock or Bottleneck,
+    launches with the Triton backend: of each block its forward and its backward, every gradient wanted. A ResNet's stem
+    and head, which stay torch's modules, and the convolutions that torch's library computes for a block are among the
+    launches, named "library". Arguments, and where it is None what arch means, as of `launches_of`.
+
+    Not counted: torch's conversions of weights and their gradients between dtypes and layouts; loss and optimizer.
+
+    Raises BackendUnavailable where Triton is not installed; TypeError, ValueError for other modules or sizes that do
+    not fit.
+    """
+    from .backends.triton.launch import Library, Work, arch_of, recording
+
+    model = _imagined(module).train()
+    sizes = traffic.block_sizes(model, x.shape)
+    with select.use_backend("triton"), recording(arch or arch_of(x.device), None if arch else x.device) as launches:
+        for name, size in sizes.items():
+            image = torch.empty(size, dtype=x.dtype, device="meta", memory_format=torch.channels_last)
+            _train(model.get_submodule(name), image)
+    if not isinstance(model, resnet.ResNet):
+        return launches
+    plain = traffic.kernels(model, x.shape, x.element_size(), "eager")
+    stem, head = (
+        [Library(None, 0, {}, {}, f"{part}, {k.what}", Work(*k.need, *k.need)) for k in plain[part]]
+        for part in ("stem", "head")
+    )
+    return [*stem, *launches, *head]
+
+
+@torch.no_grad()
+def _train(block: nn.Module, x: Tensor) -> None:
+    """The block's forward and backward, as the ops run it."""
+    p = fusable.parts(block)
+    if isinstance(p, str):
+        raise ValueError(p)
+    weights = [conv.weight for conv in p.convs]
+    geometries = [fusable.geometry(conv) for conv in p.convs]
+    strides, dilations, groups = ([getattr(g, n) for g in geometries] for n in ("stride", "dilation", "groups"))
+    norms = [norm_of(bn) for bn in p.norms]
+    vectors, plan = arguments(x, weights, norms, strides, dilations, groups, p.shortcut, True)
+    gammas, betas, means, variances = vectors
+    backend, every = select.BY_NAME[plan.backend], [True] * len(weights)
+    kept = Forward(backend, x, weights, gammas, betas, means, variances, plan).run()
+    Backward(backend, x, weights, kept, plan, True, every, every).run(torch.empty_like(kept.y))
+
+
+def _imagined(module: nn.Module) -> nn.Module:
+    """A copy without memory."""
+    # The memo says what stands for a tensor in a copy.
+    tensors = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(t): t.detach().to("meta") for t in tensors})
 
 
 def on_meta(trunk: FrozenTrunk) -> FrozenTrunk:

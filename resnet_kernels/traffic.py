@@ -14,6 +14,7 @@ whole and once, twice where it is named twice. With convolutions 1 to n (n = 3 i
     xs Ws cs zs dcs  of a projection: the part of x that it reaches, and the rest as above
     s                the zero-padded shortcut, where it is made
     dx1 dxs          gradient of x through the chain, and through a shortcut other than the identity
+    gs               where it is made: gradient of xs through the projection, or g beside zero padding
     cov covs B Bs    channels x channels: covariance of h2 and of xs (fp32), and what h2 and xs are multiplied with in
                      the data gradients
 
@@ -23,8 +24,9 @@ Operations: a kernel that reads a weight or writes its gradient does the convolu
 padding), two operations each; one that writes cov or reads B does channels^2 of them per position. So training takes
 three times the forward, less the stem's data gradient, which nobody needs; "lazy" and "materialised" add cov and B.
 
-Neglected: vectors per channel; partial sums, and what is made of them and of cov between kernels; loss and optimizer;
-arithmetic that is no product. Weights and their gradients are counted in the activations' dtype, maps as channels_last.
+Neglected: vectors per channel; partial sums, and what is made of them and of cov between kernels (8 MB an image of
+ResNet-50's blocks at batch 256, mostly in a cache); loss and optimizer; arithmetic that is no product. Weights and
+their gradients are counted in the activations' dtype, maps as channels_last.
 
 Nothing is assumed to stay in a cache from one kernel to the next. Where a batch is so small that it does, less moves.
 """
@@ -53,8 +55,10 @@ Sizes = Sequence[int]
 # and the projection, are one. block: all are one, which reads x and writes y. The stem is one kernel in each.
 INFERENCE = ("convolution", "tail", "block")
 # For training with batch statistics. eager: PyTorch's kernels. lazy: normalised activations are made while loading, and
-# neither c3 nor a bottleneck's cs is ever stored. materialised: the same, but convolutions other than 1x1 are a
-# library's, which reads plain operands and has no epilogue for statistics and sums.
+# neither c3 nor a bottleneck's cs is ever stored; a plan only: 3x3 convolutions of our own for training are not built.
+# materialised: what the Triton backend does. Convolutions other than 1x1 are a library's, which reads plain operands
+# and has no epilogue for statistics and sums; cs is never stored. The stem is a plan in both: in training it runs as
+# "eager" has it.
 TRAINING = ("eager", "lazy", "materialised")
 PLANS = INFERENCE + TRAINING
 
@@ -144,6 +148,8 @@ LAZY_BOTTLENECK = _lines("""
     weight gradient 1: gh1 c1 x -> dW1
     data gradients of 1 and the shortcut: gh1 c1 W1 gr maskr xs Ws Bs -> dx
 """)
+# What the launches of ops/training.py come to, which roofline.py records. ADDED and BACK: what the shortcut adds, and
+# what the gradient of x takes of it.
 MATERIALISED_BOTTLENECK = _lines("""
     conv1: x W1 -> c1
     normalise: c1 -> h1
@@ -151,18 +157,20 @@ MATERIALISED_BOTTLENECK = _lines("""
     statistics: c2 ->
     moments of h2: c2 -> cov
     moments of xs: xs -> covs
-    conv3, projection, add, relu: c2 W3 r xs Ws -> y mask
+    zero padding: r -> s
+    conv3, projection, add, relu: c2 W3 ADDED xs Ws -> y mask
     backward
-    weight gradient 3: dy mask c2 -> dW3
     weight gradient of projection: dy mask xs -> dWs
+    data gradient of the shortcut: dy mask xs Ws Bs -> gs
+    weight gradient 3: dy mask c2 -> dW3
     data gradient 3: dy mask c2 W3 B -> gh2
     bn2: gh2 c2 -> dc2
     normalise: c1 -> h1
     weight gradient 2: dc2 h1 -> dW2
     data gradient 2: dc2 W2 -> dh1
-    sums of gh1: dh1 c1 ->
-    weight gradient 1: dh1 c1 x -> dW1
-    data gradients of 1 and the shortcut: dh1 c1 W1 gr maskr xs Ws Bs -> dx
+    relu1, its sums: dh1 c1 -> gh1
+    weight gradient 1: gh1 c1 x -> dW1
+    data gradient 1, add: gh1 c1 W1 BACK -> dx
 """)
 # No convolution of the chain is 1x1, so the last one's output is stored, and the projection's.
 LAZY_BASIC = _lines("""
@@ -184,20 +192,22 @@ MATERIALISED_BASIC = _lines("""
     normalise: c1 -> h1
     conv2: h1 W2 -> c2
     statistics: c2 ->
-    projection: xs Ws -> cs
-    bn2, bn of projection, add, relu: c2 r cs -> y mask
+    moments of xs: xs -> covs
+    zero padding: r -> s
+    projection, bn2, add, relu: c2 ADDED xs Ws -> y mask
     backward
-    sums of g: dy mask c2 cs ->
-    weight gradient of projection: dy mask cs xs -> dWs
+    weight gradient of projection: dy mask xs -> dWs
+    data gradient of the shortcut: dy mask xs Ws Bs -> gs
+    sums of g: dy mask c2 ->
     bn2: dy mask c2 -> dc2
     normalise: c1 -> h1
     weight gradient 2: dc2 h1 -> dW2
     data gradient 2: dc2 W2 -> dh1
-    sums of gh1: dh1 c1 ->
-    bn1: dh1 c1 -> dc1
+    relu1, its sums: dh1 c1 -> gh1
+    bn1: gh1 c1 -> dc1
     weight gradient 1: dc1 x -> dW1
     data gradient 1: dc1 W1 -> dx1
-    data gradient of the shortcut: dx1 gr maskr cs Ws -> dx
+    add: dx1 BACK -> dx
 """)
 
 
@@ -206,11 +216,11 @@ def _block_lines(plan: str, n: int, shortcut: str) -> list[str]:
         return _inference(plan, n)
     if plan == "eager":
         return _eager(n, shortcut)
-    bottleneck, basic = {
-        "lazy": (LAZY_BOTTLENECK, LAZY_BASIC),
-        "materialised": (MATERIALISED_BOTTLENECK, MATERIALISED_BASIC),
-    }[plan]
-    return bottleneck if n == 3 else basic
+    if plan == "lazy":
+        return LAZY_BOTTLENECK if n == 3 else LAZY_BASIC
+    added, back = {"identity": ("r", "gr maskr"), "projection": ("", "gs"), "zero_pad": ("s", "gr")}[shortcut]
+    lines = MATERIALISED_BOTTLENECK if n == 3 else MATERIALISED_BASIC
+    return [line.replace("ADDED", added).replace("BACK", back) for line in lines]
 
 
 # y = max_pool(relu(bn(c))). indices: PyTorch's of the maxima, 8 bytes each; the other plans look for them again in c.
@@ -325,9 +335,13 @@ def _bytes(elements: dict[str, int], itemsize: int) -> dict[str, int]:
     return sizes | {name: -(-elements[name] // 8) for name in ("mask", "maskr") if name in elements}
 
 
+def _check_block(module: nn.Module) -> None:
+    if not isinstance(module, (resnet.BasicBlock, resnet.Bottleneck)):
+        raise TypeError(f"expected a torchvision ResNet, BasicBlock or Bottleneck, got {type(module).__name__}")
+
+
 def _block(block: nn.Module, x_sizes: Sizes, itemsize: int, plan: str) -> _Part:
-    if not isinstance(block, (resnet.BasicBlock, resnet.Bottleneck)):
-        raise TypeError(f"expected a torchvision ResNet, BasicBlock or Bottleneck, got {type(block).__name__}")
+    _check_block(block)
     p = fusable.parts(block)
     if isinstance(p, str):
         raise ValueError(p)
@@ -344,7 +358,8 @@ def _block(block: nn.Module, x_sizes: Sizes, itemsize: int, plan: str) -> _Part:
     counts = [(convs[0].x, "x"), (x, "dx dx1 dxs"), (y, "y dy g mask")]
     counts += [(0 if projected else added, "r"), (y if projected else added, "gr maskr")]
     counts += [(projection.x, "xs"), (projection.weight, "Ws dWs"), (projection.y, "cs zs dcs")]
-    counts += [(y if p.shortcut == "zero_pad" else 0, "s")]
+    padded = y if p.shortcut == "zero_pad" else 0
+    counts += [(padded, "s"), (projection.x + padded, "gs")]
     products = [(projection.flops, "Ws dWs")]
     for i, conv in enumerate(convs[:n], 1):
         counts += [(conv.y, f"c{i} z{i} h{i} dc{i} dh{i} gh{i}"), (conv.weight, f"W{i} dW{i}")]
@@ -394,6 +409,15 @@ def _shapes(model: nn.Module, x_sizes: Sizes) -> dict[str, tuple[Sizes, Sizes]]:
     with torch.no_grad(), select.use_backend(select.EAGER):
         copied(torch.empty(tuple(x_sizes), dtype=next(copied.parameters()).dtype, device="meta"))
     return shapes
+
+
+def block_sizes(module: nn.Module, x_sizes: Sizes) -> dict[str, Sizes]:
+    """(N, C, H, W) of the input of every block of a ResNet, by its name; of a block, by "". TypeError for others."""
+    if not isinstance(module, resnet.ResNet):
+        _check_block(module)
+        return {"": x_sizes}
+    outside = ("conv1", "avgpool", "fc")
+    return {name: sizes for name, (sizes, _) in _shapes(module, x_sizes).items() if name not in outside}
 
 
 def _parts(module: nn.Module, x_sizes: Sizes, itemsize: int, plan: str) -> dict[str, _Part]:

@@ -479,7 +479,7 @@ def operand_shapes(K, J, H, dtype):
     j = torch.empty(J)
     g = Operand(activation(K), mask=bits)
     h = Operand(activation(J), (j, j), relu=True)
-    dc = Operand(activation(J), (j, j), (activation(J), j))
+    dc = Operand(activation(J), (j, j), (activation(J), j, j))
     return g, h, dc, Operand(activation(K)), Operand(activation(K // 2, 2 * H), stride=2)
 
 

@@ -209,7 +209,7 @@ torch.library.register_autograd(
 torch.library.register_autograd("resnet_kernels::residual_block_training_backward", _no_second_derivative, lib=LIBRARY)
 
 
-def run(
+def arguments(
     x: Tensor,
     weights: Sequence[Tensor],
     norms: Sequence[BatchNorm],
@@ -219,8 +219,8 @@ def run(
     shortcut: str,
     relu: bool,
     preactivation: bool = False,
-) -> Kept:
-    """The op's results; the running statistics are not moved."""
+) -> tuple[list[list[Tensor]], Plan]:
+    """What the op takes beside x and weights: gammas, betas, means and variances; its plan."""
     geometries = [same_padding(w, *row) for w, *row in zip(weights, strides, dilations, groups, strict=True)]
     shapes = [tuple(w.shape) for w in weights]
     # A compiler's sizes may be symbols; only what was measured depends on them.
@@ -236,9 +236,13 @@ def run(
     if preactivation:
         channels = [x.shape[1], *channels][: len(norms)]
     vectors = [norm.vectors(x, K) for norm, K in zip(norms, channels, strict=True)]
-    gammas, betas, means, variances = ([row[i] for row in vectors] for i in range(4))
+    return [[row[i] for row in vectors] for i in range(4)], plan
+
+
+def run(x: Tensor, weights: Sequence[Tensor], vectors: Sequence[list[Tensor]], plan: Plan) -> Kept:
+    """The op's results; the running statistics are not moved."""
     op = torch.ops.resnet_kernels.residual_block_training
-    return Kept.of(op(x, list(weights), gammas, betas, means, variances, *plan), plan)
+    return Kept.of(op(x, list(weights), *vectors, *plan), plan)
 
 
 def residual_block_training(
@@ -277,7 +281,8 @@ def residual_block_training(
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     check(x, weights, norms, strides, dilations, groups, shortcut)
-    kept = run(x, weights, norms, strides, dilations, groups, shortcut, relu)
+    vectors, plan = arguments(x, weights, norms, strides, dilations, groups, shortcut, relu)
+    kept = run(x, weights, vectors, plan)
     update_running(norms, kept.tables)
     return kept.y
 
@@ -303,7 +308,8 @@ def preactivation_block(
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     check(x, weights, norms, strides, dilations, groups, shortcut, preactivation=True)
-    kept = run(x, weights, norms, strides, dilations, groups, shortcut, False, preactivation=True)
+    vectors, plan = arguments(x, weights, norms, strides, dilations, groups, shortcut, False, preactivation=True)
+    kept = run(x, weights, vectors, plan)
     update_running(norms, kept.tables)
     return kept.y
 

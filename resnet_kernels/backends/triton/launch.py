@@ -65,6 +65,14 @@ class Launch:
         return self.kernel.__name__.strip("_").removesuffix("_kernel")
 
 
+class Library(Launch):
+    """What torch's library computes between the kernels: recorded for its bytes and operations, never submitted."""
+
+    @property
+    def name(self) -> str:
+        return "library"
+
+
 @dataclasses.dataclass
 class Recording:
     """device: whose tables choose, and which has so many multiprocessors; None: an H200 that nobody measured."""
@@ -158,6 +166,18 @@ def nhwc_strides(t: Tensor) -> tuple[int, int, int]:
 
 def descriptor(t: Tensor, shape: Sequence[int], strides: Sequence[int], block: Sequence[int]) -> TensorDescriptor:
     return TensorDescriptor(t, list(shape), list(strides), list(block))
+
+
+def note_library(x: Tensor, weight: Tensor, y: Tensor, of: str = "") -> None:
+    """Record, if anything is, a convolution of x to y by torch's library, or the gradient of one."""
+    record = _recording.get()
+    if record is not None:
+        K, C, R, S = weight.shape
+        _, _, P, Q = y.shape
+        what = f"{R}x{S} {x.shape[1]}->{K} {P}x{Q}{of}"
+        moved, flops = nbytes(x, weight, y), 2 * y.numel() * C * R * S
+        arguments = {"x": x, "weight": weight, "y": y}
+        record.launches.append(Library(None, 0, arguments, {}, what, Work(moved, flops, moved, flops)))
 
 
 def submit(launch: Launch) -> None:

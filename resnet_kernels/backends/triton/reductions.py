@@ -7,8 +7,9 @@ One program owns BLOCK_C channels of `span` rows, BLOCK_M at a time. It keeps wh
 and writes one part per channel; `products.merge` merges the parts in the order of their rows. Without statistics or
 sums a program has one step.
 
-Moves: the operand, its second tensor and mask, the residual and its mask, xhat's tensor and the epilogue's mask once;
-the result once if it is wanted; a bit per element; 8 bytes per channel and part.
+Moves: the operand, its second tensor and mask, the residual and its mask, xhat's tensor and the epilogue's mask once,
+these two together where they are the same; the result once if it is wanted; a bit per element; 8 bytes per channel and
+part.
 """
 
 from __future__ import annotations
@@ -198,12 +199,15 @@ def _run(x: Operand, epilogue: Epilogue, store: bool) -> tuple[Tensor | None, An
         BLOCK_M=BLOCK_M,
         BLOCK_C=BLOCK_C,
     )
-    moved = bytes_of(operand, M) + nbytes(normalized, y, bits, partial)
-    moved += 0 if mask is None else bytes_of(mask, M)
+    copied = bytes_of(operand, M) + nbytes(normalized, y, bits, partial)
+    copied += 0 if mask is None else bytes_of(mask, M)
     if residual is not None:
-        moved += bytes_of(residual, N * -(-P // epilogue.spread) * -(-Q // epilogue.spread))
+        copied += bytes_of(residual, N * -(-P // epilogue.spread) * -(-Q // epilogue.spread))
+    # What masks may be what the sums are taken with: a program reads it twice, one after the other.
+    shared = isinstance(by, Normalized) and isinstance(epilogue.mask, Operand) and epilogue.mask.tensor is by.tensor
+    moved = copied - nbytes(normalized) * shared
     what = f"pass {C} {P}x{Q}" + f" {arguments['REDUCE']}" * (by is not None)
-    submit(Launch(_pass_kernel, parts * c_tiles, arguments, {"num_warps": 4}, what, Work(moved, 0, moved, 0)))
+    submit(Launch(_pass_kernel, parts * c_tiles, arguments, {"num_warps": 4}, what, Work(moved, 0, copied, 0)))
     if partial is None:
         return y, bits
     rstd = by.rstd.float().contiguous() if isinstance(by, Normalized) else None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..contract import Epilogue, Geometry, Normalized, Operand, Packed, Product, Stats, call_of, check_conv, fold
 from . import reductions, run
-from .launch import submit
+from .launch import note_library, submit
 from .products import Rows, config_of, launch, merge
 
 # What a convolution may ask for and still be inference's.
@@ -83,12 +83,14 @@ def _by_library(p: Product) -> Operand:
     weight, g = _unpacked(p)
     if p.data_grad_size is None:
         t = F.conv2d(x, weight, None, *g)
+        note_library(x, weight, t)
     else:
         like = _empty(x, p.output_sizes())
         pairs = [[g.stride] * 2, [g.padding] * 2, [g.dilation] * 2]
         wanted = [True, False, False]
         backward = torch.ops.aten.convolution_backward
         t, _, _ = backward(x, like, weight, None, *pairs, False, [0, 0], g.groups, wanted)
+        note_library(t, weight, x, " dx")
     t = t.contiguous(memory_format=torch.channels_last)
     scale = p.packed.scale
     return Operand(t) if scale is None else Operand(t, (scale, torch.zeros_like(scale)))

@@ -27,7 +27,7 @@ from torch import Tensor
 from ..contract import Geometry, Moments, Operand
 from . import configs, reductions
 from .configs import Config
-from .launch import Launch, Work, arch_of, nbytes, precision, processors_of, submit
+from .launch import Launch, Work, arch_of, nbytes, note_library, precision, processors_of, submit
 from .products import Lazy, lazy_of, packed_bits, row_in, value
 from .reductions import bytes_of, sizes_of
 
@@ -332,6 +332,7 @@ def _by_library(
     backward = torch.ops.aten.convolution_backward
     wanted = [False, True, False]
     _, dweight, _ = backward(gv, xv, weight, None, *pairs, False, [0, 0], geometry.groups, wanted)
+    note_library(xv, dweight, gv, " dweight")
     total = None
     if sums:
         stats = reductions.reduce(Operand(gv), "stats")
