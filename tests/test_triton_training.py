@@ -53,7 +53,8 @@ class Draw:
         return Operand(self.t(channels), mask=self.m(channels))
 
     def dc(self, channels):
-        return Operand(self.t(channels), (self.v(channels), self.v(channels)), (self.t(channels), self.v(channels)))
+        second = self.t(channels), self.v(channels), self.v(channels)
+        return Operand(self.t(channels), (self.v(channels), self.v(channels)), second)
 
     def by(self, operand, scale=False):
         """A forward product."""

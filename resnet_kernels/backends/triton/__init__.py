@@ -3,13 +3,13 @@
     boxes.py    convolutions whose operands the tensor copy engine brings (sm_90, sm_100); 1x1 as matrix products
     gather.py   convolutions by pointers: any filter, stride, dilation, groups, channels, map
     tail.py     a bottleneck's 3x3, last 1x1 and the next block's first in one (sm_90, sm_100)
-    stem.py     convolution, ReLU and max pooling of a network's stem in one
+    conv_pool.py  convolution, ReLU and max pooling of a network's stem in one
     passes.py   batch norm, residual, ReLU and pooling alone
 
     training.py    convolutions in training: which kernel, or the library's
     products.py    sums of 1x1 products, operands and epilogue as training has them
     reductions.py  passes with statistics, sums, masks
-    wgrad.py       weight gradients and moments
+    outer.py       weight gradients and moments
     finalize.py    the algebra per channel
 
     configs.py  tiles, warps and stages per architecture
@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,26 +65,10 @@ def _kernels() -> tuple[Any, str | None]:
         return None, f"triton does not load: {error}"
 
 
-class _Primitive(types.ModuleType):
-    """A module that is called as the function of its own name: wgrad.py, imported, hides any other `wgrad` here."""
-
-    def __call__(self, *args: Any, **keywords: Any) -> Any:
-        return getattr(self, self.__name__.rpartition(".")[2])(*args, **keywords)
-
-
 @functools.cache
 def _training(name: str) -> Any:
     """A module of training's kernels."""
-    module = importlib.import_module(f".{name}", __name__)
-    if name == "wgrad":
-        module.__class__ = _Primitive
-    return module
-
-
-def __getattr__(name: str) -> Any:
-    if name == "wgrad":
-        return _training(name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(f".{name}", __name__)
 
 
 def interpreting() -> bool:
@@ -132,8 +115,14 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
     return _training("training").conv(products, epilogue)
 
 
+def wgrad(
+    g: Operand, x: Operand, kernel: tuple[int, int], geometry: Geometry, sums: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    return _training("outer").wgrad(g, x, kernel, geometry, sums)
+
+
 def moments(h: Operand) -> Moments:
-    return _training("wgrad").moments(h)
+    return _training("outer").moments(h)
 
 
 def bn_pass(x: Operand, epilogue: Epilogue, pool: Pool | None = None) -> tuple[Tensor, Any]:
