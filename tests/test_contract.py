@@ -451,3 +451,84 @@ def test_activations_go_back_to_the_pool():
     held = C.pool_bytes()
     third = C.max_pool_relu(x, 3, 2, 1)
     assert C.pool_bytes() <= held - size and torch.equal(second, third)
+
+
+# What training adds, of every backend that has it. Triton's kernels have tests of their own besides.
+
+TRAINS = [b for b in BACKENDS if "training" in b.values[0].SUPPORTS and "interpreted" not in {m.name for m in b.marks}]
+WGRADS = {name: c for name, c in CONVS_16.items() if c[0][0]} | {
+    "3x3-16": ((2, 16, 9, 11), (32, 3), Geometry(padding=1)),
+    "3x3-16-down": ((2, 16, 9, 11), (32, 3), Geometry(stride=2, padding=1)),
+    "3x3-16-dilated": ((2, 32, 9, 7), (16, 3), Geometry(padding=2, dilation=2)),
+    "1x1-many-rows": ((3, 48, 31, 29), (64, 1), Geometry()),
+    "1x1-16-down": ((2, 16, 7, 9), (16, 1), Geometry(stride=2)),
+}
+
+
+@pytest.mark.parametrize("lazy", [False, True], ids=["plain", "lazy"])
+@pytest.mark.parametrize("name", WGRADS)
+@pytest.mark.parametrize("backend, device", TRAINS)
+def test_gradients_of_a_convolution(backend, device, name, lazy, poisoned):
+    """dweight with the sums of g, and dx with a mask and the batch norm's sums in the epilogue."""
+    sizes, (K, R), g = WGRADS[name]
+    C = sizes[1]
+    x = torch.randn(sizes, device=device).contiguous(memory_format=NHWC)
+    weight = torch.randn(K, C // g.groups, R, R, device=device) * (C * R * R) ** -0.5
+    c = torch.randn_like(F.conv2d(x, weight, None, *g)).contiguous(memory_format=NHWC)
+    dc = torch.randn_like(c)
+    a, b, a2, mean = (torch.randn(K, device=device) for _ in range(4))
+    p, q, m, r = (torch.randn(C, device=device) for _ in range(4))
+
+    def run(primitives, to):
+        dy = Operand(to(dc), (to(a), to(b)), (to(c), to(a2), to(mean))) if lazy else Operand(to(dc))
+        h = Operand(to(x), (to(p), to(q)), relu=True) if lazy else Operand(to(x))
+        dweight, sums = primitives.wgrad(dy, h, (R, R), g, sums=True)
+        product = Product(dy, to(weight), g, data_grad_size=tuple(sizes[2:]))
+        mask = Operand(to(x), (to(p), to(q)), relu=True)
+        dx, (s, sx) = primitives.conv([product], Epilogue(mask=mask, reduce=Normalized(to(x), to(m), to(r))))
+        return dweight, sums, dx, s, sx
+
+    got, want, exact = run(backend, lambda t: t), run(reference, lambda t: t), run(reference, torch.Tensor.double)
+    rows = c.numel() // K
+    for mine, theirs, true in zip(got, want, exact, strict=True):
+        assert_matches(mine, theirs, true, max(rows, K * R * R), maximum=False)
+
+
+@pytest.mark.parametrize("C", [16, 21, 48, 300])
+@pytest.mark.parametrize("backend, device", TRAINS)
+def test_moments_statistics_and_sums(backend, device, C, poisoned):
+    x = 5 + torch.randn(3, C, 19, 17, device=device).contiguous(memory_format=NHWC)
+    t = torch.randn_like(x)
+    a, b, mean, rstd = (torch.randn(C, device=device) for _ in range(4))
+
+    def run(primitives, to):
+        h = Operand(to(x), (to(a), to(b)), relu=True)
+        moments, stats = primitives.moments(h), primitives.reduce(h, "stats")
+        assert moments.rows == stats.rows == 3 * 19 * 17
+        sums = primitives.reduce(Operand(to(t), mask=to(x) > 5), Normalized(to(x), to(mean), to(rstd)))
+        y, kept = primitives.bn_pass(h, Epilogue(residual=Operand(to(t)), relu=True, reduce="mask"))
+        masked, _ = primitives.bn_pass(Operand(to(t), mask=kept), Epilogue())
+        return moments.mean, moments.M2, stats.mean, stats.M2, *sums, y, masked
+
+    got, want, exact = run(backend, lambda t: t), run(reference, lambda t: t), run(reference, torch.Tensor.double)
+    for mine, theirs, true in zip(got, want, exact, strict=True):
+        assert_matches(mine, theirs, true, 3 * 19 * 17, maximum=False)
+
+
+@pytest.mark.parametrize("backend, device", TRAINS)
+def test_residuals_of_fewer_channels_and_rows(backend, device, poisoned):
+    x, weight = (
+        torch.randn(2, 16, 9, 7, device=device).contiguous(memory_format=NHWC),
+        torch.randn(32, 16, 1, 1, device=device),
+    )
+    few, spread = torch.randn(2, 20, 9, 7, device=device), torch.randn(2, 32, 5, 4, device=device)
+
+    def run(primitives, to):
+        product = [Product(Operand(to(x)), to(weight))]
+        one, _ = primitives.conv(product, Epilogue(residual=Operand(to(few)), relu=True))
+        two, _ = primitives.conv(product, Epilogue(residual=Operand(to(spread)), spread=2))
+        return one, two
+
+    got, want, exact = run(backend, lambda t: t), run(reference, lambda t: t), run(reference, torch.Tensor.double)
+    for mine, theirs, true in zip(got, want, exact, strict=True):
+        assert_matches(mine, theirs, true, 16)

@@ -34,7 +34,7 @@ void avx2_winograd(const at::Tensor& y, const at::Tensor& x, const at::Tensor& p
 void avx2_data_grad(const at::Tensor& dx, const at::Tensor& g, const at::Tensor& weight, const Window& window);
 
 // dweight (K, C) = g^T x over M rows; g (M, K) and x (M, C) contiguous, K and C multiples of 16. sums: null, or K sums over
-// the rows of g. As many threads as there are, the same result.
+// the rows of g. Where g is x, half of the work. As many threads as there are, the same result.
 void avx2_wgrad(float* dweight, const float* g, const float* x, float* sums, int64_t M, int64_t K, int64_t C);
 // The weight gradient (K, R, S, C) of a convolution; g and x NHWC, channels multiples of 16.
 void avx2_conv_wgrad(const at::Tensor& dweight, const at::Tensor& g, const at::Tensor& x, const Window& window);

@@ -46,7 +46,7 @@ RK_AVX2 void outer_tile(const float* a, const float* b, int64_t depth, float* ou
     }
 }
 
-// The rows of one panel of `a` against all C / 16 panels of `b`: 16 rows of `out`, of C columns, at distance `stride`.
+// The rows of one panel of `a` against the first C / 16 panels of `b`: 16 rows of `out`, C columns, at distance `stride`.
 void outer_rows(const float* a, const float* b, int64_t depth, int64_t panel_depth, int64_t C, float* out,
                 int64_t stride, bool accumulate) {
   for (int64_t t = 0; t < depth; t += kDepth) {
@@ -121,6 +121,7 @@ RK_AVX2 void finish_filters(float* dweight, const float* s, int64_t position_str
 }  // namespace
 
 void avx2_wgrad(float* dweight, const float* g, const float* x, float* sums, int64_t M, int64_t K, int64_t C) {
+  const bool square = g == x;
   const int64_t depth = rows_that_fit(kBlockBytes, (K + C) * sizeof(float), 2 * kRowsPacked, 1024);
   const auto a = scratch(depth * K), b = scratch(depth * C);
   const int64_t parts = (depth + kRowsPacked - 1) / kRowsPacked;
@@ -135,16 +136,23 @@ void avx2_wgrad(float* dweight, const float* g, const float* x, float* sums, int
         float* const s = sums ? partial.data() + part * K : nullptr;
         if (s) std::fill(s, s + K, 0.f);
         pack_rows(a.get() + t * kPanel, g + (begin + t) * K, s, count, K, depth);
-        pack_rows(b.get() + t * kPanel, x + (begin + t) * C, nullptr, count, C, depth);
+        if (!square) pack_rows(b.get() + t * kPanel, x + (begin + t) * C, nullptr, count, C, depth);
       }
     });
     for (int64_t part = 0; sums && part < used; ++part)
       for (int64_t k = 0; k < K; ++k) total[k] += partial[part * K + k];
-    at::parallel_for(0, K / kPanel, 1, [&](int64_t first, int64_t last) {
-      for (int64_t panel = first; panel < last; ++panel)
-        outer_rows(a.get() + panel * depth * kPanel, b.get(), rows, depth, C, dweight + panel * kPanel * C, C, begin > 0);
+    const int64_t panels = K / kPanel;
+    at::parallel_for(0, panels, 1, [&](int64_t first, int64_t last) {
+      for (int64_t unit = first; unit < last; ++unit) {
+        // Of a square the part below its diagonal: long rows beside short ones, so that threads have as much to do.
+        const int64_t panel = !square ? unit : unit % 2 ? panels - 1 - unit / 2 : unit / 2;
+        outer_rows(a.get() + panel * depth * kPanel, square ? a.get() : b.get(), rows, depth,
+                   square ? (panel + 1) * kPanel : C, dweight + panel * kPanel * C, C, begin > 0);
+      }
     });
   }
+  for (int64_t k = 0; square && k < K; ++k)
+    for (int64_t c = k + 1; c < C; ++c) dweight[k * C + c] = dweight[c * C + k];
   for (int64_t k = 0; sums && k < K; ++k) sums[k] = static_cast<float>(total[k]);
 }
 

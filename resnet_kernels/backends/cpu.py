@@ -81,14 +81,14 @@ def _nhwc(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
-    check_conv(products, epilogue)
+    sizes = check_conv(products, epilogue)
     C, _ = extension.load()
     dtype = products[0].operand.tensor.dtype
     # Data gradients that no convolution of stride 1 computes exist in fp32.
     strided = any(p.data_grad_size and (p.geometry.stride > 1 or p.geometry.groups > 1) for p in products)
     compute = torch.float32 if strided else compute_dtype(dtype)
     # A pass behind the convolutions does what their own epilogue (shift, residual, ReLU) cannot.
-    pass_behind = _needs_pass(epilogue)
+    pass_behind = _needs_pass(epilogue, sizes[1])
     residual = None if pass_behind else epilogue.residual
     overwrite = epilogue.overwrite and compute == dtype
     y = None if residual is None else _nhwc(residual.tensor, compute)
@@ -131,8 +131,9 @@ def _convolve(
     return C.conv(x, packed.weight, shift, y, overwrite, relu, scale)
 
 
-def _needs_pass(e: Epilogue) -> bool:
-    residual = e.residual is not None and (not e.residual.plain or e.spread > 1)
+def _needs_pass(e: Epilogue, channels: int) -> bool:
+    r = e.residual
+    residual = r is not None and (not r.plain or e.spread > 1 or r.tensor.shape[1] < channels)
     return residual or e.mask is not None or isinstance(e.reduce, Normalized)
 
 
