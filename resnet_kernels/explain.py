@@ -80,7 +80,7 @@ def _explain_block(name: str, block: nn.Module, x: Tensor) -> Explanation:
     p = fusable.parts(block)
     if not isinstance(p, fusable.Parts) or not all(isinstance(c, nn.Conv2d) for c in p.convs):
         return Explanation(name, PLAIN, reason, {}, False)
-    if fusable.trains(p):
+    if fusable.structure(block) is None and fusable.trains(p):
         return _explain_call(name, fusable.training_call(p, x), x, reason)
     weights = [tuple(c.weight.shape) for c in p.convs]
     geometries = [fusable.geometry(c) for c in p.convs]

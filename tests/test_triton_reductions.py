@@ -145,26 +145,30 @@ def rowwise(t):
     return t.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def check_stats(got, want, exact, rows):
-    assert got.rows == rows
-    assert_matches(got.mean, want.mean, exact.mean, rows, "mean")
-    assert_matches(got.M2, want.M2, exact.M2, rows, "M2")
+def fp32_stats(t):
+    """As fp32 sums make them, in two passes: the reference sums in fp64, and rounds once."""
+    rows = rowwise(t.float())
+    mean = rows.sum(0) / rows.shape[0]
+    return Stats(rows.shape[0], mean, (rows - mean).square().sum(0))
 
 
 @on
 @in_dtypes
 @pytest.mark.parametrize("sizes", [*SIZES, (7, 24, 11, 13)], ids=str)
 def test_statistics_are_those_of_the_rounded_result(sizes, dtype, device, poisoned):
-    x, epilogue = (
-        operand_of("affine", sizes, dtype, device),
-        epilogue_of("residual relu", sizes, dtype, device, "stats"),
-    )
-    t, stats, want, _ = check_pass(x, epilogue)
-    rows = sizes[0] * sizes[2] * sizes[3]
-    # Of our own rounded result.
-    check_stats(stats, reference.reduce(Operand(t), "stats"), reference.reduce(Operand(t.double()), "stats"), rows)
-    alone = reductions.reduce(Operand(t), "stats")
-    assert torch.equal(alone.mean, stats.mean) and torch.equal(alone.M2, stats.M2)
+    found, rows = [], sizes[0] * sizes[2] * sizes[3]
+    for _ in range(4):  # the errors of a few channels are chance
+        epilogue = epilogue_of("residual relu", sizes, dtype, device, "stats")
+        t, stats, _, _ = check_pass(operand_of("affine", sizes, dtype, device), epilogue)
+        # Of our own rounded result.
+        exact = reference.reduce(Operand(t.double()), "stats")
+        alone = reductions.reduce(Operand(t), "stats")
+        assert stats.rows == alone.rows == rows
+        assert torch.equal(alone.mean, stats.mean) and torch.equal(alone.M2, stats.M2)
+        found.append([*stats[1:], *fp32_stats(t)[1:], *exact[1:]])
+    columns = [torch.stack(column) for column in zip(*found, strict=True)]
+    for i, name in enumerate(("mean", "M2")):
+        assert_matches(columns[i], columns[2 + i], columns[4 + i], rows, name, maximum=False)
 
 
 @on
@@ -314,7 +318,10 @@ def test_moments(terms, parts, dtype, device, poisoned, monkeypatch):
         got, want = outer.moments(h), reference.moments(h)
         exact = reference.moments(Operand(reference._value(h).double()))
         assert got.rows == N * P * Q
-        assert_matches(got.mean, want.mean, exact.mean, got.rows, "mean")
+        # A sum in fp32 is rounded in the size of what is added, however near to zero the mean is.
+        value = rowwise(reference._value(h).double())
+        ours, theirs = ((m.double() - exact.mean).norm() for m in (got.mean, fp32_stats(reference._value(h)).mean))
+        assert ours <= 2 * theirs + 2**-24 * value.norm() / got.rows**0.5, (ours, theirs)
         ours, theirs = ((m.M2.double() - exact.M2).norm() for m in (got, want))
         # In 16 bits h enters the products as it is: their sums are rounded before the mean is taken from them.
         raw = exact.M2 + (0 if dtype == torch.float32 else got.rows * torch.outer(exact.mean, exact.mean))
@@ -361,12 +368,12 @@ def test_the_same_bits_twice(device):
     assert all(map(torch.equal, one, two))
 
 
-def test_parts_fill_the_multiprocessors_and_hold_whole_flushes():
+def test_parts_fill_the_gpu_and_hold_whole_flushes():
     for M in (1, 49, 12544, 50176, 802816):
         for tiles in (1, 2, 10, 64, 400):
-            parts, span = outer.parts_of(M, tiles, 132)
+            parts, span = outer.parts_of(M, tiles, 264)
             assert (parts - 1) * span < M <= parts * span and span % outer.FLUSH == 0
-            assert parts == 1 or (span >= outer.LEAST_SPAN and parts * tiles <= 2 * 132)
+            assert parts == 1 or (span >= outer.LEAST_SPAN and parts * tiles <= 264)
 
 
 # The algebra per channel.

@@ -214,9 +214,10 @@ def config_of(K: int, C: int, itemsize: int, arch: int, fma: bool) -> Config:
     return Config(64 if in_shared else 32, BLOCK_C, BLOCK_K, num_warps, 2)
 
 
-def parts_of(M: int, tiles: int, processors: int) -> tuple[int, int]:
-    """(parts, rows of each but the last, whole FLUSHes): two for a multiprocessor, if there are rows enough."""
-    parts = max(1, min(2 * processors // tiles, M // LEAST_SPAN))
+def parts_of(M: int, tiles: int, programs: int) -> tuple[int, int]:
+    """(parts, rows of each but the last, whole FLUSHes): so many that all `programs` that a GPU holds at once have
+    something to do, if there are rows enough."""
+    parts = max(1, min(programs // tiles, M // LEAST_SPAN))
     span = -(-M // (parts * FLUSH)) * FLUSH
     return -(-M // span), span
 
@@ -235,7 +236,9 @@ def _launch(g: Lazy, x: Lazy, sizes: tuple[int, int, int], sums: bool, moments: 
     BLOCK_M = config.BLOCK_K if fma else config.BLOCK_M
     k_tiles, c_tiles = -(-K // BLOCK_K), -(-C // BLOCK_C)
     tiles = k_tiles * (k_tiles + 1) // 2 if moments else k_tiles * c_tiles
-    parts, span = parts_of(M, tiles, processors_of(device))
+    # Accumulators in tensor cores' layout and what is added to them take over 128 registers: 8 warps at once.
+    at_once = 2 if fma else 8 // config.num_warps
+    parts, span = parts_of(M, tiles, processors_of(device) * at_once)
 
     partial = torch.empty((parts, K, C), dtype=torch.float32, device=device)
     totals = torch.empty((parts, K), dtype=torch.float32, device=device) if sums else None
@@ -254,8 +257,8 @@ def _launch(g: Lazy, x: Lazy, sizes: tuple[int, int, int], sums: bool, moments: 
         MOMENTS=moments,
         SAME=moments and k_tiles == 1,
         PRECISION=how,
-        # FMA does not truncate, and a step of so many products spills.
-        DOTS=2 if fma else FLUSH // BLOCK_M,
+        # FMA does not truncate, and a step of more products spills.
+        DOTS=1 if fma else FLUSH // BLOCK_M,
         BLOCK_M=BLOCK_M,
         BLOCK_K=BLOCK_K,
         BLOCK_C=BLOCK_C,

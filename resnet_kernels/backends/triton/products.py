@@ -434,9 +434,11 @@ def launch(
     )
     steps = sum(config.steps(1, C) for C in channels)
     weights = nbytes(*(p.w for p in products))
-    moved = sum(_read(p.operand, M) for p in products)
-    copied = moved * k_tiles + weights * m_tiles + around
+    read = sum(_read(p.operand, M) for p in products)
+    copied = read * k_tiles + weights * m_tiles + around
     issued = 2 * tiles * steps * config.BLOCK_M * config.BLOCK_N * config.BLOCK_K
-    work = Work(moved + weights + around, 2 * M * K * sum(channels), copied, issued)
+    # What masks may be an operand too (h of a tail): a program reads its rows of it twice, one after the other.
+    again = nbytes(masked) * (mask is not None and any(p.operand.tensor is mask.tensor for p in products))
+    work = Work(read + weights + around - again, 2 * M * K * sum(channels), copied, issued)
     what = " + ".join(f"1x1 {C}->{K}" for C in channels) + f" {P}x{Q}"
     return Launch(_products_kernel, tiles, arguments, config.options, what, work)
