@@ -37,13 +37,14 @@ py::dict build_info() {
 // (tensor, mask, a, b, second, a2, mean, relu, centre) of an Operand.
 using LazyTuple = std::tuple<at::Tensor, std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<at::Tensor>,
                              std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<at::Tensor>, bool,
-                             std::optional<at::Tensor>>;
+                             std::optional<at::Tensor>, std::optional<at::Tensor>, std::array<int64_t, 5>>;
 
 resnet_kernels::Lazy lazy_of(const LazyTuple& t) {
   const auto some = [](const std::optional<at::Tensor>& value) { return value.value_or(at::Tensor()); };
+  const auto& [kernel, stride, padding, H, W] = std::get<10>(t);
   return {std::get<0>(t),       some(std::get<1>(t)), some(std::get<2>(t)), some(std::get<3>(t)),
           some(std::get<4>(t)), some(std::get<5>(t)), some(std::get<6>(t)), std::get<7>(t),
-          some(std::get<8>(t))};
+          some(std::get<8>(t)), some(std::get<9>(t)), {kernel, stride, padding, H, W}};
 }
 
 // (y or None, the pair of reductions or None).
@@ -137,6 +138,7 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("second_moments", &resnet_kernels::cpu_second_moments, py::call_guard<py::gil_scoped_release>());
   m.def("max_pool_relu", &resnet_kernels::cpu_max_pool_relu, py::call_guard<py::gil_scoped_release>());
+  m.def("max_pool_relu_winners", &resnet_kernels::cpu_max_pool_relu_winners, py::call_guard<py::gil_scoped_release>());
 #ifdef RESNET_KERNELS_CUDA
   m.def("cuda_bn_pass", &cuda_bn_pass, py::call_guard<py::gil_scoped_release>());
 #endif

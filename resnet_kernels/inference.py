@@ -31,7 +31,7 @@ from .backends.contract import Backend, BackendUnavailable, Block, Call, Geometr
 from .graphs import Graphs, usable
 from .nn import BasicBlock, Bottleneck, fusable
 from .ops import block as block_op
-from .ops import stem as stem_op
+from .ops import stem_inference as stem_op
 from .ops.batch_norm import affine_of
 
 STEM = ("conv1", "bn1", "relu", "maxpool")

@@ -365,7 +365,7 @@ def test_opcheck():
     gammas, betas = ([torch.randn(t.shape[0], requires_grad=True) for t in w] for _ in range(2))
     empty = [torch.empty(0)] * 3
     plan = training.Plan(
-        [1] * 3, [1] * 3, [1] * 3, [1e-5] * 3, [True] * 3, [""] * 3, "identity", True, False, [False] * 2, "cpu"
+        [1] * 3, [1] * 3, [1] * 3, [1e-5] * 3, [True] * 3, [""] * 3, "identity", True, False, [False] * 2, [], "cpu"
     )
     op = torch.ops.resnet_kernels.residual_block_training.default
     torch.library.opcheck(op, (x, w, gammas, betas, empty, empty, *plan))

@@ -22,7 +22,7 @@ from resnet_kernels.backends import triton
 from resnet_kernels.backends.contract import Block, Call, Geometry, Operand, Packed, Pool
 from resnet_kernels.backends.triton import boxes, configs, gather, launch, offline, run, tail
 from resnet_kernels.backends.triton.convolution import Convolution
-from resnet_kernels.ops import stem as stem_op
+from resnet_kernels.ops import stem_inference as stem_op
 from resnet_kernels.roofline import H200, launches_of
 from resnet_kernels.testing import ODD_CASES, RESNET_CASES, RESNEXT_CASES, assert_matches, randomize_
 

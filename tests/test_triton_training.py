@@ -335,6 +335,7 @@ def launches_of_training(case, dtype, arch):
             relu=True,
             preactivation=False,
             stored=[],
+            pool=[],
             backend="triton",
         )
         shapes = [w.shape for w in weights]

@@ -82,21 +82,31 @@ RK_MULTI_ISA void move_sums(double* to, float* from, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] += from[i], from[i] = 0.f;
 }
 
+// t += x where winners is `element`.
+RK_MULTI_ISA void add_where(float* t, const float* x, const uint8_t* winners, int64_t element, int64_t C) {
+  const int32_t wanted = static_cast<int32_t>(element);
+  for (int64_t c = 0; c < C; ++c) t[c] += static_cast<int32_t>(winners[c]) == wanted ? x[c] : 0.f;
+}
+
 const float* data(const at::Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
 
 // The pointers of a Lazy, and its value over rows: in `t`, or where it already stands.
 struct Rows {
   const float *x, *mask, *a, *b, *second, *a2, *mean, *centre;
   bool relu;
-  int64_t C;
+  int64_t C, P, Q;  // P x Q: the map of x
+  const uint8_t* winners;
+  PoolWindow window;
 
   explicit Rows(const Lazy& l)
       : x(data(l.x)), mask(data(l.mask)), a(data(l.a)), b(data(l.b)), second(data(l.second)), a2(data(l.a2)), mean(data(l.mean)),
-        centre(data(l.centre)), relu(l.relu), C(l.x.size(1)) {}
+        centre(data(l.centre)), relu(l.relu), C(l.x.size(1)), P(l.x.size(2)), Q(l.x.size(3)),
+        winners(l.winners.defined() ? l.winners.const_data_ptr<uint8_t>() : nullptr), window(l.window) {}
 
   const float* value(float* t, int64_t first, int64_t rows) const {
     const int64_t at = first * C, count = rows * C;
     const float* v = x + at;
+    if (winners) unpool(t, first, rows), v = t;
     if (mask) keep(t, v, mask + at, 0, count), v = t;
     if (a && second) affine_of_two(t, v, a, b, second + at, a2, mean, rows, C), v = t;
     else if (a && relu) return affine_relu(t, v, a, b, rows, C), centred(t, t, rows);
@@ -106,6 +116,21 @@ struct Rows {
   }
 
  private:
+  void unpool(float* t, int64_t first, int64_t rows) const {
+    const auto [kernel, stride, padding, H, W] = window;
+    std::fill(t, t + rows * C, 0.f);
+    for (int64_t m = first; m < first + rows; ++m, t += C) {
+      const int64_t n = m / (H * W), h = m / W % H + padding, w = m % W + padding;
+      // Windows that hold (h, w) of the padded map: from the first whose end is behind it to the last that begins there.
+      const auto from = [&](int64_t at) { return at < kernel ? 0 : (at - kernel) / stride + 1; };
+      for (int64_t p = from(h); p <= std::min(h / stride, P - 1); ++p)
+        for (int64_t q = from(w); q <= std::min(w / stride, Q - 1); ++q) {
+          const int64_t at = ((n * P + p) * Q + q) * C;
+          add_where(t, x + at, winners + at, (h - p * stride) * kernel + w - q * stride, C);
+        }
+    }
+  }
+
   const float* centred(float* t, const float* v, int64_t rows) const {
     if (!centre) return v;
     add_per_channel(t, v, centre, -1, rows, C);
@@ -114,12 +139,21 @@ struct Rows {
 };
 
 void check(const Lazy& l, at::IntArrayRef sizes, const char* name) {
+  const auto own = l.sizes();
+  RK_CHECK_EQ(at::IntArrayRef(own), sizes, name);
   for (const auto& t : {l.x, l.mask, l.second}) {
     if (!t.defined()) continue;
     check_cpu(t, name);
     check_nhwc(t, name);
     RK_CHECK_EQ(t.scalar_type(), at::kFloat, name);
-    RK_CHECK_EQ(t.sizes(), sizes, name);
+    if (!t.is_same(l.x)) RK_CHECK_EQ(t.sizes(), sizes, name);
+  }
+  if (l.winners.defined()) {
+    check_cpu(l.winners, name);
+    check_nhwc(l.winners, name);
+    RK_CHECK_EQ(l.winners.scalar_type(), at::kByte, name);
+    RK_CHECK_EQ(l.winners.sizes(), l.x.sizes(), name);
+    TORCH_CHECK(l.window.kernel > 0 && l.window.stride > 0, name, ": expected a window and a stride of at least 1");
   }
   for (const auto& t : {l.a, l.b, l.a2, l.mean, l.centre})
     if (t.defined()) check_per_channel(t, sizes[1], name);
@@ -131,11 +165,12 @@ void check(const Lazy& l, at::IntArrayRef sizes, const char* name) {
 
 Passed cpu_pass(const Lazy& lazy, const Finish& finish, bool store, const at::Tensor& out, Reduce reduce,
                 const at::Tensor& xhat, const at::Tensor& mean, const at::Tensor& rstd) {
-  const auto sizes = lazy.x.sizes();
+  const auto own = lazy.sizes();
+  const at::IntArrayRef sizes(own);
   check(lazy, sizes, "x");
   if (finish.residual) check(*finish.residual, sizes, "residual");
   if (finish.kept) check(*finish.kept, sizes, "mask");
-  const int64_t C = sizes[1], M = lazy.x.numel() / std::max<int64_t>(C, 1);
+  const int64_t C = sizes[1], M = sizes[0] * sizes[2] * sizes[3];
   if (finish.shift.defined()) check_per_channel(finish.shift, C, "shift");
   if (reduce == Reduce::kNormalized) {
     check(Lazy{xhat}, sizes, "xhat");

@@ -4,19 +4,36 @@
 
 #include <ATen/ATen.h>
 
+#include <array>
 #include <optional>
 #include <utility>
 
 namespace resnet_kernels {
 
+// Of max pooling: kernel, stride, padding, and the map (H, W) that was pooled.
+struct PoolWindow {
+  int64_t kernel, stride, padding, H, W;
+};
+
+constexpr uint8_t kNowhere = 255;  // in `Lazy::winners`: what is at x there goes nowhere
+
 // A tensor seen through what is applied to it, in this order; absent parts are undefined tensors.
 struct Lazy {
-  at::Tensor x;                 // (N, C, H, W)
+  at::Tensor x;                 // (N, C, H, W); with winners, of the pooled map
   at::Tensor mask;              // of x's sizes: x where not (mask <= 0), else 0
   at::Tensor a, b;              // a*x + b
   at::Tensor second, a2, mean;  // + a2*(second - mean)
   bool relu = false;
   at::Tensor centre;            // - centre
+  // First of all: uint8 of x's sizes, which element of its window, row by row, each maximum was. Every element of the
+  // map that was pooled is the sum of x over the windows whose maximum it was.
+  at::Tensor winners;
+  PoolWindow window{};
+
+  // Of what it stands for.
+  std::array<int64_t, 4> sizes() const {
+    return {x.size(0), x.size(1), winners.defined() ? window.H : x.size(2), winners.defined() ? window.W : x.size(3)};
+  }
 };
 
 // What happens to it then, in this order.

@@ -56,6 +56,19 @@ class Pool(NamedTuple):
     padding: int
 
 
+# In place of an element of a window: what its maximum gets ends there.
+NOWHERE = 255
+
+
+class Pooled(NamedTuple):
+    """What the gradient of max pooling needs beside that of its result. winners: uint8 of the result's sizes, which
+    element of its window, row by row, each maximum was, or NOWHERE. size: (H, W) of what was pooled."""
+
+    winners: Tensor
+    pool: Pool
+    size: tuple[int, int]
+
+
 class Block(NamedTuple):
     """A residual block: packed weights and geometries of its chain, then of its projection if `shortcut` is
     "projection" (else "identity" or "zero_pad"); the chain's shifts, the last with the projection's added."""
@@ -71,7 +84,9 @@ class Operand:
     """A tensor seen through what is applied while loading it, in this order:
 
     v = tensor, every stride-th row and column
-    v = v where mask, else 0         mask: bool of the tensor's sizes, or what the same backend returned for "mask"
+    v = of the map that was pooled, where each element gets what the maxima that it was have in v (then stride is 1)
+    v = v where mask, else 0         mask: bool of the tensor's sizes, or what the same backend returned for "mask", or
+                                     another operand of one tensor with affine and ReLU: where not (it <= 0)
     v = a*v + b                      affine = (a, b), per channel
     v = a*v + a2*(tensor2 - mean) + b   with second = (tensor2, a2, mean): a large mean leaves before it is multiplied
     v = relu(v), rounded to the tensor's dtype
@@ -82,14 +97,23 @@ class Operand:
     affine: tuple[Tensor, Tensor] | None = None
     second: tuple[Tensor, Tensor, Tensor] | None = None
     relu: bool = False
-    mask: Tensor | None = None
+    mask: Tensor | Operand | None = None
     stride: int = 1
     centre: Tensor | None = None
+    pooled: Pooled | None = None
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """N, C, H, W of what it stands for."""
+        N, C, H, W = self.tensor.shape
+        if self.pooled is not None:
+            H, W = self.pooled.size
+        return N, C, -(-H // self.stride), -(-W // self.stride)
 
     @property
     def plain(self) -> bool:
         """Whether it is its tensor."""
-        nothing = (self.affine, self.second, self.mask, self.centre)
+        nothing = (self.affine, self.second, self.mask, self.centre, self.pooled)
         return self.stride == 1 and not self.relu and all(value is None for value in nothing)
 
 
@@ -126,8 +150,7 @@ class Product:
         x, shape, g = self.operand.tensor, self.packed.shape, self.geometry
         if x.dim() != 4 or len(shape) != 4:
             raise ValueError(f"conv: expected 4-D operand and weight, got {tuple(x.shape)} and {shape}")
-        N, channels, H, W = x.shape
-        H, W = -(-H // self.operand.stride), -(-W // self.operand.stride)
+        N, channels, H, W = self.operand.sizes
         K, C, R, S = shape[0], shape[1] * g.groups, shape[2], shape[3]
         expected = C if self.data_grad_size is None else K
         if channels != expected:
@@ -153,7 +176,9 @@ class Epilogue:
         spread-th row and column of the result, zeros between.
     mask: bool of the result's sizes, or an Operand: then t stays where `not (operand <= 0)`.
     reduce: "stats" for `Stats` of the rounded result; `Normalized` xhat for the pair sum(t), sum(t * xhat) per channel;
-        "mask" for a tensor that tells where `not (result <= 0)`, in a form of the backend's own (`mask_size`).
+        "mask" for a tensor that tells where `not (result <= 0)`, in a form of the backend's own (`mask_size`);
+        "winners", with relu and pooling, for `Pooled.winners`: of several maxima the first, NOWHERE where the result
+        is <= 0.
     overwrite: the result may take the residual's memory.
     """
 
@@ -255,6 +280,7 @@ def call_of(products: Sequence[Product], epilogue: Epilogue) -> Call:
         "mask": epilogue.mask is not None or any(o.mask is not None for o in operands),
         "reduce": epilogue.reduce is not None,
         "data_grad": any(p.data_grad_size for p in products),
+        "pool": any(o.pooled is not None for o in operands),
     }
     x = products[0].operand.tensor
     shapes = tuple((p.packed.shape, p.geometry) for p in products)
@@ -277,8 +303,7 @@ def check_conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[int, in
         if p.output_sizes() != sizes:
             raise ValueError(f"conv: expected products of equal sizes, got {sizes} and {p.output_sizes()}")
     if epilogue.residual is not None:
-        r, s = epilogue.residual.tensor, epilogue.residual.stride
-        got = (r.shape[0], r.shape[1], -(-r.shape[2] // s), -(-r.shape[3] // s))
+        got = epilogue.residual.sizes
         expected = (*sizes[:2], *(-(-n // epilogue.spread) for n in sizes[2:]))
         if (got[0], *got[2:]) != (expected[0], *expected[2:]) or got[1] > expected[1]:
             raise ValueError(f"conv: expected a residual of {expected}, got {got}")
@@ -305,7 +330,7 @@ def fold(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 class Backend(Protocol):
     """A backend is a module with these names. A primitive may be called where `why_not` of its call is None, and need
-    not exist elsewhere. Optional are, in one call, what `ops.block.run` and `ops.stem.run` compose:
+    not exist elsewhere. Optional are, in one call, what `ops.block.run` and `ops.stem_inference.run` compose:
 
     residual_blocks(x, blocks, overwrite)
     stem(x, weight, shift, geometry, pool), with its weight by `pack_stem(weight, scale, geometry, pool)` and its x in
@@ -341,6 +366,9 @@ class Backend(Protocol):
 
     def conv(self, products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
         """(t, reduced): t (N, K, P, Q) = epilogue(sum of products), channels_last; reduced as `Epilogue.reduce`."""
+
+    def masked_conv(self, products: Sequence[Product], epilogue: Epilogue) -> tuple[Operand, tuple[Tensor, Tensor]]:
+        """`conv` with a mask, an Operand, and sums; the result as an operand that may hold the mask."""
 
     def wgrad(
         self, g: Operand, x: Operand, kernel: tuple[int, int], geometry: Geometry, sums: bool = False

@@ -154,12 +154,24 @@ def residual_blocks(x: Tensor, blocks: Sequence[Block], overwrite: bool) -> Tens
 
 
 def bn_pass(x: Operand, epilogue: Epilogue, pool: Pool | None = None) -> tuple[Tensor, Any]:
-    t, dtype = x.tensor, x.tensor.dtype
+    dtype = x.tensor.dtype
     if pool is None:
         return _pass(x, epilogue, dtype, store=True)
+    C, _ = extension.load()
+    if epilogue.reduce == "winners":
+        affine: tuple[Tensor, Tensor] | None = x.affine
+        if (
+            dtype != torch.float32
+            or x != Operand(x.tensor, affine)
+            or epilogue != Epilogue(relu=True, reduce="winners")
+        ):
+            # Which of them is the greatest is decided between rounded values.
+            x, affine = Operand(_pass(x, dataclasses.replace(epilogue, reduce=None), dtype, store=True)[0]), None
+        a, b = (t.float().contiguous() for t in affine) if affine else (None, None)
+        y, winners = C.max_pool_relu_winners(_nhwc(x.tensor, torch.float32), a, b, *pool)
+        return y.to(dtype), winners
     if x.plain and epilogue == Epilogue(relu=True):
-        C, _ = extension.load()
-        v = _nhwc(t, torch.float32 if dtype == torch.float16 else dtype)
+        v = _nhwc(x.tensor, torch.float32 if dtype == torch.float16 else dtype)
         return C.max_pool_relu(v, *pool).to(dtype), None
     return torch.max_pool2d(_pass(x, epilogue, dtype, store=True)[0], *pool), None
 
@@ -178,11 +190,13 @@ def settle(operand: Operand, kernel: int) -> Operand:
 def _lazy(o: Operand) -> tuple:
     """As the extension takes it, in fp32; its stride must be 1."""
     per_channel = [None if t is None else t.float().contiguous() for t in (*(o.affine or (None, None)), o.centre)]
-    tensors = [None if t is None else _nhwc(t, torch.float32) for t in (o.tensor, o.mask, o.second and o.second[0])]
-    if o.mask is not None and o.mask.dtype == torch.bool:
-        tensors[1] = _nhwc(o.mask, torch.float32)
+    mask = _plain(o.mask, torch.float32) if isinstance(o.mask, Operand) else o.mask
+    tensors = [None if t is None else _nhwc(t, torch.float32) for t in (o.tensor, mask, o.second and o.second[0])]
     a2, mean = (None, None) if o.second is None else (t.float().contiguous() for t in o.second[1:])
-    return tensors[0], tensors[1], *per_channel[:2], tensors[2], a2, mean, o.relu, per_channel[2]
+    winners, window = None, (0,) * 5
+    if o.pooled is not None:
+        winners, window = _nhwc(o.pooled.winners, torch.uint8), (*o.pooled.pool, *o.pooled.size)
+    return tensors[0], tensors[1], *per_channel[:2], tensors[2], a2, mean, o.relu, per_channel[2], winners, window
 
 
 def _unstrided(o: Operand) -> Operand:
@@ -194,7 +208,7 @@ def _unstrided(o: Operand) -> Operand:
         return t[:, :, :: o.stride, :: o.stride]
 
     second = None if o.second is None else (part(o.second[0]), *o.second[1:])
-    mask = None if o.mask is None else part(o.mask)
+    mask = None if o.mask is None else part(_plain(o.mask, torch.float32) if isinstance(o.mask, Operand) else o.mask)
     return dataclasses.replace(o, tensor=part(o.tensor), second=second, mask=mask, stride=1)
 
 
@@ -221,7 +235,7 @@ def _pass(x: Operand, e: Epilogue, dtype: torch.dtype, store: bool, in_place: bo
     if e.residual is not None:
         r = _unstrided(e.residual)
         if e.spread > 1 or r.tensor.shape[1] < x.tensor.shape[1]:
-            r = Operand(_spread(_plain(r, torch.float32), x.tensor.shape, e.spread))
+            r = Operand(_spread(_plain(r, torch.float32), x.sizes, e.spread))
         residual = _lazy(r)
     if e.mask is not None:
         kept = _lazy(e.mask if isinstance(e.mask, Operand) else Operand(e.mask.to(torch.float32)))
@@ -233,19 +247,20 @@ def _pass(x: Operand, e: Epilogue, dtype: torch.dtype, store: bool, in_place: bo
         normalized = [_nhwc(n.tensor, torch.float32), n.mean.float().contiguous(), n.rstd.float().contiguous()]
     elif e.reduce == "stats" and not rounds:
         kind = "stats"
-    lazy = _lazy(x)
+    lazy, (N, _, H, W) = _lazy(x), x.sizes
+    rows = N * H * W
     shift = None if e.shift is None else e.shift.float().contiguous()
     out = lazy[0] if in_place and lazy[0].is_contiguous(memory_format=torch.channels_last) else None
     y, sums = C.bn_pass(lazy, shift, residual, e.relu, kept, _rounds_to_zero(dtype), store, out, kind, normalized)
     if not store:
-        return None, Stats(x.tensor.numel() // x.tensor.shape[1], *sums) if kind else sums
+        return None, Stats(rows, *sums) if kind else sums
     t: Tensor = y.to(dtype)
     if e.reduce == "mask":
         return t, t
     if rounds and e.reduce is not None:
         return t, reduce(Operand(t), e.reduce)
     if kind:
-        return t, Stats(x.tensor.numel() // x.tensor.shape[1], *sums)
+        return t, Stats(rows, *sums)
     return t, sums
 
 
@@ -262,6 +277,11 @@ def reduce(x: Operand, by: str | Normalized) -> Any:
     elif x.tensor.dtype != torch.float32:
         x = Operand(_plain(x, torch.float32))
     return _pass(x, Epilogue(reduce=by), torch.float32, store=False)[1]
+
+
+def masked_conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Operand, tuple[Tensor, Tensor]]:
+    t, sums = conv(products, epilogue)
+    return Operand(t), sums
 
 
 def wgrad(

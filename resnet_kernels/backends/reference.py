@@ -16,6 +16,7 @@ from torch.nn.grad import conv2d_weight
 
 from . import algebra
 from .contract import (
+    NOWHERE,
     Affine,
     Call,
     Epilogue,
@@ -25,6 +26,7 @@ from .contract import (
     Operand,
     Packed,
     Pool,
+    Pooled,
     Product,
     Stats,
     TailGrad,
@@ -74,6 +76,8 @@ def _value(operand: Operand) -> Tensor:
     s = operand.stride
     x = operand.tensor[:, :, ::s, ::s]
     v = x.to(wide(x.dtype))
+    if operand.pooled is not None:
+        v = _unpooled(v, operand.pooled)
     if operand.mask is not None:
         v = torch.where(_kept(operand.mask)[:, :, ::s, ::s], v, 0)
     if operand.affine is not None:
@@ -86,6 +90,29 @@ def _value(operand: Operand) -> Tensor:
         v = torch.relu(v)
     v = v.to(x.dtype)
     return v if operand.centre is None else v - _per_channel(operand.centre)
+
+
+def _corners(pool: Pool, P: int, Q: int) -> tuple[Tensor, Tensor]:
+    """Row and column of the first element of each of P x Q windows."""
+    rows, columns = (torch.arange(n) * pool.stride - pool.padding for n in (P, Q))
+    return rows[:, None], columns[None, :]
+
+
+def _winners(flat: Tensor, t: Tensor, pool: Pool, W: int) -> Tensor:
+    """`Pooled.winners` from where the maxima t stand in their map of width W, counted row by row."""
+    row, column = (o.to(flat.device) for o in _corners(pool, *t.shape[2:]))
+    within = (flat // W - row) * pool.kernel + flat % W - column
+    return torch.where(t <= 0, NOWHERE, within).to(torch.uint8).contiguous(memory_format=torch.channels_last)
+
+
+def _unpooled(v: Tensor, pooled: Pooled) -> Tensor:
+    winners, pool, (H, W) = pooled
+    row, column = (o.to(v.device) for o in _corners(pool, *v.shape[2:]))
+    within, ends = winners.long(), winners == NOWHERE
+    flat = (row + within // pool.kernel) * W + column + within % pool.kernel
+    full = v.new_zeros(*v.shape[:2], H * W)
+    full.scatter_add_(2, torch.where(ends, 0, flat).flatten(2), torch.where(ends, 0, v).flatten(2))
+    return full.view(*v.shape[:2], H, W)
 
 
 def _kept(mask: Tensor | Operand) -> Tensor:
@@ -106,7 +133,11 @@ def _finish(t: Tensor, epilogue: Epilogue, dtype: torch.dtype, pool: Pool | None
         t = torch.where(_kept(epilogue.mask), t, 0)
     t = t.to(dtype)
     if pool is not None:
-        t = F.max_pool2d(t, *pool)
+        W = t.shape[3]
+        t, flat = F.max_pool2d(t, *pool, return_indices=True)
+        if epilogue.reduce == "winners":
+            t = t.contiguous(memory_format=torch.channels_last)
+            return t, _winners(flat, t, pool, W)
     t = t.contiguous(memory_format=torch.channels_last)
     if epilogue.reduce is None or epilogue.reduce == "mask":
         return t, None if epilogue.reduce is None else t
@@ -147,6 +178,11 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
         total = t if total is None else total + t
     assert total is not None
     return _finish(total, epilogue, dtype)
+
+
+def masked_conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Operand, tuple[Tensor, Tensor]]:
+    t, sums = conv(products, epilogue)
+    return Operand(t), sums
 
 
 def wgrad(

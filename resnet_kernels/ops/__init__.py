@@ -2,7 +2,7 @@
 
 from .batch_norm import BatchNorm
 from .block import residual_block
-from .block_training import preactivation_block, residual_block_training
+from .block_training import preactivation_block, residual_block_training, stem
 from .functional import basic_block, bottleneck, conv_bn_act, preactivation_basic_block, preactivation_bottleneck
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "preactivation_bottleneck",
     "residual_block",
     "residual_block_training",
+    "stem",
 ]

@@ -1,4 +1,4 @@
-"""Training as torch ops: residual blocks with batch statistics, differentiable once."""
+"""Training as torch ops: residual blocks and stems with batch statistics, differentiable once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends import select
-from ..backends.contract import Call, Geometry, wide
+from ..backends.contract import Call, Geometry, Pool, wide
 from .batch_norm import BatchNorm, update_running
 from .block import LIBRARY, SHORTCUTS, check_chain, same_padding, walk
 from .preactivation import PreactivationBackward, PreactivationForward
@@ -22,9 +22,10 @@ def call_of_training(
     weights: Sequence[Sequence[int]],
     geometries: Sequence[Sequence[int]],
     size: Sequence[int],
+    pool: bool = False,
 ) -> Call:
     shapes = tuple((tuple(w), Geometry(*g)) for w, g in zip(weights, geometries, strict=True))
-    return Call(device, dtype, frozenset({"training"}), shapes, tuple(size))
+    return Call(device, dtype, frozenset({"training"} | ({"pool"} if pool else set())), shapes, tuple(size))
 
 
 # A compiler takes what it says for granted: what is built, and which tables there are, is no part of its graph.
@@ -35,15 +36,19 @@ def _chosen(
     weights: list[tuple[int, ...]],
     geometries: list[tuple[int, ...]],
     size: tuple[int, ...],
+    pool: bool,
 ) -> str:
     """The name of the backend that runs a call, forward and backward."""
-    return select.choose(call_of_training(device, dtype, weights, geometries, size)).NAME
+    return select.choose(call_of_training(device, dtype, weights, geometries, size, pool)).NAME
 
+
+# Kernel of a stem's pooling: more elements have no index in a byte.
+MOST_POOLED = 15
 
 # The ops. Lists of numbers are a plan's fields, in their order.
 PLAN = (
     "int[] strides, int[] dilations, int[] groups, float[] eps, bool[] batch, str[] groups_of, str shortcut, "
-    "bool relu, bool preactivation, bool[] stored, str backend"
+    "bool relu, bool preactivation, bool[] stored, int[] pool, str backend"
 )
 
 
@@ -65,8 +70,14 @@ def _forward(
         return kind(backend, x, weights, gammas, betas, means, variances, p).run().flat()
 
 
-def _nhwc(x: Tensor, sizes: Sequence[int]) -> Tensor:
-    return torch.empty(tuple(sizes), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+def _nhwc(x: Tensor, sizes: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(tuple(sizes), dtype=dtype or x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def pooled_size(size: Sequence[int], pool: Pool) -> tuple[int, int]:
+    """Of the result of max pooling a map of `size` (H, W)."""
+    g = Geometry(pool.stride, pool.padding)
+    return g.output_size(size[0], pool.kernel), g.output_size(size[1], pool.kernel)
 
 
 def _forward_fake(
@@ -85,6 +96,8 @@ def _forward_fake(
     outputs = maps[: p.n] if p.preactivation else [*maps[1:], maps[-1]]
     result = (x.shape[0], *maps[-1])
     mask = select.BY_NAME[p.backend].mask_size(result) if p.relu else None
+    if p.pool:
+        result = (*result[:2], *pooled_size(result[2:], Pool(*p.pool)))
     w = wide(x.dtype)
     c = {i: _nhwc(x, (x.shape[0], *outputs[i])) for i in p.outputs()}
     tables = [x.new_empty(5, sizes[0], dtype=w) for sizes in outputs[: len(p.batch)]]
@@ -92,7 +105,8 @@ def _forward_fake(
         i: (x.new_empty(operands[i][0], dtype=w), x.new_empty(operands[i][0], operands[i][0], dtype=w))
         for i in p.moments()
     }
-    return Kept(_nhwc(x, result), x.new_empty(mask or 0, dtype=torch.uint8), c, tables, moments).flat()
+    masking = _nhwc(x, result, torch.uint8) if p.pool else x.new_empty(mask or 0, dtype=torch.uint8)
+    return Kept(_nhwc(x, result), masking, c, tables, moments).flat()
 
 
 def _backward(
@@ -152,7 +166,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     x, weights, gammas, betas, _, _, *plan = inputs
     y, mask, *rest = output
     # y is read where it is the mask of its own ReLU; else only sizes are, which dy has too.
-    needed = Plan(*plan).relu and mask.numel() == 0
+    needed = Plan(*plan).relu and not Plan(*plan).pool and mask.numel() == 0
     ctx.save_for_backward(x, *weights, y if needed else mask.new_empty(0), mask, *rest)
     ctx.plan, ctx.count = plan, len(weights)
     ctx.dtypes = [[t.dtype for t in tensors] for tensors in (weights, gammas, betas)]
@@ -177,7 +191,8 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> tuple:
             found = [next(flat) for _ in dtypes]
             lists[i] = [t.to(d) if wanted else None for t, wanted, d in zip(found, need, dtypes, strict=True)]
     no_vectors: list[None] = [None] * len(ctx.dtypes[1])
-    return (dx, *lists, no_vectors, list(no_vectors), *[None] * len(ctx.plan))
+    # An empty list is taken for one of tensors.
+    return (dx, *lists, no_vectors, list(no_vectors), *([] if field == [] else None for field in ctx.plan))
 
 
 def _no_second_derivative(ctx: Any, *grads: Any) -> tuple:
@@ -219,6 +234,7 @@ def arguments(
     shortcut: str,
     relu: bool,
     preactivation: bool = False,
+    pool: Pool | None = None,
 ) -> tuple[list[list[Tensor]], Plan]:
     """What the op takes beside x and weights: gammas, betas, means and variances; its plan."""
     geometries = [same_padding(w, *row) for w, *row in zip(weights, strides, dilations, groups, strict=True)]
@@ -227,8 +243,8 @@ def arguments(
     size = () if torch.compiler.is_compiling() else tuple(x.shape)
     plan = Plan(
         list(strides), list(dilations), list(groups), [n.eps for n in norms], [n.batch for n in norms],
-        [n.group for n in norms], shortcut, relu, preactivation, [False, False],
-        _chosen(x.device, x.dtype, shapes, [tuple(g) for g in geometries], size),
+        [n.group for n in norms], shortcut, relu, preactivation, [False, False], list(pool or ()),
+        _chosen(x.device, x.dtype, shapes, [tuple(g) for g in geometries], size, pool is not None),
     )  # fmt: skip
     if not preactivation:
         plan = plan._replace(stored=stored_outputs(x.shape, shapes, plan, geometries))
@@ -311,6 +327,46 @@ def preactivation_block(
     vectors, plan = arguments(x, weights, norms, strides, dilations, groups, shortcut, False, preactivation=True)
     kept = run(x, weights, vectors, plan)
     update_running(norms, kept.tables)
+    return kept.y
+
+
+def stem(
+    x: Tensor,
+    weight: Tensor,
+    norm: BatchNorm,
+    stride: int = 2,
+    dilation: int = 1,
+    groups: int = 1,
+    pool: Sequence[int] = (3, 2, 1),
+) -> Tensor:
+    """y = max_pool(relu(bn(conv(x, weight))))
+
+    Args:
+        weight: (K, C/groups, R, R), R odd, padding dilation * (R // 2).
+        norm: batch or known statistics.
+        pool: kernel, stride and padding of the pooling; padding is below everything. Of several maxima the first gets
+            the gradient, as in `torch.nn.functional.max_pool2d`.
+        The others, errors and numerics as in `residual_block_training`.
+    Returns:
+        y: (N, K, P, Q) in x's dtype, channels_last.
+    Keeps for the gradient: x, the convolution's output, a byte for each element of y, vectors per channel.
+    """
+    window = Pool(*pool)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    geometry = [stride], [dilation], [groups]
+    check(x, [weight], [norm], *geometry, "none")
+    if not (0 < window.kernel <= MOST_POOLED and window.stride > 0 and 0 <= 2 * window.padding <= window.kernel):
+        raise ValueError(
+            f"pool: expected a kernel of 1 to {MOST_POOLED}, a stride and at most half the kernel as padding, got {window}"
+        )
+    g = same_padding(weight, stride, dilation, groups)
+    _, (_, mapped) = walk(x.shape[1:], [weight.shape], [g], "none")
+    if min(pooled_size(mapped[1:], window)) < 1:
+        raise ValueError(f"pool: {window} does not fit a map of {mapped[1]}x{mapped[2]}")
+    vectors, plan = arguments(x, [weight], [norm], *geometry, "none", True, pool=window)
+    kept = run(x, [weight], vectors, plan)
+    update_running([norm], kept.tables)
     return kept.y
 
 

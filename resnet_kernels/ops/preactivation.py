@@ -75,8 +75,8 @@ class PreactivationBackward(Backward):
             if not self.wanted_below(i):
                 break
             epilogue = Epilogue(residual=residual, spread=spread, mask=h, reduce=self.normalized(i))
-            gh, sums = backend.conv(products, epilogue)
-            dc = self.through_norm(i, Operand(gh), sums, gh.shape[0] * gh.shape[2] * gh.shape[3])
+            gh, sums = backend.masked_conv(products, epilogue)
+            dc = self.through_norm(i, gh, sums, self.rows(gh.tensor))
         if not self.need_x:
             return Gradients(None, self.dweights, self.dgammas, self.dbetas)
         dx, _ = backend.bn_pass(dc, Epilogue(residual=g if plan.shortcut == "identity" else None))

@@ -5,12 +5,15 @@
 
     shortcut(x) = x  |  bn_s(conv(x, W_s))  |  x subsampled, zero channels appended  |  nothing
 
+or, of a network's stem, y = max_pool(relu(bn_1(c_1))).
+
 Each batch norm normalises by the statistics of its c (of this process or of a group's), or by known ones (frozen).
 
 Kept for the gradient are x, c_1 .. c_{n-1}, where y > 0, and vectors per channel. h_i = relu(a_i c_i + b_i) is made
 again wherever it is read. c_n, and the projection's c_s, are not stored either where the convolution is 1x1: their
 statistics follow from the moments of their operands (`backends.algebra`), and so do their gradients. Where the matrix
-of second moments would cost more than it saves (`pays_by_moments`) they are stored like the rest.
+of second moments would cost more than it saves (`pays_by_moments`) they are stored like the rest. Of a stem c_1 is
+kept, and which element of its window each maximum was.
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ from ..backends.contract import (
     Moments,
     Normalized,
     Operand,
+    Pool,
+    Pooled,
     Product,
     Stats,
     TailGrad,
@@ -47,7 +52,8 @@ class Plan(NamedTuple):
     """What of a block is no tensor. strides, dilations, groups: one per convolution, the projection's last. eps, batch,
     groups_of (names of process groups, "" for none): one per batch norm; with `preactivation` (ops/preactivation.py)
     the projection has none. stored: whether the outputs of the chain's last convolution and of the projection are.
-    backend: the name of the one that runs forward and backward."""
+    pool: kernel, stride and padding of what ends a stem, else nothing. backend: the name of the one that runs forward
+    and backward."""
 
     strides: Sequence[int]
     dilations: Sequence[int]
@@ -59,6 +65,7 @@ class Plan(NamedTuple):
     relu: bool
     preactivation: bool
     stored: Sequence[bool]
+    pool: Sequence[int]
     backend: str
 
     @property
@@ -124,6 +131,8 @@ def stored_outputs(
     size: Sequence[int], weights: Sequence[Sequence[int]], plan: Plan, geometries: Sequence[Geometry]
 ) -> list[bool]:
     """`Plan.stored` for an input of `size` (N, C, H, W)."""
+    if plan.pool:
+        return [True, False]
     _, maps = walk(size[1:], weights, geometries, plan.shortcut)
     rows = size[0] * maps[-1][1] * maps[-1][2]
 
@@ -276,9 +285,12 @@ class Forward(Block):
             added.append(Operand(padded.contiguous(memory_format=torch.channels_last)))
         elif plan.shortcut == "identity":
             added.append(Operand(self.x))
-        reduce = "mask" if plan.relu else None
         first = None if products else added.pop(0)
-        epilogue = Epilogue(shift, added[0] if added else None, plan.relu, reduce=reduce)
+        if plan.pool:
+            assert first is not None
+            y, winners = backend.bn_pass(first, Epilogue(relu=True, reduce="winners"), Pool(*plan.pool))
+            return Kept(y, winners, c, self.tables, moments)
+        epilogue = Epilogue(shift, added[0] if added else None, plan.relu, reduce="mask" if plan.relu else None)
         y, mask = backend.conv(products, epilogue) if first is None else backend.bn_pass(first, epilogue)
         if mask is None or mask is y:
             mask = self.x.new_empty(0, dtype=torch.uint8)
@@ -318,6 +330,15 @@ class Backward(Block):
     def wanted_below(self, i: int) -> bool:
         """Whether anything that convolution i of the chain depends on through its operand wants a gradient."""
         return self.need_x or any(self.need_weights[:i]) or any(self.need_norms[:i])
+
+    def before_relu(self, dy: Tensor) -> Operand:
+        """The gradient of what the block's last ReLU takes."""
+        plan, kept = self.plan, self.kept
+        if plan.pool:
+            H, W = kept.c[0].shape[2:]
+            return Operand(dy, pooled=Pooled(kept.mask, Pool(*plan.pool), (H, W)))
+        mask = (kept.mask if kept.mask.numel() else kept.y) if plan.relu else None
+        return self.backend.settle(Operand(dy, mask=mask), 1)
 
     def through_norm(self, i: int, gh: Operand, sums: tuple[Tensor, Tensor], rows: int) -> Operand:
         """dc = al*gh + be*(c - mean) + const, from sum(gh) and sum(gh * xhat)."""
@@ -379,9 +400,8 @@ class Backward(Block):
 
     def run(self, dy: Tensor) -> Gradients:
         plan, backend, n, kept = self.plan, self.backend, self.plan.n, self.kept
-        self.dy, rows = dy, self.rows(dy)
-        mask = (kept.mask if kept.mask.numel() else kept.y) if plan.relu else None
-        g = backend.settle(Operand(dy, mask=mask), 1)
+        self.dy, rows = dy, self.rows(kept.c[0] if plan.pool else dy)
+        g = self.before_relu(dy)
         shortcut = self.through_projection(g, rows) if plan.projected else None
         i = n - 1
         h = self.activation(i, kept.c)
@@ -394,8 +414,8 @@ class Backward(Block):
             if not self.wanted_below(i + 1):
                 break
             operand = self.activation(i + 1, kept.c)
-            gh, sums = backend.conv(products, Epilogue(shift, mask=operand, reduce=self.normalized(i)))
-            dc = self.through_norm(i, Operand(gh), sums, self.rows(gh))
+            gh, sums = backend.masked_conv(products, Epilogue(shift, mask=operand, reduce=self.normalized(i)))
+            dc = self.through_norm(i, gh, sums, self.rows(gh.tensor))
             products, shift = self.through_convolution(i, dc, self.activation(i, kept.c)), None
         dx = self.through_input(products, shift, g, shortcut) if self.need_x else None
         return Gradients(dx, self.dweights, self.dgammas, self.dbetas)

@@ -115,6 +115,10 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
     return _training("training").conv(products, epilogue)
 
 
+def masked_conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Operand, tuple[Tensor, Tensor]]:
+    return _training("training").masked_conv(products, epilogue)
+
+
 def wgrad(
     g: Operand, x: Operand, kernel: tuple[int, int], geometry: Geometry, sums: bool = False
 ) -> tuple[Tensor, Tensor | None]:
@@ -127,7 +131,7 @@ def moments(h: Operand) -> Moments:
 
 def bn_pass(x: Operand, epilogue: Epilogue, pool: Pool | None = None) -> tuple[Tensor, Any]:
     if pool is not None:
-        return _kernels()[0].bn_pass(x, epilogue, pool), None
+        return _kernels()[0].bn_pass(x, epilogue, pool)
     return _training("reductions").bn_pass(x, epilogue)
 
 

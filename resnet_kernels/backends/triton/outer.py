@@ -28,8 +28,7 @@ from ..contract import Geometry, Moments, Operand
 from . import configs, reductions
 from .configs import Config
 from .launch import Launch, Work, arch_of, nbytes, note_library, precision, processors_of, submit
-from .products import Lazy, lazy_of, packed_bits, row_in, value
-from .reductions import bytes_of, sizes_of
+from .products import Lazy, bytes_of, lazy_of, packed_bits, row_in, value
 
 # Rows that tensor cores may sum before the sum is promoted, and the fewest that are worth a part of their own.
 FLUSH, LEAST_SPAN = 128, 512
@@ -282,7 +281,7 @@ def wgrad(
 ) -> tuple[Tensor, Tensor | None]:
     """(dL/dweight (K, C/groups, R, S), sum of g per channel (K) if `sums`), fp32, for g = dL/dconv (N, K, P, Q) and the
     convolution's operand x (N, C, H, W). See `contract.Backend.wgrad`."""
-    N, K, P, Q = sizes_of(g)
+    N, K, P, Q = g.sizes
     C = x.tensor.shape[1]
     if not N * P * Q:
         like = g.tensor.new_zeros(K, dtype=torch.float32)
@@ -345,7 +344,7 @@ def _by_library(
 
 def moments(h: Operand) -> Moments:
     """Over the M rows of h (N, J, P, Q): mean (J) and M2 (J, J), fp32. See `contract.Backend.moments`."""
-    N, J, P, Q = sizes_of(h)
+    N, J, P, Q = h.sizes
     M = N * P * Q
     new: dict[str, Any] = dict(dtype=torch.float32, device=h.tensor.device)
     if not M:
@@ -381,5 +380,9 @@ def moments(h: Operand) -> Moments:
 
 def _first_image(h: Operand) -> Operand:
     second = None if h.second is None else (h.second[0][:1], *h.second[1:])
-    mask = None if h.mask is None else packed_bits(h.mask)[: h.tensor[:1, 0].numel()]
+    mask: Tensor | Operand | None = h.mask
+    if isinstance(mask, Operand):
+        mask = dataclasses.replace(mask, tensor=mask.tensor[:1])
+    elif mask is not None:
+        mask = packed_bits(mask)[: h.tensor[:1, 0].numel()]
     return dataclasses.replace(h, tensor=h.tensor[:1], second=second, mask=mask)

@@ -1,7 +1,7 @@
 """Memory-bound passes: affine, residual, ReLU, and max pooling (every GPU from sm_80).
 
 One program owns BLOCK_M output positions of BLOCK_C channels. Moves: x once (with pooling, overlapping windows again
-from L1 and L2), the residual once, y once.
+from L1 and L2), the residual once, y once, and with its winners a byte per element of it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ def _bn_pass_kernel(
     x_ptr,
     residual_ptr,
     y_ptr,
+    winners_ptr,
     a_ptr,
     b_ptr,
     shift_ptr,
@@ -49,7 +50,8 @@ def _bn_pass_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """y = max over the window of relu(operand + shift + residual), rounded before the maximum; NaN wins.
-    operand = relu(a * x + b), rounded."""
+    operand = relu(a * x + b), rounded. winners, if any: which element of its window, row by row, the first maximum is
+    (the last NaN, as in torch), NOWHERE where y <= 0."""
     c_tiles = tl.cdiv(C, BLOCK_C)
     m = tl.program_id(0) // c_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(0) % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -59,6 +61,8 @@ def _bn_pass_kernel(
     rows = n.to(tl.int64) * stride_xn + h0.to(tl.int64) * stride_xh + s0 * stride_xw
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     best = tl.full((BLOCK_M, BLOCK_C), float("-inf"), DTYPE)
+    if winners_ptr is not None:
+        where = tl.zeros((BLOCK_M, BLOCK_C), tl.int32)
     for tap in tl.static_range(R * R):
         r, s = tap // R, tap % R
         inside = there & (h0 + r >= 0) & (h0 + r < H) & (s0 + s >= 0) & (s0 + s < W)
@@ -74,8 +78,13 @@ def _bn_pass_kernel(
         if RELU:
             t = relu(t)
         t = tl.where(mask, t.to(DTYPE), float("-inf"))
+        if winners_ptr is not None:
+            where = tl.where((t > best) | (t != t), tap, where)
         best = tl.maximum(best, t, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(y_ptr + m.to(tl.int64)[:, None] * C + c[None, :], best, there[:, None] & known[None, :])
+    at, inside = m.to(tl.int64)[:, None] * C + c[None, :], there[:, None] & known[None, :]
+    tl.store(y_ptr + at, best, inside)
+    if winners_ptr is not None:
+        tl.store(winners_ptr + at, tl.where(best <= 0, 255, where).to(tl.uint8), inside)
 
 
 def launch(
@@ -87,17 +96,21 @@ def launch(
     residual: Tensor | None,
     relu: bool,
     pool: Pool,
+    winners: Tensor | None = None,
 ) -> Launch:
-    """x, residual: (N, C, H, W), channels next to each other; operand: x's (a, b); y: (N, C, P, Q) channels_last, to be
-    written."""
+    """x, residual: (N, C, H, W), channels next to each other; operand: x's (a, b); y and winners (`Pooled.winners`):
+    (N, C, P, Q) channels_last, to be written."""
     N, C, P, Q = y.shape
     BLOCK_C = min(64, power_of_two(C))
-    BLOCK_M = min(128, 4096 // BLOCK_C)
+    # Of all taps what is loaded may wait in registers.
+    elements = 4096 if winners is None else 4096 // x.element_size()
+    BLOCK_M = min(128, elements // BLOCK_C)
     a, b = operand or (None, None)
     arguments = dict(
         x_ptr=x,
         residual_ptr=residual,
         y_ptr=y,
+        winners_ptr=winners,
         a_ptr=a,
         b_ptr=b,
         shift_ptr=shift,
@@ -123,5 +136,5 @@ def launch(
         arguments |= {f"stride_{name}n": n, f"stride_{name}h": h, f"stride_{name}w": w}
     grid = -(-N * P * Q // BLOCK_M) * -(-C // BLOCK_C)
     what = f"pass {C} of {x.shape[2]}x{x.shape[3]}" + (f", max pool {pool.kernel}/{pool.stride}" * (pool.kernel > 1))
-    moved = nbytes(x, residual, y)
+    moved = nbytes(x, residual, y, winners)
     return Launch(_bn_pass_kernel, grid, arguments, {"num_warps": 4}, what, Work(moved, 0, moved, 0))

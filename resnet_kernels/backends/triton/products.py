@@ -35,25 +35,39 @@ MERGED, MERGED_CHANNELS = 128, 32
 
 
 class Lazy(NamedTuple):
-    """An `Operand` as the kernels take it; what it lacks is None. Rows of x and of `second` are pitch and second_pitch
-    elements apart. Those of the mask's bits follow each other, in bytes or, where channels fill them, in words. H x W
-    is the map that STRIDE samples."""
+    """An `Operand` as the kernels take it; what it lacks is None.
 
-    x: Any
-    second: Any
-    bits: Any
-    a: Any
-    b: Any
-    a2: Any
-    mean: Any
-    centre: Any
-    C: int
-    pitch: int
-    second_pitch: int
-    H: int
-    W: int
-    STRIDE: Any
-    RELU: Any
+    Rows of x, of `second` and of `masking` are pitch, second_pitch and masking_pitch elements apart. Those of the
+    mask's bits follow each other, in bytes or, where channels fill them, in words. Another operand as mask: where not
+    mask_a * masking + mask_b <= 0; without `masking` it is `second`. H x W is the map that STRIDE samples; with
+    `winners`, the one that was pooled to P x Q, the map of x and of winners.
+    """
+
+    x: Any = None
+    second: Any = None
+    bits: Any = None
+    a: Any = None
+    b: Any = None
+    a2: Any = None
+    mean: Any = None
+    centre: Any = None
+    C: int = 0
+    pitch: int = 0
+    second_pitch: int = 0
+    H: int = 0
+    W: int = 0
+    STRIDE: Any = tl.constexpr(1)
+    RELU: Any = tl.constexpr(False)
+    masking: Any = None
+    masking_pitch: int = 0
+    mask_a: Any = None
+    mask_b: Any = None
+    winners: Any = None
+    P: int = 0
+    Q: int = 0
+    KERNEL: Any = None
+    POOL_STRIDE: Any = None
+    POOL_PADDING: Any = None
 
 
 @triton.jit
@@ -79,28 +93,64 @@ def kept(operand, rows, there, c0, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def unpooled(operand, rows, inside, c):
+    """At rows of the map that was pooled and channels c, the sum of x over the windows whose maximum stood there."""
+    KERNEL: tl.constexpr = operand.KERNEL
+    STRIDE: tl.constexpr = operand.POOL_STRIDE
+    SIDE: tl.constexpr = (KERNEL + STRIDE - 1) // STRIDE
+    # Positions fit 32 bits, elements may not.
+    n, h, w = row_of(rows.to(tl.int32), operand.H, operand.W)
+    h, w = h + operand.POOL_PADDING, w + operand.POOL_PADDING
+    t = tl.zeros(inside.shape, tl.float32)
+    # Windows that hold it begin less than KERNEL before it.
+    for i in tl.static_range(SIDE):
+        for j in tl.static_range(SIDE):
+            p, q = h // STRIDE - i, w // STRIDE - j
+            r, s = h - p * STRIDE, w - q * STRIDE
+            holds = (p >= 0) & (p < operand.P) & (q >= 0) & (q < operand.Q) & (r < KERNEL) & (s < KERNEL)
+            at = (((n.to(tl.int64) * operand.P + p) * operand.Q + q) * operand.C)[:, None] + c[None, :]
+            there = inside & holds[:, None]
+            element = tl.load(operand.winners + at, there, 255).to(tl.int32)
+            won = element == (r * KERNEL + s)[:, None]
+            t += tl.where(won, tl.load(operand.x + at, there, 0.0).to(tl.float32), 0.0)
+    return t
+
+
+@triton.jit
 def value(operand, rows, there, c0, BLOCK: tl.constexpr):
     """What the operand stands for at channels c0 to c0 + BLOCK, [BLOCK_M, BLOCK]; 0 beyond its last channel, anything
     where there is no row."""
     c = c0 + tl.arange(0, BLOCK)
     known = c < operand.C
     inside = there[:, None] & known[None, :]
-    v = tl.load(operand.x + rows[:, None] * operand.pitch + c[None, :], inside, 0.0)
-    t = v.to(tl.float32)
+    if operand.winners is not None:
+        t = unpooled(operand, rows, inside, c)
+    else:
+        t = tl.load(operand.x + rows[:, None] * operand.pitch + c[None, :], inside, 0.0).to(tl.float32)
     if operand.bits is not None:
         t = tl.where(kept(operand, rows, there, c0, BLOCK), t, 0.0)
+    if operand.second is not None:
+        s = tl.load(operand.second + rows[:, None] * operand.second_pitch + c[None, :], inside, 0.0).to(tl.float32)
+    if operand.mask_a is not None:
+        if operand.masking is not None:
+            at = operand.masking + rows[:, None] * operand.masking_pitch + c[None, :]
+            h = tl.load(at, inside, 0.0).to(tl.float32)
+        else:
+            h = s
+        # Rounding can make it 0. A NaN keeps.
+        h = affine(h, operand.mask_a, operand.mask_b, c, known, True, True).to(operand.x.dtype.element_ty)
+        t = tl.where(h.to(tl.float32) <= 0, 0.0, t)
     if operand.a is not None:
         a, b = tl.load(operand.a + c, known, 0.0), tl.load(operand.b + c, known, 0.0)
         t = tl.fma(t, a[None, :].broadcast_to(t.shape), b[None, :].broadcast_to(t.shape))
     if operand.second is not None:
-        s = tl.load(operand.second + rows[:, None] * operand.second_pitch + c[None, :], inside, 0.0)
         a2, mean = tl.load(operand.a2 + c, known, 0.0), tl.load(operand.mean + c, known, 0.0)
-        t = tl.fma(s.to(tl.float32) - mean[None, :], a2[None, :].broadcast_to(t.shape), t)
+        t = tl.fma(s - mean[None, :], a2[None, :].broadcast_to(t.shape), t)
     if operand.RELU:
         t = relu(t)
     if operand.centre is not None:
         t = t - tl.load(operand.centre + c, known, 0.0)[None, :]
-    return t.to(v.dtype)
+    return t.to(operand.x.dtype.element_ty)
 
 
 @triton.jit
@@ -287,37 +337,60 @@ def _vector(t: Tensor | None) -> Tensor | None:
 def lazy_of(o: Operand, stride: int = 1, block: int = 8) -> Lazy:
     """block: of how many channels a program takes a multiple at a time."""
     x = in_rows(o.tensor)
-    bits = None if o.mask is None else packed_bits(o.mask)
-    if bits is not None and (x.shape[1] % 32, block % 32, bits.data_ptr() % 4) == (0, 0, 0):
-        # Bytes are too narrow for asynchronous copies.
-        bits = bits.view(torch.int32)
+    _, C, P, Q = x.shape
     a, b = o.affine or (None, None)
     second, a2, mean = o.second or (None, None, None)
     second = None if second is None else in_rows(second)
-    _, C, H, W = x.shape
+    H, W = (P, Q) if o.pooled is None else o.pooled.size
+    more: dict[str, Any] = {}
+    if isinstance(o.mask, Operand):
+        more = _masked_by(o.mask, o.second)
+    elif o.mask is not None:
+        bits = packed_bits(o.mask)
+        # Bytes are too narrow for asynchronous copies.
+        words = (C % 32, block % 32, bits.data_ptr() % 4) == (0, 0, 0)
+        more = {"bits": bits.view(torch.int32) if words else bits}
+    if o.pooled is not None:
+        x = x.contiguous(memory_format=torch.channels_last)
+        winners = o.pooled.winners.contiguous(memory_format=torch.channels_last)
+        kernel, step, padding = map(tl.constexpr, o.pooled.pool)
+        more |= dict(winners=winners, P=P, Q=Q, KERNEL=kernel, POOL_STRIDE=step, POOL_PADDING=padding)
     return Lazy(
-        x,
-        second,
-        bits,
-        _vector(a),
-        _vector(b),
-        _vector(a2),
-        _vector(mean),
-        _vector(o.centre),
-        C,
-        nhwc_strides(x)[2],
-        0 if second is None else nhwc_strides(second)[2],
-        H,
-        W,
-        tl.constexpr(stride),
-        tl.constexpr(o.relu),
+        x=x,
+        second=second,
+        a=_vector(a),
+        b=_vector(b),
+        a2=_vector(a2),
+        mean=_vector(mean),
+        centre=_vector(o.centre),
+        C=C,
+        pitch=nhwc_strides(x)[2],
+        second_pitch=0 if second is None else nhwc_strides(second)[2],
+        H=H,
+        W=W,
+        STRIDE=tl.constexpr(stride),
+        RELU=tl.constexpr(o.relu),
+        **more,
     )
 
 
-def _read(o: Operand, rows: int) -> int:
-    """Bytes of so many rows of what an operand consists of."""
-    C, size = o.tensor.shape[1], o.tensor.element_size()
-    return rows * (C * size * (1 if o.second is None else 2) + (0 if o.mask is None else -(-C // 8)))
+def _masked_by(mask: Operand, second: tuple[Tensor, Tensor, Tensor] | None) -> dict[str, Any]:
+    """The fields of `Lazy` for a mask by another operand, which is nothing but affine and ReLU."""
+    C = mask.tensor.shape[1]
+    a, b = mask.affine or (mask.tensor.new_ones(C), mask.tensor.new_zeros(C))
+    vectors = {"mask_a": _vector(a), "mask_b": _vector(b)}
+    if second is not None and second[0] is mask.tensor:
+        return vectors
+    masking = in_rows(mask.tensor)
+    return vectors | {"masking": masking, "masking_pitch": nhwc_strides(masking)[2]}
+
+
+def bytes_of(o: Lazy, rows: int) -> int:
+    """Of so many rows of what an operand consists of; of a pooled one, of all its rows."""
+    tensors = [o.second, o.masking] if o.winners is not None else [o.x, o.second, o.masking]
+    bits = 0 if o.bits is None else -(-o.C // 8)
+    each = bits + sum(o.C * t.element_size() for t in tensors if t is not None)
+    return rows * each + (0 if o.winners is None else nbytes(o.x, o.winners))
 
 
 # Steps of a sum from which a tile of 128 channels pays: with fewer the epilogue takes most of the time, and more
@@ -336,7 +409,8 @@ def config_of(M: int, K: int, C: int, itemsize: int, device: torch.device) -> Co
     BLOCK_M, BLOCK_N = 128, min(128 if wide else 64, max(16, configs.power_of_two(K)))
     while BLOCK_M > 64 and -(-M // BLOCK_M) * -(-K // BLOCK_N) < processors:
         BLOCK_M //= 2
-    return Config(BLOCK_M, BLOCK_N, BLOCK_K, 8 if BLOCK_M * BLOCK_N >= 128 * 64 else 4, 3)
+    # Of an operand of two tensors, three stages just spill for sm_80.
+    return Config(BLOCK_M, BLOCK_N, BLOCK_K, 8 if BLOCK_M * BLOCK_N >= 128 * 64 else 4, 3 if in_shared else 4)
 
 
 def merge(parts: Tensor, rows: int, span: int, stats: bool, rstd: Tensor | None = None) -> Tensor:
@@ -384,18 +458,20 @@ def launch(
     normalized = in_rows(by.tensor) if isinstance(by, Normalized) else None
     shared = mask is not None and isinstance(by, Normalized) and mask.tensor is by.tensor
     a, b = mask.affine if mask is not None and mask.affine is not None else (None, None)
+    operands = [lazy_of(p.operand, p.stride, config.BLOCK_K) for p in products]
+    added = None if residual is None else lazy_of(residual, 1, config.BLOCK_N)
     arguments = dict(
-        first=lazy_of(one.operand, one.stride, config.BLOCK_K),
+        first=operands[0],
         w_ptr=one.w,
         stride_wc=one.w.stride(1),
         stride_wk=one.w.stride(0),
-        second=None if two is None else lazy_of(two.operand, two.stride, config.BLOCK_K),
+        second=None if two is None else operands[1],
         w2_ptr=None if two is None else two.w,
         stride_w2c=0 if two is None else two.w.stride(1),
         stride_w2k=0 if two is None else two.w.stride(0),
         scale_ptr=_vector(one.scale),
         shift_ptr=_vector(epilogue.shift),
-        residual=None if residual is None else lazy_of(residual, 1, config.BLOCK_N),
+        residual=added,
         mask_ptr=masked,
         mask_a_ptr=_vector(a),
         mask_b_ptr=_vector(b),
@@ -430,11 +506,11 @@ def launch(
     tiles = k_tiles * m_tiles
     channels = [p.operand.tensor.shape[1] for p in products]
     around = nbytes(y, masked, None if shared else normalized, reduced) + (
-        0 if residual is None else _read(residual, residual.tensor[:, 0].numel())
+        0 if added is None else bytes_of(added, added.x[:, 0].numel())
     )
     steps = sum(config.steps(1, C) for C in channels)
     weights = nbytes(*(p.w for p in products))
-    read = sum(_read(p.operand, M) for p in products)
+    read = sum(bytes_of(o, M) for o in operands)
     copied = read * k_tiles + weights * m_tiles + around
     issued = 2 * tiles * steps * config.BLOCK_M * config.BLOCK_N * config.BLOCK_K
     # What masks may be an operand too (h of a tail): a program reads its rows of it twice, one after the other.

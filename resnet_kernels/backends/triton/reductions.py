@@ -26,7 +26,7 @@ from .configs import power_of_two
 from .device import affine, relu
 from .gather import row_of
 from .launch import Launch, Work, nbytes, nhwc_strides, processors_of, submit
-from .products import Lazy, in_rows, kept, lazy_of, merge, packed_bits, row_in, value
+from .products import Lazy, bytes_of, in_rows, kept, lazy_of, merge, packed_bits, row_in, value
 
 # Programs for a multiprocessor where each has many steps.
 PROGRAMS = 8
@@ -134,35 +134,23 @@ def _pass_kernel(
         tl.store(parts_ptr + (parts + part).to(tl.int64) * x.C + c, tl.sum(two, 0), known)
 
 
-def sizes_of(o: Operand) -> tuple[int, int, int, int]:
-    """N, C, P, Q of what the operand stands for."""
-    N, C, H, W = o.tensor.shape
-    return N, C, -(-H // o.stride), -(-W // o.stride)
-
-
-def bytes_of(o: Lazy, rows: int) -> int:
-    """Of so many rows of what an operand consists of."""
-    bits = 0 if o.bits is None else -(-o.C // 8)
-    return rows * (bits + sum(o.C * t.element_size() for t in (o.x, o.second) if t is not None))
-
-
 def _masking(mask: Tensor | Operand, C: int) -> Lazy:
     """Of a tensor its bits, without x."""
     if isinstance(mask, Operand):
         return lazy_of(mask, mask.stride)
-    nothing = tl.constexpr(1), tl.constexpr(False)
-    return Lazy(None, None, packed_bits(mask), None, None, None, None, None, C, 0, 0, 0, 0, *nothing)
+    return Lazy(bits=packed_bits(mask), C=C)
 
 
 def _run(x: Operand, epilogue: Epilogue, store: bool) -> tuple[Tensor | None, Any]:
-    sizes = N, C, P, Q = sizes_of(x)
+    sizes = N, C, P, Q = x.sizes
     M, device, by = N * P * Q, x.tensor.device, epilogue.reduce
     y = torch.empty(sizes, dtype=x.tensor.dtype, device=device, memory_format=torch.channels_last) if store else None
     bits = torch.empty((M, -(-C // 8)), dtype=torch.uint8, device=device) if by == "mask" else None
     if not M:
         return y, _of_nothing(C, by, device) if bits is None else bits
     BLOCK_C = min(64, max(16, power_of_two(C)))
-    BLOCK_M = 2048 // BLOCK_C
+    # Of a pooled operand what all windows hold is loaded first.
+    BLOCK_M = (2048 if x.pooled is None else 1024) // BLOCK_C
     c_tiles, parts = -(-C // BLOCK_C), -(-M // BLOCK_M)
     reducing = by is not None and bits is None
     if reducing:
@@ -233,6 +221,11 @@ def bn_pass(x: Operand, epilogue: Epilogue) -> tuple[Tensor, Any]:
 def reduce(x: Operand, by: str | Normalized) -> Any:
     """What `bn_pass` of x reduces to by "stats" or `Normalized`, without its result."""
     return _run(x, Epilogue(reduce=by), store=False)[1]
+
+
+def reduce_masked(t: Tensor, epilogue: Epilogue) -> Any:
+    """What `bn_pass` of t reduces to, without its result."""
+    return _run(Operand(t), epilogue, store=False)[1]
 
 
 def computed(x: Operand) -> Tensor:

@@ -232,7 +232,7 @@ def _value(operand: Operand) -> Tensor:
     """What the operand stands for, written to memory if it is lazy."""
     if operand.affine is None and not operand.relu:
         return _view(operand)
-    return bn_pass(operand, Epilogue(), None)
+    return bn_pass(operand, Epilogue(), None)[0]
 
 
 def _packed(p: Product, keep: bool) -> Packed:
@@ -363,7 +363,8 @@ def _tail(t: Tail, choice: Choice, refused: dict[str, str]) -> tuple[Tensor, Ten
     return y, ahead
 
 
-def bn_pass(x: Operand, epilogue: Epilogue, pool: Pool | None) -> Tensor:
+def bn_pass(x: Operand, epilogue: Epilogue, pool: Pool | None) -> tuple[Tensor, Tensor | None]:
+    """(the result, its `Pooled.winners` if that was asked for)."""
     t = _view(x)
     residual = None if epilogue.residual is None else _value(epilogue.residual)
     pool = pool or Pool(1, 1, 0)
@@ -375,11 +376,11 @@ def bn_pass(x: Operand, epilogue: Epilogue, pool: Pool | None) -> Tensor:
         device=t.device,
         memory_format=torch.channels_last,
     )
+    winners = torch.empty_like(y, dtype=torch.uint8) if epilogue.reduce == "winners" else None
     if y.numel():
-        submit(
-            passes.launch(t, y, _pair(x.affine), x.relu, _per_channel(epilogue.shift), residual, epilogue.relu, pool)
-        )
-    return y
+        pair, shift = _pair(x.affine), _per_channel(epilogue.shift)
+        submit(passes.launch(t, y, pair, x.relu, shift, residual, epilogue.relu, pool, winners))
+    return y, winners
 
 
 def stem_channels(weight: tuple[int, ...], geometry: Geometry, pool: Pool) -> int:
@@ -398,7 +399,7 @@ def stem(x: Tensor, weight: Packed, shift: Tensor, geometry: Geometry, pool: Poo
     if conv_pool.why_not(shape, geometry, pool):
         g = geometry._replace(groups=x.shape[1] // packed.shape[3])
         c = Convolution(_view(Operand(x)), packed, g, _per_channel(scale), _per_channel(shift))
-        return bn_pass(Operand(convolve(c)), Epilogue(relu=True), pool)
+        return bn_pass(Operand(convolve(c)), Epilogue(relu=True), pool)[0]
     K, _, R, S = shape
     pooled = Geometry(pool.stride, pool.padding)
     P, Q = (geometry.output_size(n, k) for n, k in ((x.shape[2], R), (x.shape[3], S)))

@@ -51,6 +51,17 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
     return reductions.bn_pass(t, dataclasses.replace(epilogue, residual=more[-1] if more else None))
 
 
+def masked_conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Operand, tuple[Tensor, Tensor]]:
+    """Behind a convolution of the library's the mask is not worth a pass that writes: whoever reads the result reads
+    what masks it too, in `second`."""
+    plain = epilogue.shift is None and epilogue.residual is None
+    if len(products) > 1 or _of_rows(products[0]) or not plain or not isinstance(epilogue.mask, Operand):
+        t, sums = conv(products, epilogue)
+        return Operand(t), sums
+    t = reductions.computed(_by_library(products[0]))
+    return Operand(t, mask=epilogue.mask), reductions.reduce_masked(t, epilogue)
+
+
 def _of_inference(products: Sequence[Product], epilogue: Epilogue) -> bool:
     """Whether inference's kernels compute it without making an operand in memory before."""
     beside = [p.operand for p in products[1:]] + ([epilogue.residual] if epilogue.residual else [])
