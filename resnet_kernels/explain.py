@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import resnet
 
 from .backends import select, triton
 from .backends.contract import Call
 from .inference import FrozenModel, FrozenResNet, FrozenTrunk
-from .nn import fusable
+from .nn import ResNet, fusable
+from .nn import stem as stem_module
 from .nn.blocks import Fused
 from .ops import block as block_op
 from .ops import residual_block
@@ -88,6 +90,14 @@ def _explain_block(name: str, block: nn.Module, x: Tensor) -> Explanation:
     return _explain_call(name, call, x, reason, block)
 
 
+def _explain_stem(name: str, model: resnet.ResNet, x: Tensor) -> list[Explanation]:
+    """Of a stem that trains; in evaluation it is torch's modules."""
+    p = fusable.stem(model)
+    if isinstance(p, str) or not fusable.trains(p):
+        return []
+    return [_explain_call(name, fusable.training_call(p, x), x, stem_module.why_plain(model, x))]
+
+
 def _explain_trunk(name: str, trunk: FrozenTrunk, x: Tensor) -> list[Explanation]:
     """Per step. The kernels stand with the first: one may end a block and begin the next."""
     chosen = trunk.backends(x.shape)
@@ -99,8 +109,8 @@ def _explain_trunk(name: str, trunk: FrozenTrunk, x: Tensor) -> list[Explanation
 
 
 def explain(module_or_op: Any, *inputs: Any, **keywords: Any) -> Explanations:
-    """Run the model (without gradients) or look at the op's arguments, and tell for every residual block of ours which
-    backend runs it, why each other candidate does not, and what its input's layout costs.
+    """Run the model (without gradients) or look at the op's arguments, and tell for every residual block of ours, and
+    for a stem in training, which backend runs it, why each other candidate does not, and what its input's layout costs.
 
     Args:
         module_or_op: a model with replaced blocks, a block, a frozen model, or `ops.residual_block`.
@@ -129,12 +139,14 @@ def explain(module_or_op: Any, *inputs: Any, **keywords: Any) -> Explanations:
                 found.extend(_explain_trunk(f"{name}.trunk".removeprefix("."), module.trunk, args[0]))
             elif isinstance(module, FrozenTrunk):
                 found.extend(_explain_trunk(name, module, args[0]))
+            elif isinstance(module, ResNet):
+                found.extend(_explain_stem(f"{name}.stem".removeprefix("."), module, args[0]))
             else:
                 found.append(_explain_block(name or type(module).__name__, module, args[0]))
 
         return hook
 
-    kinds = (Fused, FrozenTrunk, FrozenResNet)
+    kinds = (Fused, ResNet, FrozenTrunk, FrozenResNet)
     # A frozen ResNet may run its trunk as part of a graph, past the trunk's hooks.
     inside = {id(m.trunk) for m in module_or_op.modules() if isinstance(m, FrozenResNet)}
     hooks = {

@@ -29,12 +29,11 @@ from torchvision.models._utils import IntermediateLayerGetter
 from .backends import select
 from .backends.contract import Backend, BackendUnavailable, Block, Call, Geometry, Packed, Pool, wide
 from .graphs import Graphs, usable
-from .nn import BasicBlock, Bottleneck, fusable
+from .nn import BasicBlock, Bottleneck, ResNet, fusable
 from .ops import block as block_op
 from .ops import stem_inference as stem_op
 from .ops.batch_norm import affine_of
 
-STEM = ("conv1", "bn1", "relu", "maxpool")
 BLOCKS = (resnet.BasicBlock, resnet.Bottleneck)
 
 
@@ -329,7 +328,7 @@ class _Freezer:
                 raise ValueError(f"model: expected residual blocks that can be folded, found none; {reasons}")
             self.net = copy.deepcopy(source, self.memo)
             for name, module in source.named_modules():
-                if type(module) is resnet.ResNet:
+                if type(module) in (resnet.ResNet, ResNet):
                     self._join(module, f"{name}." if name else "")
             # All that is not a trunk (whose weights are no parameters) computes in the same dtype as the trunks.
             self.net.to(self.compute_dtype)
@@ -372,9 +371,11 @@ class _Freezer:
 
     def _stem_of(self, getter: IntermediateLayerGetter, prefix: str) -> None:
         """Fold the stem of a backbone, which runs its children in order, if nobody else sees what is inside it."""
-        first = list(getter.items())[: len(STEM)]
-        seen = set(getter.return_layers) & set(STEM[:-1]) or any(id(module) in self.shared for _, module in first)
-        if tuple(name for name, _ in first) != STEM or seen or fusable.hook_on(getter):
+        first = list(getter.items())[: len(fusable.STEM)]
+        seen = set(getter.return_layers) & set(fusable.STEM[:-1]) or any(
+            id(module) in self.shared for _, module in first
+        )
+        if tuple(name for name, _ in first) != fusable.STEM or seen or fusable.hook_on(getter):
             return
         step = self._stem(getter, prefix)
         if step is not None:
@@ -417,25 +418,15 @@ class _Freezer:
         return self._pack(name, p.convs, p.norms, call, shortcut=p.shortcut)
 
     def _stem(self, model: nn.Module, prefix: str) -> Step | None:
-        if not all(hasattr(model, name) for name in STEM):
-            return None
-        conv, bn, relu, pool = (getattr(model, name) for name in STEM)
-        reason = fusable.convolution(conv) or fusable.batch_norm(bn) or fusable.known_statistics(bn)
-        if any(fusable.hook_on(m) for m in (conv, bn, relu, pool)) or bn.training or type(relu) is not nn.ReLU:
-            return None
-        square = type(pool) is nn.MaxPool2d and all(
-            isinstance(v, int) for v in (pool.kernel_size, pool.stride, pool.padding)
-        )
-        if reason or not square or pool.dilation != 1 or pool.ceil_mode or pool.return_indices:
+        p = fusable.stem(model)
+        if isinstance(p, str) or p.pool is None or p.norms[0].training or fusable.known_statistics(p.norms[0]):
             return None
 
         def call(device: torch.device, dtype: torch.dtype, shapes: tuple, geometries: tuple) -> Any:
             return stem_op.call_of_stem(device, dtype, shapes[0], geometries[0])
 
         try:
-            return self._pack(
-                f"{prefix}stem", [conv], [bn], call, pool=Pool(pool.kernel_size, pool.stride, pool.padding)
-            )
+            return self._pack(f"{prefix}stem", p.convs, p.norms, call, pool=p.pool)
         except BackendUnavailable:
             # Named for the blocks, and without a pooling pass: the stem is copied.
             return None

@@ -1,4 +1,4 @@
-"""Swapping torchvision's residual blocks inside a model for ours, and back."""
+"""Swapping torchvision's residual blocks and ResNets inside a model for ours, and back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torchvision.models import resnet
 
-from .nn import BasicBlock, Bottleneck
+from .nn import BasicBlock, Bottleneck, ResNet
 from .nn.fusable import structure
 
 FUSED: dict[type, type] = {resnet.BasicBlock: BasicBlock, resnet.Bottleneck: Bottleneck}
@@ -24,6 +24,7 @@ class ReplacementReport:
     """What `replace_blocks` did. Printing it gives a summary and every block left alone with its reason.
 
     replaced: names of the blocks now ours.
+    stems: names of the ResNets whose stem is one op in training now.
     skipped: name -> why the block was left as it was.
     notes: name -> why a replaced block runs as the plain chain for now (it is checked at every call).
     """
@@ -31,9 +32,11 @@ class ReplacementReport:
     replaced: tuple[str, ...]
     skipped: dict[str, str]
     notes: dict[str, str]
+    stems: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{len(self.replaced)} residual blocks replaced, {len(self.skipped)} left alone"]
+        lines += [f"  {name or 'the model'}: its stem trains as one op" for name in self.stems]
         lines += [f"  {name}: left alone: {reason}" for name, reason in self.skipped.items()]
         lines += [f"  {name}: replaced, unfused for now: {reason}" for name, reason in self.notes.items()]
         return "\n".join(lines)
@@ -51,9 +54,10 @@ def _left_alone(block: nn.Module) -> str | None:
 
 
 def replace_blocks(model: nn.Module, channels_last: bool = False) -> ReplacementReport:
-    """Make every torchvision BasicBlock and Bottleneck in the model one of `resnet_kernels.nn`, in place.
+    """Make every torchvision BasicBlock and Bottleneck in the model one of `resnet_kernels.nn`, and every ResNet one
+    whose stem trains as one op, in place.
 
-    Only the blocks' class changes: names, parameters, buffers, hooks, optimizers' references and the state dict stay.
+    Only their class changes: names, parameters, buffers, hooks, optimizers' references and the state dict stay.
     A block whose inner modules cannot be fused as they stand is replaced too, since that is decided again at every
     call, and noted.
     Training: before DDP, FSDP or torch.compile take the model; examples/train_imagenet.py is a whole script.
@@ -61,13 +65,17 @@ def replace_blocks(model: nn.Module, channels_last: bool = False) -> Replacement
     Args:
         model: any module; itself a block, or with blocks anywhere below.
         channels_last: also lay out the model's convolution weights so, in place, and with them whatever runs unfused
-            (the stem, for one). Faster; but code that takes views of the weights, as torch's pruning does, may fail.
+            (the stem in evaluation, for one). Faster; but code that takes views of the weights, as torch's pruning
+            does, may fail.
     Returns:
         ReplacementReport
     Numerics: see `ops.residual_block`.
     """
-    replaced, skipped, notes = [], {}, {}
+    replaced, skipped, notes, stems = [], {}, {}, []
     for name, block in model.named_modules():
+        if type(block) is resnet.ResNet and not {"forward", "_forward_impl"} & set(block.__dict__):
+            block.__class__ = ResNet
+            stems.append(name)
         if not isinstance(block, (resnet.BasicBlock, resnet.Bottleneck)):
             continue
         reason = _left_alone(block)
@@ -84,7 +92,7 @@ def replace_blocks(model: nn.Module, channels_last: bool = False) -> Replacement
             if not conv.weight.is_contiguous(memory_format=torch.channels_last):
                 conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last)
                 conv.__dict__[_RELAID] = True
-    return ReplacementReport(tuple(replaced), skipped, notes)
+    return ReplacementReport(tuple(replaced), skipped, notes, tuple(stems))
 
 
 def _convolutions(model: nn.Module) -> Iterator[nn.Conv2d]:
@@ -98,6 +106,8 @@ def restore_blocks(model: nn.Module) -> tuple[str, ...]:
     """Undo `replace_blocks`: class and weight layout as they were. Returns the names of the blocks restored."""
     restored = []
     for name, block in model.named_modules():
+        if type(block) is ResNet:
+            block.__class__ = resnet.ResNet
         if type(block) not in ORIGINAL:
             continue
         block.__class__ = ORIGINAL[type(block)]

@@ -66,9 +66,9 @@ def launches_of(module: nn.Module, x: Tensor, arch: int | None = None) -> list[L
 
 def training_launches_of(module: nn.Module, x: Tensor, arch: int | None = None) -> list[Launch]:
     """What a training step of a torchvision ResNet whose blocks are replaced, or of one BasicBlock or Bottleneck,
-    launches with the Triton backend: of each block its forward and its backward, every gradient wanted. A ResNet's stem
-    and head, which stay torch's modules, and the convolutions that torch's library computes for a block are among the
-    launches, named "library". Arguments, and where it is None what arch means, as of `launches_of`.
+    launches with the Triton backend: of the stem and of each block its forward and its backward, every gradient wanted
+    but the image's. The convolutions that torch's library computes, and a ResNet's head, which stays torch's modules,
+    are among the launches, named "library". Arguments, and where it is None what arch means, as of `launches_of`.
 
     Not counted: torch's conversions of weights and their gradients between dtypes and layouts; loss and optimizer.
 
@@ -80,34 +80,35 @@ def training_launches_of(module: nn.Module, x: Tensor, arch: int | None = None) 
     model = _imagined(module).train()
     sizes = traffic.block_sizes(model, x.shape)
     with select.use_backend("triton"), recording(arch or arch_of(x.device), None if arch else x.device) as launches:
+        if isinstance(model, resnet.ResNet):
+            stem = fusable.stem(model)
+            if isinstance(stem, str):
+                raise ValueError(stem)
+            _train(stem, torch.empty_like(x, device="meta", memory_format=torch.channels_last), need_x=False)
         for name, size in sizes.items():
             image = torch.empty(size, dtype=x.dtype, device="meta", memory_format=torch.channels_last)
-            _train(model.get_submodule(name), image)
+            p = fusable.parts(model.get_submodule(name))
+            if isinstance(p, str):
+                raise ValueError(p)
+            _train(p, image)
     if not isinstance(model, resnet.ResNet):
         return launches
-    plain = traffic.kernels(model, x.shape, x.element_size(), "eager")
-    stem, head = (
-        [Library(None, 0, {}, {}, f"{part}, {k.what}", Work(*k.need, *k.need)) for k in plain[part]]
-        for part in ("stem", "head")
-    )
-    return [*stem, *launches, *head]
+    head = traffic.kernels(model, x.shape, x.element_size(), "eager")["head"]
+    return [*launches, *(Library(None, 0, {}, {}, f"head, {k.what}", Work(*k.need, *k.need)) for k in head)]
 
 
 @torch.no_grad()
-def _train(block: nn.Module, x: Tensor) -> None:
-    """The block's forward and backward, as the ops run it."""
-    p = fusable.parts(block)
-    if isinstance(p, str):
-        raise ValueError(p)
+def _train(p: fusable.Parts, x: Tensor, need_x: bool = True) -> None:
+    """Forward and backward of a block or stem, as the ops run them."""
     weights = [conv.weight for conv in p.convs]
     geometries = [fusable.geometry(conv) for conv in p.convs]
     strides, dilations, groups = ([getattr(g, n) for g in geometries] for n in ("stride", "dilation", "groups"))
     norms = [norm_of(bn) for bn in p.norms]
-    vectors, plan = arguments(x, weights, norms, strides, dilations, groups, p.shortcut, True)
+    vectors, plan = arguments(x, weights, norms, strides, dilations, groups, p.shortcut, True, pool=p.pool)
     gammas, betas, means, variances = vectors
     backend, every = select.BY_NAME[plan.backend], [True] * len(weights)
     kept = Forward(backend, x, weights, gammas, betas, means, variances, plan).run()
-    Backward(backend, x, weights, kept, plan, True, every, every).run(torch.empty_like(kept.y))
+    Backward(backend, x, weights, kept, plan, need_x, every, every).run(torch.empty_like(kept.y))
 
 
 def _imagined(module: nn.Module) -> nn.Module:

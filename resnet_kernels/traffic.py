@@ -57,8 +57,7 @@ INFERENCE = ("convolution", "tail", "block")
 # For training with batch statistics. eager: PyTorch's kernels. lazy: normalised activations are made while loading, and
 # neither c3 nor a bottleneck's cs is ever stored; a plan only: 3x3 convolutions of our own for training are not built.
 # materialised: what the Triton backend does. Convolutions other than 1x1 are a library's, which reads plain operands
-# and has no epilogue for statistics and sums; cs is never stored. The stem is a plan in both: in training it runs as
-# "eager" has it.
+# and has no epilogue for statistics, sums and masks; cs is never stored.
 TRAINING = ("eager", "lazy", "materialised")
 PLANS = INFERENCE + TRAINING
 
@@ -168,9 +167,9 @@ MATERIALISED_BOTTLENECK = _lines("""
     normalise: c1 -> h1
     weight gradient 2: dc2 h1 -> dW2
     data gradient 2: dc2 W2 -> dh1
-    relu1, its sums: dh1 c1 -> gh1
-    weight gradient 1: gh1 c1 x -> dW1
-    data gradient 1, add: gh1 c1 W1 BACK -> dx
+    sums of gh1: dh1 c1 ->
+    weight gradient 1: dh1 c1 x -> dW1
+    data gradient 1, add: dh1 c1 W1 BACK -> dx
 """)
 # No convolution of the chain is 1x1, so the last one's output is stored, and the projection's.
 LAZY_BASIC = _lines("""
@@ -203,8 +202,8 @@ MATERIALISED_BASIC = _lines("""
     normalise: c1 -> h1
     weight gradient 2: dc2 h1 -> dW2
     data gradient 2: dc2 W2 -> dh1
-    relu1, its sums: dh1 c1 -> gh1
-    bn1: gh1 c1 -> dc1
+    sums of gh1: dh1 c1 ->
+    relu1, bn1: dh1 c1 -> dc1
     weight gradient 1: dc1 x -> dW1
     data gradient 1: dc1 W1 -> dx1
     add: dx1 BACK -> dx
@@ -223,7 +222,8 @@ def _block_lines(plan: str, n: int, shortcut: str) -> list[str]:
     return [line.replace("ADDED", added).replace("BACK", back) for line in lines]
 
 
-# y = max_pool(relu(bn(c))). indices: PyTorch's of the maxima, 8 bytes each; the other plans look for them again in c.
+# y = max_pool(relu(bn(c))). indices: PyTorch's of the maxima, 8 bytes each; winners: ours, a byte each; "lazy" looks
+# for them again in c.
 STEM = {
     "inference": ["conv, bn, relu, pool: x W -> y"],
     "eager": _lines("""
@@ -256,10 +256,10 @@ STEM = {
     "materialised": _lines("""
         conv: x W -> c
         statistics: c ->
-        bn, relu, pool: c -> y
+        bn, relu, pool: c -> y winners
         backward
-        sums of g: dy c ->
-        pool, relu, bn: dy c -> dc
+        sums of g: dy winners c ->
+        pool, relu, bn: dy winners c -> dc
         weight gradient: dc x -> dW
     """),
 }
@@ -379,7 +379,7 @@ def _stem(model: resnet.ResNet, x: Sizes, y: int, itemsize: int, plan: str) -> _
     elements = _elements((conv.x, "x"), (conv.weight, "W dW"), (conv.y, "c z h dc dh g"), (y, "y dy"))
     unpooled = plan == "eager" and isinstance(model.maxpool, nn.Identity)
     lines = STEM["inference" if plan in INFERENCE else "eager, without a pool" if unpooled else plan]
-    return _Part(lines, _bytes(elements, itemsize) | {"indices": 8 * y}, _elements((conv.flops, "W dW")))
+    return _Part(lines, _bytes(elements, itemsize) | {"indices": 8 * y, "winners": y}, _elements((conv.flops, "W dW")))
 
 
 def _head(model: resnet.ResNet, x: Sizes, p: Sizes, y: Sizes, itemsize: int, plan: str) -> _Part:

@@ -14,21 +14,22 @@ from torchvision.models import resnet
 
 from ..backends import select
 from ..backends.contract import BackendUnavailable
-from ..ops import preactivation_block, residual_block, residual_block_training
+from ..ops import preactivation_block, residual_block, residual_block_training, stem
 from ..ops.batch_norm import affine_of, norm_of
 from .fusable import Parts, context, parts, trains, why_plain
 
 
-def fused_forward(block: nn.Module, x: Tensor) -> Tensor:
-    """The block as one op. Only where `why_plain` is None."""
-    p = parts(block)
-    assert isinstance(p, Parts)
+def fused_forward(p: Parts, x: Tensor) -> Tensor:
+    """A block or stem as one op. Only where nothing speaks for plain modules."""
     geometry = (
         [conv.stride[0] for conv in p.convs],
         [conv.dilation[0] for conv in p.convs],
         [conv.groups for conv in p.convs],
     )
     weights = [conv.weight for conv in p.convs]
+    if p.pool is not None:
+        strides, dilations, groups = geometry
+        return stem(x, weights[0], norm_of(p.norms[0]), strides[0], dilations[0], groups[0], p.pool)
     if trains(p):
         op = preactivation_block if p.preactivation else residual_block_training
         return op(x, weights, [norm_of(bn) for bn in p.norms], *geometry, p.shortcut)
@@ -51,7 +52,9 @@ class Fused(nn.Module):
                 raise BackendUnavailable(f"backend {name!r} was named and this block cannot run fused: {reason}")
         if reason:
             return super().forward(x)  # the plain chain
-        return fused_forward(self, x)
+        p = parts(self)
+        assert isinstance(p, Parts)
+        return fused_forward(p, x)
 
 
 class BasicBlock(Fused, resnet.BasicBlock):

@@ -15,10 +15,10 @@ from torch.nn.utils import parametrize
 from torchvision.ops import FrozenBatchNorm2d
 
 from ..backends import select
-from ..backends.contract import Call, Geometry
+from ..backends.contract import Call, Geometry, Pool
 from ..ops.batch_norm import group_of, uses_batch_statistics
 from ..ops.block import same_padding, total_stride, walk
-from ..ops.block_training import call_of_training
+from ..ops.block_training import MOST_POOLED, call_of_training, pooled_size
 from .shortcuts import Preactivation, ZeroPadShortcut
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
@@ -26,12 +26,14 @@ BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 
 class Parts(NamedTuple):
     """A block taken apart. `convs` and `norms` end with the projection's when there is one (before a pre-activation it
-    has no batch norm); what they are is for `structure` to say."""
+    has no batch norm); what they are is for `structure` to say. A network's stem is a chain of one convolution
+    without a shortcut, pool what ends it."""
 
     convs: list[nn.Conv2d]
     norms: list[nn.Module]
     shortcut: str
     preactivation: bool = False
+    pool: Pool | None = None
 
 
 def parts(block: nn.Module) -> Parts | str:
@@ -159,6 +161,39 @@ def batch_norm(bn: nn.Module) -> str | None:
     return None
 
 
+# Of torchvision's ResNets and backbones.
+STEM = ("conv1", "bn1", "relu", "maxpool")
+
+
+def stem(model: nn.Module) -> Parts | str:
+    """The parts of a ResNet's stem, or why it cannot be fused whatever its input."""
+    if not all(hasattr(model, name) for name in STEM):
+        return f"expected {', '.join(STEM)}"
+    conv, bn, relu, pool = (getattr(model, name) for name in STEM)
+    for name, module in zip(STEM, (conv, bn, relu, pool), strict=True):
+        hook = hook_on(module)
+        if hook:
+            return f"{name} carries {hook}"
+        if module.training and parametrize.is_parametrized(module):
+            return f"{name} has a parametrization in training mode, which may change each time it is read"
+    if type(relu) is not nn.ReLU:
+        return f"relu: expected ReLU, got {_name(relu)}"
+    window: Pool | None = None
+    if type(pool) is nn.MaxPool2d:
+        window = Pool(*cast(tuple[int, int, int], (pool.kernel_size, pool.stride, pool.padding)))
+        if not all(isinstance(v, int) for v in window) or pool.dilation != 1 or pool.ceil_mode or pool.return_indices:
+            return f"maxpool: expected square windows, each result of a whole one, and no indices, got {pool}"
+    elif type(pool) is not nn.Identity:
+        return f"maxpool: expected MaxPool2d or Identity, got {_name(pool)}"
+    reason = convolution(conv)
+    if reason:
+        return f"conv1: {reason}"
+    reason = batch_norm(bn)
+    if reason:
+        return f"bn1: {reason}"
+    return Parts([conv], [bn], "none", pool=window)
+
+
 def known_statistics(bn: nn.Module) -> str | None:
     """Why a batch norm that passed `batch_norm` is not an affine map by its running statistics, or None."""
     if not uses_batch_statistics(bn):
@@ -179,16 +214,16 @@ def trains(p: Parts) -> bool:
     return p.preactivation or any(uses_batch_statistics(bn) for bn in p.norms)
 
 
-def training(block: nn.Module, x: Tensor) -> str | None:
-    """Why a block that `trains` cannot be fused for this input, or None."""
-    p = parts(block)
-    assert isinstance(p, Parts)
+def training(p: Parts, x: Tensor) -> str | None:
+    """Why what `trains` cannot be fused for this input, or None."""
     if not trains(p):
         return None
     if p.shortcut == "projection" and (p.convs[-1].kernel_size != (1, 1) or p.convs[-1].groups != 1):
         return f"downsample: expected an ungrouped 1x1 convolution in training, got {p.convs[-1]}"
     shapes = [tuple(conv.weight.shape) for conv in p.convs]
     _, maps = walk(x.shape[1:], shapes, [geometry(conv) for conv in p.convs], p.shortcut)
+    if p.pool is not None and (p.pool.kernel > MOST_POOLED or min(pooled_size(maps[-1][1:], p.pool)) < 1):
+        return f"maxpool: expected a kernel of at most {MOST_POOLED} that fits the map, got {p.pool.kernel}"
     seen = maps if p.preactivation else [*maps[1:], maps[-1]]
     for bn, (_, P, Q) in zip(p.norms, seen, strict=False):
         # Those of a group have more on its other processes.
@@ -197,7 +232,7 @@ def training(block: nn.Module, x: Tensor) -> str | None:
     # A compiler's sizes may be symbols.
     size = () if torch.compiler.is_compiling() else tuple(x.shape)
     rows = [tuple(geometry(conv)) for conv in p.convs]
-    return untrained(x.device, x.dtype, shapes, rows, size, select.named())
+    return untrained(x.device, x.dtype, shapes, rows, size, p.pool is not None, select.named())
 
 
 @torch.compiler.assume_constant_result
@@ -207,11 +242,12 @@ def untrained(
     shapes: list[tuple[int, ...]],
     geometries: list[tuple[int, ...]],
     size: tuple[int, ...],
+    pool: bool,
     name: str | None,
 ) -> str | None:
-    """Why the named backend (None: every one) cannot train a block, or None. A compiler asks and looks no further: what
+    """Why the named backend (None: every one) cannot train a block or stem, or None. A compiler asks and looks no further: what
     is built, and which tables there are, is no part of its graph."""
-    call = call_of_training(device, dtype, shapes, [Geometry(*g) for g in geometries], size)
+    call = call_of_training(device, dtype, shapes, [Geometry(*g) for g in geometries], size, pool)
     if name and name != select.EAGER:
         return select.BY_NAME[name].why_not(call)
     reasons = select.reasons(call)
@@ -221,9 +257,10 @@ def untrained(
 
 
 def training_call(p: Parts, x: Tensor) -> Call:
-    """The metadata of the block in training."""
+    """The metadata of a block or stem in training."""
     shapes = [tuple(conv.weight.shape) for conv in p.convs]
-    return call_of_training(x.device, x.dtype, shapes, [geometry(conv) for conv in p.convs], tuple(x.shape))
+    geometries = [geometry(conv) for conv in p.convs]
+    return call_of_training(x.device, x.dtype, shapes, geometries, tuple(x.shape), p.pool is not None)
 
 
 def context(x: Tensor) -> str | None:
@@ -250,10 +287,8 @@ def context(x: Tensor) -> str | None:
     return None
 
 
-def tensors(block: nn.Module, x: Tensor) -> str | None:
+def tensors(p: Parts, x: Tensor) -> str | None:
     """Why these tensors cannot be fused, or None. Wrong ones are left to the plain chain, which raises for them."""
-    p = parts(block)
-    assert isinstance(p, Parts)
     compiling = torch.compiler.is_compiling()
     if not compiling and type(x) is not Tensor and type(x) is not nn.Parameter:
         return f"x: expected a Tensor, got {_name(x)}"
@@ -294,4 +329,9 @@ def tensors(block: nn.Module, x: Tensor) -> str | None:
 
 def why_plain(block: nn.Module, x: Tensor) -> str | None:
     """Why the block's forward runs as the plain chain of torch modules for this input, or None if it runs fused."""
-    return context(x) or structure(block) or tensors(block, x) or training(block, x)
+    reason = context(x) or structure(block)
+    if reason:
+        return reason
+    p = parts(block)
+    assert isinstance(p, Parts)
+    return tensors(p, x) or training(p, x)

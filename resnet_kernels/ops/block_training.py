@@ -358,7 +358,7 @@ def stem(
     check(x, [weight], [norm], *geometry, "none")
     if not (0 < window.kernel <= MOST_POOLED and window.stride > 0 and 0 <= 2 * window.padding <= window.kernel):
         raise ValueError(
-            f"pool: expected a kernel of 1 to {MOST_POOLED}, a stride and at most half the kernel as padding, got {window}"
+            f"pool: expected a kernel of 1 to {MOST_POOLED}, a stride, at most half the kernel as padding, got {window}"
         )
     g = same_padding(weight, stride, dilation, groups)
     _, (_, mapped) = walk(x.shape[1:], [weight.shape], [g], "none")

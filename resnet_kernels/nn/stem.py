@@ -1,0 +1,40 @@
+"""torchvision's ResNet with a stem that trains as one op."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchvision.models import resnet
+
+from ..backends import select
+from . import fusable
+from .blocks import fused_forward
+
+
+def why_plain(model: resnet.ResNet, x: Tensor) -> str | None:
+    """Why the model's stem runs as torch's modules for this input, or None if it runs as one op."""
+    p = fusable.stem(model)
+    if isinstance(p, str):
+        return p
+    if not fusable.trains(p):
+        return "its batch norm does not use the batch's statistics"
+    if select.named() == select.EAGER:
+        return "the backend 'eager' was named"
+    return fusable.context(x) or fusable.tensors(p, x) or fusable.training(p, x)
+
+
+class ResNet(resnet.ResNet):
+    """torchvision's ResNet whose stem, max_pool(relu(bn1(conv1(x)))), is one op where its batch norm uses the batch's
+    statistics. Arguments, attributes and state dict are torchvision's; so is the forward, wherever `why_plain` finds a
+    reason, a backend that was named and does not train the stem among them.
+    """
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        if why_plain(self, x):
+            return super()._forward_impl(x)
+        p = fusable.stem(self)
+        assert isinstance(p, fusable.Parts)
+        x = fused_forward(p, x)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+        return self.fc(torch.flatten(self.avgpool(x), 1))
