@@ -1,17 +1,21 @@
 """The primitives: the reference against autograd in fp64, every other backend against the reference."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from resnet_kernels.backends import aten, cpu, cuda, reference, triton
 from resnet_kernels.backends.contract import (
+    NOWHERE,
     Affine,
     Epilogue,
     Geometry,
     Normalized,
     Operand,
     Pool,
+    Pooled,
     Product,
     call_of,
     wide,
@@ -513,6 +517,45 @@ def test_moments_statistics_and_sums(backend, device, C, poisoned):
     got, want, exact = run(backend, lambda t: t), run(reference, lambda t: t), run(reference, torch.Tensor.double)
     for mine, theirs, true in zip(got, want, exact, strict=True):
         assert_matches(mine, theirs, true, 3 * 19 * 17, maximum=False)
+
+
+POOLS = [Pool(3, 2, 1), Pool(2, 2, 0), Pool(3, 1, 1), Pool(5, 3, 2), Pool(1, 2, 0)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("pool", POOLS, ids=lambda p: "-".join(map(str, p)))
+@pytest.mark.parametrize("backend, device", [b for b in BACKENDS if "training" in b.values[0].SUPPORTS])
+def test_pooling_tells_its_winners_and_they_get_the_gradient(backend, device, pool, dtype, poisoned):
+    """As autograd's, to the bit: of small integers, so that there are ties, with NaNs among them."""
+    x, dy = torch.randint(-4, 5, (2, 21, 11, 8), device=device).to(dtype), None
+    x[0, 3, 5, 2], x[1, 4, 0, 0], x[1, 4, 1, 1] = float("nan"), float("nan"), float("nan")
+    x = x.contiguous(memory_format=NHWC)
+    a, b = (torch.randint(-2, 3, (21,), device=device).float() for _ in range(2))
+    z = (a[:, None, None] * x + b[:, None, None]).to(dtype).requires_grad_()
+    want = F.max_pool2d(torch.relu(z), *pool)
+    dy = torch.randint(-3, 4, want.shape, device=device).to(dtype).contiguous(memory_format=NHWC)
+    (grad,) = torch.autograd.grad(want, z, dy)
+
+    y, winners = backend.bn_pass(Operand(x, (a, b)), Epilogue(relu=True, reduce="winners"), pool)
+    assert torch.equal(y.nan_to_num(99), want.detach().nan_to_num(99)) and winners.dtype == torch.uint8
+    ends = want <= 0
+    assert torch.equal(winners == NOWHERE, ends) and (winners[~ends] < pool.kernel**2).all()
+    g = Operand(dy, pooled=Pooled(winners, pool, (11, 8)))
+    assert torch.equal(backend.bn_pass(g, Epilogue())[0], grad)
+    # And with all that a batch norm's gradient applies on top.
+    c = torch.randint(-3, 4, x.shape, device=device).to(dtype).contiguous(memory_format=NHWC)
+    mean, rstd = torch.randint(-2, 3, (21,), device=device).float(), torch.ones(21, device=device)
+    sums = backend.reduce(g, Normalized(c, mean, rstd))
+    off = c.float() - mean[:, None, None]
+    for got, expected in zip(sums, (grad.float().sum((0, 2, 3)), (grad.float() * off).sum((0, 2, 3))), strict=True):
+        assert torch.equal(got, expected)
+    dc = dataclasses.replace(g, affine=(a, b), second=(c, b, mean))
+    expected = a[:, None, None] * grad + b[:, None, None] + b[:, None, None] * off
+    assert torch.equal(backend.bn_pass(dc, Epilogue())[0], expected.to(dtype))
+    images = torch.randint(-2, 3, (2, 5, 11, 8), device=device).to(dtype).contiguous(memory_format=NHWC)
+    dweight, total = backend.wgrad(dc, Operand(images), (1, 1), Geometry(), sums=True)
+    assert torch.equal(dweight[:, :, 0, 0], torch.einsum("nkpq,ncpq->kc", expected, images.float()))
+    assert torch.equal(total, expected.sum((0, 2, 3)))
 
 
 @pytest.mark.parametrize("backend, device", TRAINS)

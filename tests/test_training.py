@@ -12,8 +12,10 @@ from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
 import resnet_kernels as rk
+from resnet_kernels.nn import stem
 from resnet_kernels.nn.fusable import why_plain
 from resnet_kernels.ops import training
+from resnet_kernels.ops.batch_norm import norm_of
 from resnet_kernels.testing import (
     ODD_CASES,
     RESNET_CASES,
@@ -144,6 +146,242 @@ def test_adversarial_statistics(case, kind, dtype, backend):
         pytest.skip("eager's batch norm on CPUs computes in fp64: see test_an_outlier_on_a_cpu")
     draws = 8 if kind == "large-mean" else 3
     check(lambda: adversarial(case, kind, size), DTYPES[dtype], backend, draws)
+
+
+# A network's stem.
+
+STEMS = {  # N, C, H, W; K, R; stride, dilation, groups; pool
+    "resnet": ((2, 3, 37, 42), (64, 7), (2, 1, 1), (3, 2, 1)),
+    "one-image": ((1, 3, 33, 33), (16, 7), (2, 1, 1), (3, 2, 1)),
+    "odd-channels": ((3, 5, 12, 9), (13, 3), (1, 1, 1), (2, 2, 0)),
+    "1x1": ((2, 16, 10, 11), (32, 1), (1, 1, 1), (3, 2, 1)),
+    "dilation": ((2, 3, 17, 15), (8, 5), (1, 2, 1), (5, 3, 2)),
+    "groups": ((2, 8, 15, 14), (16, 3), (2, 1, 4), (3, 1, 1)),
+}
+
+
+def stem_case(name):
+    """(convolution, batch norm), pool, x."""
+    sizes, (K, R), (stride, dilation, groups), pool = STEMS[name]
+    conv = nn.Conv2d(sizes[1], K, R, stride, dilation * (R // 2), dilation, groups, bias=False)
+    bn = nn.BatchNorm2d(K).train()
+    nn.init.uniform_(bn.weight, -1.5, 1.5)
+    nn.init.normal_(bn.bias, 0, 0.3)
+    return nn.ModuleDict({"conv": conv, "bn": bn}), pool, torch.randn(sizes)
+
+
+def stem_step(stem, pool, x, dy, run):
+    """Results of a step; where each maximum stands in its map, counted row by row; where the gradient ends."""
+    stem, x = copy.deepcopy(stem), x.clone().requires_grad_()
+    y, flat, ends = run(stem["conv"], stem["bn"], x, pool)
+    y.backward(dy)
+    out = {"y": y.detach(), "x": x.grad} | {name: p.grad for name, p in stem.named_parameters()}
+    return out | dict(stem.named_buffers()), flat, ends
+
+
+def eager_stem(conv, bn, x, pool):
+    y, flat = F.max_pool2d(torch.relu(bn(conv(x))), *pool, return_indices=True)
+    return y, flat, y <= 0
+
+
+def fused_stem(conv, bn, x, pool):
+    y = rk.ops.stem(x, conv.weight, norm_of(bn), conv.stride[0], conv.dilation[0], conv.groups, pool)
+    node = y.grad_fn
+    if node is None:
+        return y, None, None
+    kept = training.Kept.of(node.saved_tensors[1 + node.count :], training.Plan(*node.plan))
+    (kernel, stride, padding), (P, Q) = pool, y.shape[2:]
+    row, column = ((torch.arange(n, device=x.device) * stride - padding) for n in (P, Q))
+    within, W = kept.mask.long(), kept.c[0].shape[3]
+    flat = (row[:, None] + within // kernel) * W + column + within % kernel
+    return y, flat, kept.mask == 255
+
+
+def given_stem(flat, ends):
+    def run(conv, bn, x, pool):
+        h = bn(conv(x))
+        return (
+            torch.where(ends, 0, h.flatten(2).gather(2, torch.where(ends, 0, flat).flatten(2)).view(flat.shape)),
+            0,
+            0,
+        )
+
+    return run
+
+
+def check_stem(name, dtype, backend, device="cpu"):
+    """As `check`, under the maxima that each implementation chose: of two near each other rounding decides."""
+    found = {}
+    for _ in range(4):
+        stem, pool, x = stem_case(name)
+        stem, x = stem.to(device, dtype), x.to(device, dtype).contiguous(memory_format=torch.channels_last)
+        dy = torch.randn_like(eager_stem(*copy.deepcopy(stem).values(), x, pool)[0])
+        theirs, *their_maxima = stem_step(stem, pool, x, dy, eager_stem)
+        with rk.use_backend(backend):
+            got, *maxima = stem_step(stem, pool, x, dy, fused_stem)
+        double, x, dy = copy.deepcopy(stem).double(), x.double(), dy.double()
+        y = eager_stem(*copy.deepcopy(double).values(), x, pool)[0]
+        wants = [stem_step(double, pool, x, dy, given_stem(*m))[0] | {"y": y} for m in (maxima, their_maxima)]
+        for key in theirs:
+            if not theirs[key].is_floating_point():
+                assert torch.equal(got[key], theirs[key]), key
+                continue
+            shifted = (theirs[key].double() - wants[1][key] + wants[0][key]).to(dtype)
+            found.setdefault(key, []).append((got[key], shifted, wants[0][key]))
+    rows = y.numel() // y.shape[1]
+    for key, drawn in found.items():
+        out, eager, want = (torch.stack(t) for t in zip(*drawn, strict=True))
+        assert_matches(out, eager, want, rows, key, maximum=key == "y")
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", STEMS)
+def test_stems(name, dtype, backend, poisoned):
+    check_stem(name, DTYPES[dtype], backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", STEMS)
+def test_stems_on_a_gpu(name, dtype):
+    check_stem(name, DTYPES[dtype], "triton", "cuda")
+
+
+def test_a_stem_has_the_gradient_of_finite_differences():
+    x, w = torch.randn(2, 3, 9, 8, dtype=torch.float64), torch.randn(4, 3, 3, 3, dtype=torch.float64)
+    vectors = [torch.randn(4, dtype=torch.float64) for _ in range(2)]
+
+    def run(x, w, gamma, beta):
+        return rk.ops.stem(x, w, rk.ops.BatchNorm(gamma, beta), pool=(3, 2, 1))
+
+    with rk.use_backend("reference"):
+        assert torch.autograd.gradcheck(run, [t.requires_grad_() for t in (x, w, *vectors)])
+
+
+@pytest.mark.parametrize("kind", ["eval", "frozen", "cumulative", "no-affine", "untracked"])
+def test_a_stem_with_other_batch_norms(kind):
+    stem, pool, x = stem_case("odd-channels")
+    if kind == "no-affine":
+        stem["bn"] = nn.BatchNorm2d(13, affine=False)
+    elif kind == "untracked":
+        stem["bn"] = nn.BatchNorm2d(13, track_running_stats=False)
+    elif kind == "frozen":
+        stem["bn"] = FrozenBatchNorm2d(13)
+    elif kind == "cumulative":
+        stem["bn"].momentum = None
+    else:
+        stem["bn"].eval()
+        stem["bn"].running_mean.normal_()
+    dy = torch.randn_like(eager_stem(*copy.deepcopy(stem).values(), x, pool)[0])
+    want, got = (stem_step(stem, pool, x, dy, run)[0] for run in (eager_stem, fused_stem))
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_stems_say_what_does_not_fit():
+    x, w = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)
+    for arguments, says in [
+        (dict(pool=(17, 2, 1)), "expected a kernel of 1 to 15"),
+        (dict(pool=(3, 2, 2)), "at most half the kernel as padding"),
+        (dict(pool=(9, 2, 1)), "does not fit a map of 4x4"),
+        (dict(groups=2), "does not fit 3 channels"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            rk.ops.stem(x, w, rk.ops.BatchNorm(), **arguments)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        rk.ops.stem(x[:1, :, :1, :1], w, rk.ops.BatchNorm())
+
+
+def test_opcheck_of_a_stem():
+    x, w = torch.randn(2, 3, 9, 8).contiguous(memory_format=torch.channels_last), torch.randn(4, 3, 3, 3)
+    vectors = [[torch.randn(4, requires_grad=True)] for _ in range(2)] + [[torch.empty(0)]] * 2
+    plan = training.Plan(
+        [2], [1], [1], [1e-5], [True], [""], "none", True, False, [True, False], [3, 2, 1], "cpu"
+    )  # fmt: skip
+    op = torch.ops.resnet_kernels.residual_block_training.default
+    torch.library.opcheck(op, (x.requires_grad_(), [w.requires_grad_()], *vectors, *plan))
+
+
+def small_resnet(**more):
+    return resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=5, **more).train()
+
+
+def steps_of_a_model(model, x):
+    """Gradients and buffers of a step."""
+    model, x = copy.deepcopy(model), x.clone().requires_grad_()
+    model(x).square().sum().backward()
+    return {"x": x.grad} | {n: p.grad for n, p in model.named_parameters()} | dict(model.named_buffers())
+
+
+@pytest.mark.parametrize("pool", [True, False])
+def test_a_replaced_models_stem_trains_as_one_op(pool):
+    model, x = small_resnet(), torch.randn(3, 3, 40, 36)
+    if not pool:
+        model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    ours = copy.deepcopy(model)
+    report = rk.replace_blocks(ours)
+    assert report.stems == ("",) and "the model: its stem trains as one op" in str(report)
+    assert list(ours.state_dict()) == list(model.state_dict())
+    called = []
+    ours.bn1.register_forward_hook(lambda *_: called.append(1))
+    with pytest.MonkeyPatch.context() as patch:
+        # The hook alone would send the stem back to torch's modules.
+        patch.setattr("resnet_kernels.nn.fusable.hook_on", lambda module: None)
+        got = steps_of_a_model(ours, x)
+    assert not called
+    for name, want in steps_of_a_model(model, x).items():
+        torch.testing.assert_close(got[name], want, rtol=2e-3, atol=2e-4, msg=name)
+    rk.restore_blocks(ours)
+    assert type(ours) is resnet.ResNet
+
+
+def to_plain(kind, model, x):
+    """Make the model's stem one that runs as torch's modules, and tell how it says so."""
+    if kind == "hook":
+        model.conv1.register_forward_hook(lambda *_: None)
+        return "conv1 carries a forward hook"
+    if kind == "frozen":
+        model.bn1.eval()
+        return "does not use the batch's statistics"
+    if kind == "bias":
+        model.conv1 = nn.Conv2d(3, 64, 7, 2, 3)
+        return "conv1: the convolution has a bias"
+    if kind == "norm":
+        model.bn1 = nn.GroupNorm(8, 64)
+        return "bn1: expected one of BatchNorm2d"
+    if kind == "relu":
+        model.relu = nn.LeakyReLU()
+        return "relu: expected ReLU, got LeakyReLU"
+    if kind == "pool":
+        model.maxpool = nn.MaxPool2d(3, 2, 1, ceil_mode=True)
+        return "maxpool: expected square windows"
+    model.maxpool = nn.AvgPool2d(3, 2, 1)
+    return "maxpool: expected MaxPool2d or Identity, got AvgPool2d"
+
+
+@pytest.mark.parametrize("kind", ["hook", "frozen", "bias", "norm", "relu", "pool", "average"])
+def test_stems_that_run_as_torchs_modules(kind):
+    model, x = small_resnet(), torch.randn(2, 3, 40, 36)
+    rk.replace_blocks(model)
+    assert stem.why_plain(model, x) is None
+    says = to_plain(kind, model, x)
+    assert says in stem.why_plain(model, x)
+    plain = copy.deepcopy(model)
+    rk.restore_blocks(plain)
+    got = steps_of_a_model(model, x)
+    for name, want in steps_of_a_model(plain, x).items():
+        torch.testing.assert_close(got[name], want, rtol=2e-3, atol=2e-4, msg=name)
+
+
+def test_a_stem_under_eager_and_in_evaluation_is_torchs():
+    model, x = small_resnet(), torch.randn(2, 3, 40, 36)
+    rk.replace_blocks(model)
+    with rk.use_backend("eager"):
+        assert stem.why_plain(model, x) == "the backend 'eager' was named"
+    with rk.use_backend("aten"):
+        assert "not implemented here: training" in stem.why_plain(model, x)
+    assert "does not use" in stem.why_plain(model.eval(), x)
 
 
 # What a batch norm may be, each of the block's by itself.

@@ -245,8 +245,8 @@ def untrained(
     pool: bool,
     name: str | None,
 ) -> str | None:
-    """Why the named backend (None: every one) cannot train a block or stem, or None. A compiler asks and looks no further: what
-    is built, and which tables there are, is no part of its graph."""
+    """Why the named backend (None: every one) cannot train a block or stem, or None. A compiler asks and looks no
+    further: what is built, and which tables there are, is no part of its graph."""
     call = call_of_training(device, dtype, shapes, [Geometry(*g) for g in geometries], size, pool)
     if name and name != select.EAGER:
         return select.BY_NAME[name].why_not(call)
