@@ -7,8 +7,18 @@ import pytest
 import torch
 
 from resnet_kernels.backends import reference
-from resnet_kernels.backends.contract import Affine, Epilogue, Geometry, Moments, Normalized, Operand, Stats
-from resnet_kernels.backends.triton import finalize, launch, offline, outer, products, reductions
+from resnet_kernels.backends.contract import (
+    Affine,
+    Epilogue,
+    Geometry,
+    Moments,
+    Normalized,
+    Operand,
+    Pool,
+    Pooled,
+    Stats,
+)
+from resnet_kernels.backends.triton import finalize, launch, offline, outer, products, reductions, run
 from resnet_kernels.testing import assert_matches
 
 NHWC = torch.channels_last
@@ -519,6 +529,15 @@ def launches_of_training(dtype, arch):
             affine = Affine.of(finalize.finalize_moments(m, weight, k, k, 1e-5))
             centre = j if dtype == torch.float32 else None
             finalize.finalize_tail_grad(sg, torch.empty(K, J), centre, m, weight, affine)
+        c, j, pool = (
+            torch.empty(256, 64, 112, 112, dtype=dtype).contiguous(memory_format=NHWC),
+            torch.empty(64),
+            Pool(3, 2, 1),
+        )
+        y, winners = run.bn_pass(Operand(c, (j, j)), Epilogue(relu=True, reduce="winners"), pool)
+        g = Operand(y, pooled=Pooled(winners, pool, (112, 112)))
+        reductions.reduce(g, Normalized(c, j, j))
+        reductions.bn_pass(dataclasses.replace(g, affine=(j, j), second=(c, j, j)), Epilogue())
     return launches
 
 
