@@ -33,7 +33,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
-from torchvision.models import resnet
 
 import resnet_kernels as rk
 from resnet_kernels.images import MEAN, STD, residual_networks
@@ -159,18 +158,6 @@ def loaders(args: argparse.Namespace, processes: Processes) -> tuple[DataLoader,
     return loader, DataLoader(part, **common), sampler, train.classes
 
 
-def synchronise(model: nn.Module, device: torch.device, say: Callable) -> None:
-    """Batch norms of all processes, in place. After DDP has taken the model, since DDP refuses them on CPUs; they keep
-    their parameters."""
-    if device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        return
-    blocks = [m for m in model.modules() if isinstance(m, (resnet.BasicBlock, resnet.Bottleneck))]
-    for block in blocks:
-        nn.SyncBatchNorm.convert_sync_batchnorm(block)
-    say("sync-bn: torch's SyncBatchNorm does not run on CPUs: the blocks' norms are synchronised, the stem's is not")
-
-
 class Training:
     """What a checkpoint holds, and the steps."""
 
@@ -211,7 +198,8 @@ class Training:
         ids = [processes.device.index] if processes.device.type == "cuda" else None
         self.model = DistributedDataParallel(self.net, device_ids=ids) if dist.is_initialized() else self.net
         if args.sync_bn and dist.is_initialized():
-            synchronise(self.net, processes.device, say)
+            # In place; after DDP has taken the model, since DDP refuses them on CPUs. They keep their parameters.
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
 
     def train_step(self, images: Tensor, labels: Tensor) -> Tensor:
         with self.autocast:
@@ -318,7 +306,7 @@ def train(args: argparse.Namespace, processes: Processes, console: Console) -> i
         raise ValueError(f"model: expected one of {', '.join(residual_networks())}, got {args.model!r}")
     if args.sync_bn and args.eager and processes.device.type == "cpu" and processes.size > 1:
         raise ValueError(
-            "sync-bn: expected fused blocks on CPUs, where torch's SyncBatchNorm does not run; got --eager"
+            "sync-bn: expected a fused model on CPUs, where torch's SyncBatchNorm does not run; got --eager"
         )
     loader, val, sampler, classes = loaders(args, processes)
     training = Training(args, processes, classes, sampler, say)

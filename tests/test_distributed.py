@@ -184,10 +184,8 @@ def ddp(rank, dtype):
 def ddp_with_the_joined_batch(rank):
     """DDP's mean of the gradients, of a loss that is a sum over the joined batch."""
     model, x = network(resnet.Bottleneck).double(), torch.randn(6, 3, 32, 32, dtype=torch.float64)
-    # Outside of our blocks torch's SyncBatchNorm refuses CPU tensors.
-    model.bn1 = nn.Identity()
     want = gradients(copy.deepcopy(model), x)
-    # And so does DDP when it is made: the norms, which keep their parameters, are converted after that.
+    # DDP refuses SyncBatchNorm on CPUs when it is made: the norms, which keep their parameters, are converted after.
     ours = nn.SyncBatchNorm.convert_sync_batchnorm(DistributedDataParallel(replaced(model)))
     with rk.use_backend("reference"):
         got = gradients(ours, x.split((4, 2))[rank])

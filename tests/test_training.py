@@ -336,6 +336,26 @@ def test_a_replaced_models_stem_trains_as_one_op(pool):
     assert type(ours) is resnet.ResNet
 
 
+def test_a_stem_takes_autocasts_images():
+    """Which come in fp32."""
+    model, x = small_resnet(), torch.randn(3, 3, 40, 36)
+    rk.replace_blocks(model)
+    stages = []
+    model.layer1.register_forward_hook(lambda module, args, y: stages.append(args[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert stem.why_plain(model, x) is None
+        loss = model(x).float().square().sum()
+    loss.backward()
+    assert stages == [torch.bfloat16] and model.conv1.weight.grad.dtype == torch.float32
+    plain = copy.deepcopy(model)
+    rk.restore_blocks(plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain.zero_grad()
+        plain(x).float().square().sum().backward()
+    a, b = (m.conv1.weight.grad.flatten() for m in (model, plain))
+    assert F.cosine_similarity(a, b, 0) > 0.95
+
+
 def to_plain(kind, model, x):
     """Make the model's stem one that runs as torch's modules, and tell how it says so."""
     if kind == "hook":

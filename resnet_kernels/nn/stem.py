@@ -20,7 +20,18 @@ def why_plain(model: resnet.ResNet, x: Tensor) -> str | None:
         return "its batch norm does not use the batch's statistics"
     if select.named() == select.EAGER:
         return "the backend 'eager' was named"
-    return fusable.context(x) or fusable.tensors(p, x) or fusable.training(p, x)
+    reason = fusable.context(x)
+    if reason:
+        return reason
+    x = as_autocast(x)
+    return fusable.tensors(p, x) or fusable.training(p, x)
+
+
+def as_autocast(x: Tensor) -> Tensor:
+    """What autocast would make of a convolution's input: images come in fp32."""
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
 
 
 class ResNet(resnet.ResNet):
@@ -34,7 +45,7 @@ class ResNet(resnet.ResNet):
             return super()._forward_impl(x)
         p = fusable.stem(self)
         assert isinstance(p, fusable.Parts)
-        x = fused_forward(p, x)
+        x = fused_forward(p, as_autocast(x))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x)
         return self.fc(torch.flatten(self.avgpool(x), 1))
