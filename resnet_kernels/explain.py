@@ -91,11 +91,14 @@ def _explain_block(name: str, block: nn.Module, x: Tensor) -> Explanation:
 
 
 def _explain_stem(name: str, model: resnet.ResNet, x: Tensor) -> list[Explanation]:
-    """Of a stem that trains; in evaluation it is torch's modules."""
+    """In training; in evaluation it is torch's modules."""
     p = fusable.stem(model)
-    if isinstance(p, str) or not fusable.trains(p):
+    if not (model.training if isinstance(p, str) else fusable.trains(p)):
         return []
-    return [_explain_call(name, fusable.training_call(p, x), x, stem_module.why_plain(model, x))]
+    if isinstance(p, str):
+        return [Explanation(name, PLAIN, p, {}, False)]
+    taken = stem_module.as_autocast(x)
+    return [_explain_call(name, fusable.training_call(p, taken), taken, stem_module.why_plain(model, x))]
 
 
 def _explain_trunk(name: str, trunk: FrozenTrunk, x: Tensor) -> list[Explanation]:

@@ -67,8 +67,17 @@ def test_cpu_passes_name_what_is_wrong():
 
     def bn_pass(t, a=None, b=None, residual=None):
         """a*t + b + residual"""
-        added = None if residual is None else (residual, *[None] * 6, False, None)
-        return C.bn_pass((t, None, a, b, *[None] * 3, False, None), None, added, False, None, 0.0, True, None, "", None)
+        nothing = (None, None, (0,) * 5)
+        added = None if residual is None else (residual, *[None] * 6, False, *nothing)
+        operand = (t, None, a, b, *[None] * 3, False, *nothing)
+        return C.bn_pass(operand, None, added, False, None, 0.0, True, None, "", None)
+
+    def unpool(winners, window=(3, 2, 1, 10, 9)):
+        return C.bn_pass(
+            (x, *[None] * 6, False, None, winners, window), None, None, False, None, 0.0, True, None, "", None
+        )
+
+    bytes_of_x = x.to(torch.uint8)
 
     ones = torch.ones(4)
     cases = [
@@ -85,6 +94,12 @@ def test_cpu_passes_name_what_is_wrong():
         (lambda: C.second_moments(x.double()), "h: dtype: expected Float, got Double"),
         (lambda: C.max_pool_relu(x, 9, 2, 1), "a window of 9 does not fit a map of 5 x 5 padded by 1"),
         (lambda: C.max_pool_relu(x, 3, 2, 2), r"expected 2 \* padding <= kernel"),
+        (lambda: C.max_pool_relu_winners(x.double(), None, None, 3, 2, 1), "x: expected Float, got Double"),
+        (lambda: C.max_pool_relu_winners(x, ones, None, 3, 2, 1), "max pool: expected a with b"),
+        (lambda: C.max_pool_relu_winners(x, ones[:3], ones, 3, 2, 1), "a and b: expected 4 contiguous values"),
+        (lambda: unpool(x), "x: expected Byte, got Float"),
+        (lambda: unpool(bytes_of_x[:1]), r"x: expected \[2, 4, 5, 5\], got \[1, 4, 5, 5\]"),
+        (lambda: unpool(bytes_of_x, (0, 2, 1, 10, 9)), "x: expected a window and a stride of at least 1"),
         (lambda: C.conv(x, conv, None, None, False, False), "x: channels: expected 3, got 4"),
         (lambda: C.conv(x[:, :3], conv, None, x, False, False), r"x: expected channels_last memory"),
         (

@@ -399,8 +399,8 @@ def test_bytes_of_a_products_launch_counted_by_hand():
     assert [m.work.bytes for m in made] == [
         2 * M * (K + J) + weight + 8 * tiles[0] * J,
         2 * M * (J + K + K) + weight + M * K // 8,
-        # g and its bits, h2, gh2; c2 that h2 is made of is what masks, read again.
-        2 * M * (K + J + J + J) + M * K // 8 + weight + 2 * J * J + 8 * tiles[2] * J,
+        # g and its bits, h2, gh2; c2 that h2 is made of is what masks.
+        2 * M * (K + J + J) + M * K // 8 + weight + 2 * J * J + 8 * tiles[2] * J,
         2 * M * (J + J + K + K) + M * K // 8 + weight,
     ]
     assert [m.work.flops for m in made] == [2 * M * J * K, 2 * M * J * K, 2 * M * (J * K + J * J), 2 * M * J * K]
