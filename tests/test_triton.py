@@ -296,8 +296,7 @@ def test_a_stem_with_groups(device):
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
+@pytest.mark.parametrize("name, arch", [("resnet18", 80), ("resnet50", 90), ("resnext50_32x4d", 80)])
 def test_frozen_models_in_the_interpreter(name, arch, monkeypatch):
     """Narrow models, but as large a batch as fused tails and whole boxes want."""
     width = {"width_per_group": 4} if "next" in name else {}
