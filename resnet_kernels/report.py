@@ -227,6 +227,7 @@ def _wide_tables(results: Results, rows: list[Row]) -> list[Part]:
     columns = _columns(results, rows, "section", "ms", "images/s", "gap us")
     note = columns.pop("note")
     for name in dict.fromkeys(name for r in rows for name in r.metrics):
+        # mypy takes a lambda's default, which binds the name of this round, for an argument that callers must know.
         columns[name] = lambda r, name=name: number(r.metrics.get(name))  # type: ignore[misc]
     ordered = [r for same in by(rows, lambda r: r.group).values() for r in peers_first(same)]
     return [_table("", columns | {"note": note}, ordered, 3)]
@@ -361,6 +362,7 @@ def comparison(old: Results, new: Results) -> list[Part]:
     columns: dict[str, Callable[[Change], str]] = {"flag": lambda c: c.flag}
     every = _columns(new, new.rows)
     for name in IDENTITY:
+        # As above: the default binds the cell of this round.
         columns[name] = lambda c, cell=every[name]: cell(c.new)  # type: ignore[misc]
     columns |= {
         "old ms": lambda c: _time(c.old, 1e3),

@@ -187,8 +187,6 @@ def eager_stem(conv, bn, x, pool):
 def fused_stem(conv, bn, x, pool):
     y = rk.ops.stem(x, conv.weight, norm_of(bn), conv.stride[0], conv.dilation[0], conv.groups, pool)
     node = y.grad_fn
-    if node is None:
-        return y, None, None
     kept = training.Kept.of(node.saved_tensors[1 + node.count :], training.Plan(*node.plan))
     (kernel, stride, padding), (P, Q) = pool, y.shape[2:]
     row, column = ((torch.arange(n, device=x.device) * stride - padding) for n in (P, Q))
