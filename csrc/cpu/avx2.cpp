@@ -27,8 +27,10 @@ bool avx2_preferred() { return avx2_runs() && !__builtin_cpu_supports("avx512f")
 namespace {
 
 constexpr int kRows = 6, kColumns = 16;
-// Operand bytes of a block, measured on Zen 3 (512 KiB of L2) from 32 KiB to 1.5 MiB.
-constexpr int64_t kDirectBytes = 384 * 1024, kWinogradBytes = 128 * 1024;
+// Operand bytes of a block: a direct one shares L2 (512 KiB) with the next. Measured on Zen 3, from 32 KiB to 1.5 MiB.
+constexpr int64_t kDirectBytes = 96 * 1024, kWinogradBytes = 128 * 1024;
+// Results that cache does not hold anyway go past it: to write a line there it would be read first.
+constexpr size_t kStreamBytes = 16 << 20;
 
 // out[r][0:16] = finish(sum over taps and k of a[tap * kRows + r][k] * b[tap][k][0:16]).
 struct Finish {
@@ -36,7 +38,7 @@ struct Finish {
   const float* shift;     // 16 values or null
   const float* residual;  // null, or laid out as what begins at `base` and `out` points into
   const float* base;
-  bool relu;
+  bool relu, stream;
 };
 
 template <int R>
@@ -67,7 +69,8 @@ RK_AVX2 void tile(int64_t taps, int64_t depth, const float* const* a, const floa
       if (f.shift) t = _mm256_add_ps(t, _mm256_loadu_ps(f.shift + 8 * h));
       if (f.residual) t = _mm256_add_ps(t, _mm256_loadu_ps(f.residual + (out[r] - f.base) + 8 * h));
       if (f.relu) t = _mm256_max_ps(_mm256_setzero_ps(), t);
-      _mm256_storeu_ps(out[r] + 8 * h, t);
+      if (f.stream) _mm256_stream_ps(out[r] + 8 * h, t);
+      else _mm256_storeu_ps(out[r] + 8 * h, t);
     }
   }
 }
@@ -149,7 +152,7 @@ RK_AVX2 void winograd_block(float* y, const float* x, const float* packed, const
           a[r] = V + (p * count + t + r) * g.C;
           out[r] = M + (p * count + t + r) * kColumns;
         }
-        kTile[rows](1, g.C, a, panel + p * g.C * kColumns, out, Finish{nullptr, nullptr, nullptr, nullptr, false});
+        kTile[rows](1, g.C, a, panel + p * g.C * kColumns, out, Finish{nullptr, nullptr, nullptr, nullptr, false, false});
       }
     }
     for (int64_t t = 0; t < count; ++t) {
@@ -203,32 +206,58 @@ void direct(const at::Tensor& y, const at::Tensor& x, const at::Tensor& packed, 
   float* const result = y.mutable_data_ptr<float>();
   const std::vector<float> zeros(depth);
   const int64_t rows_per_block = block_size(M, C * sizeof(float) * std::max<int64_t>(1, std::min(taps, grid.stride * grid.stride)), kDirectBytes);
-  at::parallel_for(0, (M + rows_per_block - 1) / rows_per_block, 1, [&](int64_t first, int64_t last) {
-    // The operand rows of every tap and the result's, found once for all panels.
-    std::vector<const float*> rows_of((rows_per_block + kRows - 1) / kRows * taps * kRows);
+  const int64_t count = (M + rows_per_block - 1) / rows_per_block;
+  const bool stream = y.nbytes() > kStreamBytes;
+  Blocks blocks(count);
+  blocks.run([&] {
+    // A block's operand rows of every tap and its result's, found once for all panels; the next one's rows, to be asked
+    // for while this one is computed.
+    const int64_t size = (rows_per_block + kRows - 1) / kRows * kRows;
+    std::vector<const float*> rows_of(size * taps), next_rows(taps == 1 ? size : 0);
     std::vector<float*> to_row(rows_per_block);
-    for (int64_t block = first; block < last; ++block) {
+    const auto find_rows = [&](int64_t block, std::vector<const float*>& rows) {
       const int64_t begin = block * rows_per_block, end = std::min(M, begin + rows_per_block);
       for (int64_t m = begin; m < end; ++m) {
         const int64_t n = m / (P * Q), i = m / Q % P, j = m % Q;
-        const float** const from = rows_of.data() + (m - begin) / kRows * taps * kRows + (m - begin) % kRows;
+        const float** const from = rows.data() + (m - begin) / kRows * taps * kRows + (m - begin) % kRows;
         for (int64_t tap = 0; tap < taps; ++tap) {
           const int64_t h = i * grid.stride + grid.dh[tap], w = j * grid.stride + grid.dw[tap];
           const bool inside = h >= 0 && h < H && w >= 0 && w < W;
           from[tap * kRows] = inside ? in + ((n * H + h) * W + w) * C : zeros.data();
         }
+      }
+      return end - begin;
+    };
+    int64_t block = blocks.take();
+    int64_t rows = block < count ? find_rows(block, rows_of) : 0;
+    while (block < count) {
+      const int64_t begin = block * rows_per_block, next = blocks.take();
+      const int64_t coming = taps == 1 && next < count ? find_rows(next, next_rows) : 0;
+      for (int64_t m = begin; m < begin + rows; ++m) {
+        const int64_t n = m / (P * Q), i = m / Q % P, j = m % Q;
         to_row[m - begin] = result + ((n * height + i * grid.spread + grid.u) * width + j * grid.spread + grid.v) * K;
       }
       for (int64_t k = 0; k < K; k += kColumns) {
-        const Finish finish{scale ? scale + k : nullptr, shift ? shift + k : nullptr, residual, result, relu};
-        for (int64_t m = begin; m < end; m += kRows) {
-          const int rows = static_cast<int>(std::min<int64_t>(kRows, end - m));
+        const Finish finish{scale ? scale + k : nullptr, shift ? shift + k : nullptr, residual, result, relu, stream};
+        // This panel's share of the next block.
+        const int64_t from = (k * depth / K + 15) / 16 * 16, share = (k + kColumns) * depth / K - from;
+        for (int64_t m = 0; m < rows; m += kRows) {
           float* out[kRows];
-          for (int r = 0; r < rows; ++r) out[r] = to_row[m - begin + r] + k;
-          kTile[rows](taps, depth, rows_of.data() + (m - begin) * taps, b + k * taps * depth, out, finish);
+          const int group = static_cast<int>(std::min<int64_t>(kRows, rows - m));
+          for (int r = 0; r < group; ++r) {
+            out[r] = to_row[m + r] + k;
+            if (!stream) prefetch(out[r], kColumns);
+            if (residual) prefetch(residual + (out[r] - result), kColumns);
+            if (m + r < coming) prefetch<_MM_HINT_T1>(next_rows[m + r] + from, share);
+          }
+          kTile[group](taps, depth, rows_of.data() + m * taps, b + k * taps * depth, out, finish);
         }
       }
+      block = next;
+      if (taps == 1) std::swap(rows_of, next_rows), rows = coming;
+      else if (block < count) rows = find_rows(block, rows_of);
     }
+    if (stream) _mm_sfence();
   });
 }
 

@@ -2,8 +2,11 @@
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__)
+#include <ATen/Parallel.h>
 #include <immintrin.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -21,10 +24,28 @@ inline std::unique_ptr<float[], AlignedFree> scratch(int64_t floats) {
       static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64)));
 }
 
-// Asks for `count` floats that are read soon.
+// Asks for `count` floats that are read soon, or in L2 alone where that is later.
+template <_mm_hint hint = _MM_HINT_T0>
 inline void prefetch(const float* from, int64_t count) {
-  for (int64_t i = 0; i < count; i += 16) _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T0);
+  for (int64_t i = 0; i < count; i += 16) _mm_prefetch(reinterpret_cast<const char*>(from + i), hint);
 }
+
+// Work in blocks, each done by whichever thread is free: the cores of a shared machine are not equally fast.
+class Blocks {
+ public:
+  explicit Blocks(int64_t count) : count_(count) {}
+  // The next block, or count and more where none is left.
+  int64_t take() { return next_.fetch_add(1, std::memory_order_relaxed); }
+  // work() on every thread: it takes blocks until none is left.
+  template <typename Work>
+  void run(const Work& work) {
+    at::parallel_for(0, std::min<int64_t>(count_, at::get_num_threads()), 1, [&](int64_t, int64_t) { work(); });
+  }
+
+ private:
+  const int64_t count_;
+  std::atomic<int64_t> next_{0};
+};
 
 struct Map {
   int64_t N, H, W, C, K;
