@@ -29,6 +29,9 @@ namespace {
 constexpr int kRows = 6, kColumns = 16;
 // Operand bytes of a block: a direct one shares L2 (512 KiB) with the next. Measured on Zen 3, from 32 KiB to 1.5 MiB.
 constexpr int64_t kDirectBytes = 96 * 1024, kWinogradBytes = 128 * 1024;
+// Every block reads all filters: where those do not stay in cache, larger blocks read them less often.
+constexpr int64_t kWinogradFarBytes = 2 << 20;
+constexpr size_t kFarBytes = 8 << 20;
 // Results that cache does not hold anyway go past it: to write a line there it would be read first.
 constexpr size_t kStreamBytes = 16 << 20;
 
@@ -228,10 +231,10 @@ void direct(const at::Tensor& y, const at::Tensor& x, const at::Tensor& packed, 
       }
       return end - begin;
     };
-    int64_t block = blocks.take();
+    int64_t block = blocks.take().first;
     int64_t rows = block < count ? find_rows(block, rows_of) : 0;
     while (block < count) {
-      const int64_t begin = block * rows_per_block, next = blocks.take();
+      const int64_t begin = block * rows_per_block, next = blocks.take().first;
       const int64_t coming = taps == 1 && next < count ? find_rows(next, next_rows) : 0;
       for (int64_t m = begin; m < begin + rows; ++m) {
         const int64_t n = m / (P * Q), i = m / Q % P, j = m % Q;
@@ -359,12 +362,16 @@ void avx2_winograd(const at::Tensor& y, const at::Tensor& x, const at::Tensor& p
   const float* in = x.const_data_ptr<float>();
   const float* b = packed.const_data_ptr<float>();
   float* const result = y.mutable_data_ptr<float>();
-  const int64_t per_block = block_size(g.tiles(), 16 * g.C * sizeof(float), kWinogradBytes);
-  at::parallel_for(0, (g.tiles() + per_block - 1) / per_block, 1, [&](int64_t first, int64_t last) {
-    const auto V = scratch(16 * per_block * g.C), M = scratch(16 * per_block * kColumns);
-    for (int64_t block = first; block < last; ++block)
-      winograd_block(result, in, b, scale, shift, residual, relu, g, block * per_block,
-                     std::min(g.tiles(), (block + 1) * per_block), V.get(), M.get());
+  const bool far = packed.nbytes() > kFarBytes;
+  const int64_t per_block = block_size(g.tiles(), 16 * g.C * sizeof(float), far ? kWinogradFarBytes : kWinogradBytes);
+  const int64_t count = (g.tiles() + per_block - 1) / per_block;
+  Blocks blocks(count, std::max<int64_t>(1, count / (8 * at::get_num_threads())));
+  blocks.run([&] {
+    const Scratch V(16 * per_block * g.C), M(16 * per_block * kColumns);
+    for (auto [block, end] = blocks.take(); block < count; std::tie(block, end) = blocks.take())
+      for (; block < end; ++block)
+        winograd_block(result, in, b, scale, shift, residual, relu, g, block * per_block,
+                       std::min(g.tiles(), (block + 1) * per_block), V.get(), M.get());
   });
 }
 

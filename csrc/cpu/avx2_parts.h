@@ -8,21 +8,24 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
+#include <tuple>
+#include <utility>
+
+#include "cpu/pool.h"
 
 #define RK_AVX2 __attribute__((target("avx2,fma")))
 
 namespace resnet_kernels {
 
-struct AlignedFree {
-  void operator()(float* p) const { std::free(p); }
-};
+// Memory for `floats` values, from the pool: fresh pages would be zeroed first.
+class Scratch {
+ public:
+  explicit Scratch(int64_t floats) : memory_(pooled_nhwc({1, floats, 1, 1}, at::TensorOptions(at::kFloat))) {}
+  float* get() const { return memory_.mutable_data_ptr<float>(); }
 
-inline std::unique_ptr<float[], AlignedFree> scratch(int64_t floats) {
-  return std::unique_ptr<float[], AlignedFree>(
-      static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64)));
-}
+ private:
+  const at::Tensor memory_;
+};
 
 // Asks for `count` floats that are read soon, or in L2 alone where that is later.
 template <_mm_hint hint = _MM_HINT_T0>
@@ -30,22 +33,36 @@ inline void prefetch(const float* from, int64_t count) {
   for (int64_t i = 0; i < count; i += 16) _mm_prefetch(reinterpret_cast<const char*>(from + i), hint);
 }
 
-// Work in blocks, each done by whichever thread is free: the cores of a shared machine are not equally fast.
+// Work in blocks, each done by whichever thread is free: the cores of a shared machine are not equally fast. Neighbours that
+// share operands come `together`.
 class Blocks {
  public:
-  explicit Blocks(int64_t count) : count_(count) {}
-  // The next block, or count and more where none is left.
-  int64_t take() { return next_.fetch_add(1, std::memory_order_relaxed); }
+  explicit Blocks(int64_t count, int64_t together = 1) : count_(count), together_(together) {}
   // work() on every thread: it takes blocks until none is left.
   template <typename Work>
   void run(const Work& work) {
-    at::parallel_for(0, std::min<int64_t>(count_, at::get_num_threads()), 1, [&](int64_t, int64_t) { work(); });
+    const int64_t takers = std::min<int64_t>((count_ + together_ - 1) / together_, at::get_num_threads());
+    at::parallel_for(0, takers, 1, [&](int64_t, int64_t) { work(); });
+  }
+  // Begin and end of the next ones; begin is `count` or more where none is left.
+  std::pair<int64_t, int64_t> take() {
+    const int64_t begin = next_.fetch_add(together_, std::memory_order_relaxed);
+    return {begin, std::min(count_, begin + together_)};
   }
 
  private:
-  const int64_t count_;
+  const int64_t count_, together_;
   std::atomic<int64_t> next_{0};
 };
+
+template <typename Work>
+void each_block(int64_t count, int64_t together, const Work& work) {
+  Blocks blocks(count, together);
+  blocks.run([&] {
+    for (auto [block, end] = blocks.take(); block < count; std::tie(block, end) = blocks.take())
+      for (; block < end; ++block) work(block);
+  });
+}
 
 struct Map {
   int64_t N, H, W, C, K;

@@ -1,8 +1,6 @@
 // Weight gradients: sums of outer products over rows (or Winograd tiles). Blocks of rows are packed into panels of 16
 // channels, [panel][row][16], of both operands; then each 16 x 16 piece of the result is three register tiles that run
-// down two panels. Threads own pieces of the result, so the order of every sum is fixed.
-#include <ATen/Parallel.h>
-
+// down two panels. A piece is one thread's at a time, so the order of every sum is fixed.
 #include <algorithm>
 #include <vector>
 
@@ -54,6 +52,7 @@ void outer_rows(const float* a, const float* b, int64_t depth, int64_t panel_dep
     const bool add = accumulate || t > 0;
     for (int64_t c = 0; c < C; c += kPanel) {
       const float *pa = a + t * kPanel, *pb = b + c * panel_depth + t * kPanel;
+      for (int r = 0; add && r < kPanel; ++r) prefetch(out + r * stride + c, kPanel);
       outer_tile<6>(pa, pb, count, out + c, stride, add);
       outer_tile<6>(pa + 6, pb, count, out + 6 * stride + c, stride, add);
       outer_tile<4>(pa + 12, pb, count, out + 12 * stride + c, stride, add);
@@ -123,32 +122,27 @@ RK_AVX2 void finish_filters(float* dweight, const float* s, int64_t position_str
 void avx2_wgrad(float* dweight, const float* g, const float* x, float* sums, int64_t M, int64_t K, int64_t C) {
   const bool square = g == x;
   const int64_t depth = rows_that_fit(kBlockBytes, (K + C) * sizeof(float), 2 * kRowsPacked, 1024);
-  const auto a = scratch(depth * K), b = scratch(depth * C);
-  const int64_t parts = (depth + kRowsPacked - 1) / kRowsPacked;
-  std::vector<float> partial(sums ? parts * K : 0);
+  const Scratch a(depth * K), b(depth * C);
+  std::vector<float> partial(sums ? (depth + kRowsPacked - 1) / kRowsPacked * K : 0);
   std::vector<double> total(sums ? K : 0);
   if (M == 0) std::fill(dweight, dweight + K * C, 0.f);
   for (int64_t begin = 0; begin < M; begin += depth) {
     const int64_t rows = std::min(depth, M - begin), used = (rows + kRowsPacked - 1) / kRowsPacked;
-    at::parallel_for(0, used, 1, [&](int64_t first, int64_t last) {
-      for (int64_t part = first; part < last; ++part) {
-        const int64_t t = part * kRowsPacked, count = std::min(kRowsPacked, rows - t);
-        float* const s = sums ? partial.data() + part * K : nullptr;
-        if (s) std::fill(s, s + K, 0.f);
-        pack_rows(a.get() + t * kPanel, g + (begin + t) * K, s, count, K, depth);
-        if (!square) pack_rows(b.get() + t * kPanel, x + (begin + t) * C, nullptr, count, C, depth);
-      }
+    each_block(used, 1, [&](int64_t part) {
+      const int64_t t = part * kRowsPacked, count = std::min(kRowsPacked, rows - t);
+      float* const s = sums ? partial.data() + part * K : nullptr;
+      if (s) std::fill(s, s + K, 0.f);
+      pack_rows(a.get() + t * kPanel, g + (begin + t) * K, s, count, K, depth);
+      if (!square) pack_rows(b.get() + t * kPanel, x + (begin + t) * C, nullptr, count, C, depth);
     });
     for (int64_t part = 0; sums && part < used; ++part)
       for (int64_t k = 0; k < K; ++k) total[k] += partial[part * K + k];
     const int64_t panels = K / kPanel;
-    at::parallel_for(0, panels, 1, [&](int64_t first, int64_t last) {
-      for (int64_t unit = first; unit < last; ++unit) {
-        // Of a square the part below its diagonal: long rows beside short ones, so that threads have as much to do.
-        const int64_t panel = !square ? unit : unit % 2 ? panels - 1 - unit / 2 : unit / 2;
-        outer_rows(a.get() + panel * depth * kPanel, square ? a.get() : b.get(), rows, depth,
-                   square ? (panel + 1) * kPanel : C, dweight + panel * kPanel * C, C, begin > 0);
-      }
+    each_block(panels, 1, [&](int64_t unit) {
+      // Of a square the part below its diagonal, its long rows first.
+      const int64_t panel = panels - 1 - unit;
+      outer_rows(a.get() + panel * depth * kPanel, square ? a.get() : b.get(), rows, depth, square ? (panel + 1) * kPanel : C,
+                 dweight + panel * kPanel * C, C, begin > 0);
     });
   }
   for (int64_t k = 0; square && k < K; ++k)
@@ -160,7 +154,7 @@ void avx2_conv_wgrad(const at::Tensor& dweight, const at::Tensor& g, const at::T
   const int64_t K = g.size(1), C = x.size(1), H = x.size(2), W = x.size(3), P = g.size(2), Q = g.size(3);
   const int64_t M = g.size(0) * P * Q, taps = win.R * win.S, stride = taps * C;
   const int64_t depth = rows_that_fit(kBlockBytes, (K + C) * sizeof(float), 2 * kRowsPacked, 1024);
-  const auto a = scratch(depth * K), b = scratch(depth * C);
+  const Scratch a(depth * K), b(depth * C);
   const float *in = x.const_data_ptr<float>(), *gradient = g.const_data_ptr<float>();
   float* const result = dweight.mutable_data_ptr<float>();
   const std::vector<float> zeros(C);
@@ -168,7 +162,8 @@ void avx2_conv_wgrad(const at::Tensor& dweight, const at::Tensor& g, const at::T
   for (int64_t begin = 0; begin < M; begin += depth) {
     const int64_t rows = std::min(depth, M - begin);
     for (int64_t tap = 0; tap < taps; ++tap) {
-      at::parallel_for(0, rows, kRowsPacked, [&](int64_t first, int64_t last) {
+      each_block((rows + kRowsPacked - 1) / kRowsPacked, 1, [&](int64_t part) {
+        const int64_t first = part * kRowsPacked, last = std::min(rows, first + kRowsPacked);
         if (tap == 0) pack_rows(a.get() + first * kPanel, gradient + (begin + first) * K, nullptr, last - first, K, depth);
         for (int64_t t = first; t < last; ++t) {
           const int64_t m = begin + t, n = m / (P * Q);
@@ -178,10 +173,9 @@ void avx2_conv_wgrad(const at::Tensor& dweight, const at::Tensor& g, const at::T
           pack_rows(b.get() + t * kPanel, inside ? in + ((n * H + h) * W + w) * C : zeros.data(), nullptr, 1, C, depth);
         }
       });
-      at::parallel_for(0, K / kPanel, 1, [&](int64_t first, int64_t last) {
-        for (int64_t panel = first; panel < last; ++panel)
-          outer_rows(a.get() + panel * depth * kPanel, b.get(), rows, depth, C, result + panel * kPanel * stride + tap * C, stride,
-                     begin > 0);
+      each_block(K / kPanel, 1, [&](int64_t panel) {
+        outer_rows(a.get() + panel * depth * kPanel, b.get(), rows, depth, C, result + panel * kPanel * stride + tap * C, stride,
+                   begin > 0);
       });
     }
   }
@@ -193,36 +187,30 @@ void avx2_winograd_wgrad(const at::Tensor& dweight, const at::Tensor& g, const a
   const float *in = x.const_data_ptr<float>(), *gradient = g.const_data_ptr<float>();
   float* const result = dweight.mutable_data_ptr<float>();
   const int64_t depth = rows_that_fit(kWinogradBlockBytes, 16 * (K + C) * sizeof(float), kRowsPacked, 512);
-  const auto Z = scratch(16 * depth * K), V = scratch(16 * depth * C), S = scratch(16 * K * C);
+  const Scratch Z(16 * depth * K), V(16 * depth * C), S(16 * K * C);
   if (map.tiles() == 0) std::fill(S.get(), S.get() + 16 * K * C, 0.f);
   for (int64_t begin = 0; begin < map.tiles(); begin += depth) {
     const int64_t tiles = std::min(depth, map.tiles() - begin);
-    at::parallel_for(0, tiles, 8, [&](int64_t first, int64_t last) {
-      for (int64_t t = first; t < last; ++t) {
-        const int64_t n = (begin + t) / (down * across), h = (begin + t) / across % down * 2, w = (begin + t) % across * 2;
-        const auto pixel = [&](const float* base, int64_t hi, int64_t wi, int64_t channels) -> const float* {
-          return hi >= 0 && hi < H && wi >= 0 && wi < W ? base + ((n * H + hi) * W + wi) * channels : nullptr;
-        };
-        const float *patch[16], *dy[4];
-        for (int i = 0; i < 16; ++i) patch[i] = pixel(in, h - 1 + i / 4, w - 1 + i % 4, C);
-        for (int i = 0; i < 4; ++i) dy[i] = pixel(gradient, h + i / 2, w + i % 2, K);
-        for (int64_t c = 0; c < C; c += 8)
-          transform_patch(patch, c, V.get() + c / kPanel * depth * kPanel + t * kPanel + c % kPanel, depth * C);
-        for (int64_t k = 0; k < K; k += 8)
-          transform_gradient(dy, k, Z.get() + k / kPanel * depth * kPanel + t * kPanel + k % kPanel, depth * K);
-      }
+    each_block(tiles, 8, [&](int64_t t) {
+      const int64_t n = (begin + t) / (down * across), h = (begin + t) / across % down * 2, w = (begin + t) % across * 2;
+      const auto pixel = [&](const float* base, int64_t hi, int64_t wi, int64_t channels) -> const float* {
+        return hi >= 0 && hi < H && wi >= 0 && wi < W ? base + ((n * H + hi) * W + wi) * channels : nullptr;
+      };
+      const float *patch[16], *dy[4];
+      for (int i = 0; i < 16; ++i) patch[i] = pixel(in, h - 1 + i / 4, w - 1 + i % 4, C);
+      for (int i = 0; i < 4; ++i) dy[i] = pixel(gradient, h + i / 2, w + i % 2, K);
+      for (int64_t c = 0; c < C; c += 8)
+        transform_patch(patch, c, V.get() + c / kPanel * depth * kPanel + t * kPanel + c % kPanel, depth * C);
+      for (int64_t k = 0; k < K; k += 8)
+        transform_gradient(dy, k, Z.get() + k / kPanel * depth * kPanel + t * kPanel + k % kPanel, depth * K);
     });
-    at::parallel_for(0, 16 * (K / kPanel), 1, [&](int64_t first, int64_t last) {
-      for (int64_t unit = first; unit < last; ++unit) {
-        const int64_t p = unit / (K / kPanel), panel = unit % (K / kPanel);
-        outer_rows(Z.get() + (p * K + panel * kPanel) * depth, V.get() + p * C * depth, tiles, depth, C,
-                   S.get() + (p * K + panel * kPanel) * C, C, begin > 0);
-      }
+    each_block(16 * (K / kPanel), 1, [&](int64_t unit) {
+      const int64_t p = unit / (K / kPanel), panel = unit % (K / kPanel);
+      outer_rows(Z.get() + (p * K + panel * kPanel) * depth, V.get() + p * C * depth, tiles, depth, C,
+                 S.get() + (p * K + panel * kPanel) * C, C, begin > 0);
     });
   }
-  at::parallel_for(0, K, 1, [&](int64_t first, int64_t last) {
-    for (int64_t k = first; k < last; ++k) finish_filters(result + k * 9 * C, S.get() + k * C, K * C, C);
-  });
+  each_block(K, 16, [&](int64_t k) { finish_filters(result + k * 9 * C, S.get() + k * C, K * C, C); });
 }
 
 #else
