@@ -123,6 +123,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("residual_block", &resnet_kernels::cpu_residual_block, py::call_guard<py::gil_scoped_release>());
   m.def("pool_bytes", &resnet_kernels::pool_bytes);
   m.def("bn_pass", &bn_pass);
+  m.def("subsampled", &resnet_kernels::cpu_subsampled, py::call_guard<py::gil_scoped_release>());
   m.def("wgrad", [](const at::Tensor& g, const at::Tensor& x, int64_t R, int64_t S, const std::array<int64_t, 4>& geometry,
                     bool sums) {
     std::pair<at::Tensor, at::Tensor> both;

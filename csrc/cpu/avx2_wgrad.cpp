@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t kPanel = 16;
 constexpr int64_t kDepth = 128;  // rows of two panels that stay in L1
 constexpr int64_t kRowsPacked = 64;
-constexpr int64_t kBlockBytes = 2 << 20, kWinogradBlockBytes = 6 << 20;
+constexpr int64_t kBlockBytes = 2 << 20;  // packed operands of all threads
 
 // out[r][0:16] (+)= sum over t of a[t][r] * b[t][0:16], rows of `out` at distance `stride`. The sum begins at zero and
 // is added to what stands there: a long sum in one accumulator would lose four digits of a second moment.
@@ -71,6 +71,9 @@ RK_AVX2 void pack_rows(float* panels, const float* x, float* sums, int64_t rows,
   }
 }
 
+// Rows from one panel to the next: panels a power of two apart would share a few sets of the cache.
+int64_t apart(int64_t depth) { return depth + 1; }
+
 int64_t rows_that_fit(int64_t bytes, int64_t bytes_each, int64_t least, int64_t most) {
   return std::clamp(bytes / bytes_each / kRowsPacked * kRowsPacked, least, most);
 }
@@ -122,7 +125,7 @@ RK_AVX2 void finish_filters(float* dweight, const float* s, int64_t position_str
 void avx2_wgrad(float* dweight, const float* g, const float* x, float* sums, int64_t M, int64_t K, int64_t C) {
   const bool square = g == x;
   const int64_t depth = rows_that_fit(kBlockBytes, (K + C) * sizeof(float), 2 * kRowsPacked, 1024);
-  const Scratch a(depth * K), b(depth * C);
+  const Scratch a(apart(depth) * K), b(apart(depth) * C);
   std::vector<float> partial(sums ? (depth + kRowsPacked - 1) / kRowsPacked * K : 0);
   std::vector<double> total(sums ? K : 0);
   if (M == 0) std::fill(dweight, dweight + K * C, 0.f);
@@ -132,8 +135,8 @@ void avx2_wgrad(float* dweight, const float* g, const float* x, float* sums, int
       const int64_t t = part * kRowsPacked, count = std::min(kRowsPacked, rows - t);
       float* const s = sums ? partial.data() + part * K : nullptr;
       if (s) std::fill(s, s + K, 0.f);
-      pack_rows(a.get() + t * kPanel, g + (begin + t) * K, s, count, K, depth);
-      if (!square) pack_rows(b.get() + t * kPanel, x + (begin + t) * C, nullptr, count, C, depth);
+      pack_rows(a.get() + t * kPanel, g + (begin + t) * K, s, count, K, apart(depth));
+      if (!square) pack_rows(b.get() + t * kPanel, x + (begin + t) * C, nullptr, count, C, apart(depth));
     });
     for (int64_t part = 0; sums && part < used; ++part)
       for (int64_t k = 0; k < K; ++k) total[k] += partial[part * K + k];
@@ -141,7 +144,7 @@ void avx2_wgrad(float* dweight, const float* g, const float* x, float* sums, int
     each_block(panels, 1, [&](int64_t unit) {
       // Of a square the part below its diagonal, its long rows first.
       const int64_t panel = panels - 1 - unit;
-      outer_rows(a.get() + panel * depth * kPanel, square ? a.get() : b.get(), rows, depth, square ? (panel + 1) * kPanel : C,
+      outer_rows(a.get() + panel * apart(depth) * kPanel, square ? a.get() : b.get(), rows, apart(depth), square ? (panel + 1) * kPanel : C,
                  dweight + panel * kPanel * C, C, begin > 0);
     });
   }
@@ -154,7 +157,7 @@ void avx2_conv_wgrad(const at::Tensor& dweight, const at::Tensor& g, const at::T
   const int64_t K = g.size(1), C = x.size(1), H = x.size(2), W = x.size(3), P = g.size(2), Q = g.size(3);
   const int64_t M = g.size(0) * P * Q, taps = win.R * win.S, stride = taps * C;
   const int64_t depth = rows_that_fit(kBlockBytes, (K + C) * sizeof(float), 2 * kRowsPacked, 1024);
-  const Scratch a(depth * K), b(depth * C);
+  const Scratch a(apart(depth) * K), b(apart(depth) * C);
   const float *in = x.const_data_ptr<float>(), *gradient = g.const_data_ptr<float>();
   float* const result = dweight.mutable_data_ptr<float>();
   const std::vector<float> zeros(C);
@@ -164,17 +167,17 @@ void avx2_conv_wgrad(const at::Tensor& dweight, const at::Tensor& g, const at::T
     for (int64_t tap = 0; tap < taps; ++tap) {
       each_block((rows + kRowsPacked - 1) / kRowsPacked, 1, [&](int64_t part) {
         const int64_t first = part * kRowsPacked, last = std::min(rows, first + kRowsPacked);
-        if (tap == 0) pack_rows(a.get() + first * kPanel, gradient + (begin + first) * K, nullptr, last - first, K, depth);
+        if (tap == 0) pack_rows(a.get() + first * kPanel, gradient + (begin + first) * K, nullptr, last - first, K, apart(depth));
         for (int64_t t = first; t < last; ++t) {
           const int64_t m = begin + t, n = m / (P * Q);
           const int64_t h = m / Q % P * win.stride - win.padding + tap / win.S * win.dilation;
           const int64_t w = m % Q * win.stride - win.padding + tap % win.S * win.dilation;
           const bool inside = h >= 0 && h < H && w >= 0 && w < W;
-          pack_rows(b.get() + t * kPanel, inside ? in + ((n * H + h) * W + w) * C : zeros.data(), nullptr, 1, C, depth);
+          pack_rows(b.get() + t * kPanel, inside ? in + ((n * H + h) * W + w) * C : zeros.data(), nullptr, 1, C, apart(depth));
         }
       });
       each_block(K / kPanel, 1, [&](int64_t panel) {
-        outer_rows(a.get() + panel * depth * kPanel, b.get(), rows, depth, C, result + panel * kPanel * stride + tap * C, stride,
+        outer_rows(a.get() + panel * apart(depth) * kPanel, b.get(), rows, apart(depth), C, result + panel * kPanel * stride + tap * C, stride,
                    begin > 0);
       });
     }
@@ -186,8 +189,8 @@ void avx2_winograd_wgrad(const at::Tensor& dweight, const at::Tensor& g, const a
   const int64_t C = map.C, K = map.K, H = map.H, W = map.W, down = map.tiles_down(), across = map.tiles_across();
   const float *in = x.const_data_ptr<float>(), *gradient = g.const_data_ptr<float>();
   float* const result = dweight.mutable_data_ptr<float>();
-  const int64_t depth = rows_that_fit(kWinogradBlockBytes, 16 * (K + C) * sizeof(float), kRowsPacked, 512);
-  const Scratch Z(16 * depth * K), V(16 * depth * C), S(16 * K * C);
+  const int64_t depth = rows_that_fit(kBlockBytes, 16 * (K + C) * sizeof(float), kRowsPacked, 512);
+  const Scratch Z(16 * apart(depth) * K), V(16 * apart(depth) * C), S(16 * K * C);
   if (map.tiles() == 0) std::fill(S.get(), S.get() + 16 * K * C, 0.f);
   for (int64_t begin = 0; begin < map.tiles(); begin += depth) {
     const int64_t tiles = std::min(depth, map.tiles() - begin);
@@ -200,13 +203,13 @@ void avx2_winograd_wgrad(const at::Tensor& dweight, const at::Tensor& g, const a
       for (int i = 0; i < 16; ++i) patch[i] = pixel(in, h - 1 + i / 4, w - 1 + i % 4, C);
       for (int i = 0; i < 4; ++i) dy[i] = pixel(gradient, h + i / 2, w + i % 2, K);
       for (int64_t c = 0; c < C; c += 8)
-        transform_patch(patch, c, V.get() + c / kPanel * depth * kPanel + t * kPanel + c % kPanel, depth * C);
+        transform_patch(patch, c, V.get() + c / kPanel * apart(depth) * kPanel + t * kPanel + c % kPanel, apart(depth) * C);
       for (int64_t k = 0; k < K; k += 8)
-        transform_gradient(dy, k, Z.get() + k / kPanel * depth * kPanel + t * kPanel + k % kPanel, depth * K);
+        transform_gradient(dy, k, Z.get() + k / kPanel * apart(depth) * kPanel + t * kPanel + k % kPanel, apart(depth) * K);
     });
     each_block(16 * (K / kPanel), 1, [&](int64_t unit) {
       const int64_t p = unit / (K / kPanel), panel = unit % (K / kPanel);
-      outer_rows(Z.get() + (p * K + panel * kPanel) * depth, V.get() + p * C * depth, tiles, depth, C,
+      outer_rows(Z.get() + (p * K + panel * kPanel) * apart(depth), V.get() + p * C * apart(depth), tiles, apart(depth), C,
                  S.get() + (p * K + panel * kPanel) * C, C, begin > 0);
     });
   }

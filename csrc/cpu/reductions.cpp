@@ -2,12 +2,12 @@
 // compiled for several instruction sets. Memory is read once and written once.
 #include "cpu/reductions.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "common/checks.h"
+#include "cpu/blocks.h"
 #include "cpu/isa.h"
 #include "cpu/pool.h"
 
@@ -163,6 +163,22 @@ void check(const Lazy& l, at::IntArrayRef sizes, const char* name) {
 
 }  // namespace
 
+at::Tensor cpu_subsampled(const at::Tensor& x, int64_t stride) {
+  check_cpu(x, "x");
+  check_nhwc(x, "x");
+  TORCH_CHECK(stride > 0, "stride: expected at least 1, got ", stride);
+  const int64_t N = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3), P = (H + stride - 1) / stride, Q = (W + stride - 1) / stride;
+  const auto y = pooled_nhwc({N, C, P, Q}, x.options());
+  const size_t bytes = C * x.itemsize();
+  const char* const from = static_cast<const char*>(x.const_data_ptr());
+  char* const to = static_cast<char*>(y.mutable_data_ptr());
+  each_block(N * P, 8, [&](int64_t row) {
+    const int64_t at = (row / P * H + row % P * stride) * W;
+    for (int64_t q = 0; q < Q; ++q) std::memcpy(to + (row * Q + q) * bytes, from + (at + q * stride) * bytes, bytes);
+  });
+  return y;
+}
+
 Passed cpu_pass(const Lazy& lazy, const Finish& finish, bool store, const at::Tensor& out, Reduce reduce,
                 const at::Tensor& xhat, const at::Tensor& mean, const at::Tensor& rstd) {
   check_cpu(lazy.x, "x");
@@ -195,10 +211,11 @@ Passed cpu_pass(const Lazy& lazy, const Finish& finish, bool store, const at::Te
   const int64_t groups = std::min<int64_t>(segments, 64);
   std::vector<double> partial(reduce == Reduce::kNone ? 0 : groups * 2 * C);
   std::vector<int64_t> counts(groups);
-  at::parallel_for(0, groups, 1, [&](int64_t first, int64_t last) {
+  Blocks blocks(groups);
+  blocks.run([&] {
     std::vector<float> scratch(chunk * C), more(chunk * C), few(2 * C), origin(C);
     std::vector<double> s(2 * C);
-    for (int64_t group = first; group < last; ++group) {
+    for (int64_t group = blocks.take().first; group < groups; group = blocks.take().first) {
       double* const sums = reduce == Reduce::kNone ? nullptr : partial.data() + group * 2 * C;
       const int64_t from = group * segments / groups, to = (group + 1) * segments / groups;
       for (int64_t part = from; part < to; ++part) {

@@ -58,4 +58,7 @@ struct Passed {
 Passed cpu_pass(const Lazy& x, const Finish& finish, bool store, const at::Tensor& out, Reduce reduce,
                 const at::Tensor& xhat, const at::Tensor& mean, const at::Tensor& rstd);
 
+// Every stride-th row and column of x.
+at::Tensor cpu_subsampled(const at::Tensor& x, int64_t stride);
+
 }  // namespace resnet_kernels

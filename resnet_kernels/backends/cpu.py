@@ -204,8 +204,10 @@ def _unstrided(o: Operand) -> Operand:
     if o.stride == 1:
         return o
 
+    C, _ = extension.load()
+
     def part(t: Tensor) -> Tensor:
-        return t[:, :, :: o.stride, :: o.stride]
+        return C.subsampled(t.contiguous(memory_format=torch.channels_last), o.stride)
 
     second = None if o.second is None else (part(o.second[0]), *o.second[1:])
     mask = None if o.mask is None else part(_plain(o.mask, torch.float32) if isinstance(o.mask, Operand) else o.mask)
@@ -235,8 +237,15 @@ def _pass(x: Operand, e: Epilogue, dtype: torch.dtype, store: bool, in_place: bo
     if e.residual is not None:
         r = _unstrided(e.residual)
         if e.spread > 1 or r.tensor.shape[1] < x.tensor.shape[1]:
-            r = Operand(_spread(_plain(r, torch.float32), x.sizes, e.spread))
-        residual = _lazy(r)
+            part = _plain(r, torch.float32)
+            if in_place and x.plain:
+                x.tensor[:, : part.shape[1], :: e.spread, :: e.spread] += part
+                e = dataclasses.replace(e, residual=None, spread=1)
+            else:
+                r = Operand(_spread(part, x.sizes, e.spread))
+        residual = None if e.residual is None else _lazy(r)
+        if store and x.plain and e == Epilogue(overwrite=e.overwrite):
+            return x.tensor.to(dtype), None
     if e.mask is not None:
         kept = _lazy(e.mask if isinstance(e.mask, Operand) else Operand(e.mask.to(torch.float32)))
     # Sums are of the rounded result: where rounding follows, they are taken behind it.
@@ -294,6 +303,7 @@ def wgrad(
 
 def moments(h: Operand) -> Moments:
     C, _ = extension.load()
+    h = _unstrided(h)
     rows, mean, _ = reduce(h, "stats")
     value = h if h.tensor.dtype == torch.float32 else Operand(_plain(h, torch.float32))
     centred = _nhwc(_plain(dataclasses.replace(value, centre=mean), torch.float32), torch.float32)
