@@ -366,8 +366,8 @@ def test_conv_names_what_does_not_fit(backend, build, error, says):
 
 
 ENGINES = {
-    "direct": ["1x1", "1x1-down", "3x3", "3x3-dilated", "7x7-stem", "few-channels", "ragged"],
-    "winograd": ["3x3", "ragged", "map-1x1-16", "batch-0-16", "wide-map"],
+    "direct": ["1x1", "1x1-down", "3x3", "3x3-dilated", "7x7-stem", "few-channels", "ragged", "large-result"],
+    "winograd": ["3x3", "ragged", "map-1x1-16", "batch-0-16", "wide-map", "large-filters"],
     "onednn": ["1x1", "3x3", "3x3-groups", "7x7-stem", "few-channels"],
 }
 CONVS_16 = CONVS | {
@@ -376,6 +376,9 @@ CONVS_16 = CONVS | {
     "map-1x1-16": ((2, 24, 1, 1), (16, 3), Geometry(padding=1)),
     "batch-0-16": ((0, 24, 4, 4), (16, 3), Geometry(padding=1)),
     "wide-map": ((1, 8, 3, 50), (16, 3), Geometry(padding=1)),
+    # 17 MB go past the cache; 17 MB of transformed filters are far from it.
+    "large-result": ((1, 16, 131, 129), (256, 1), Geometry()),
+    "large-filters": ((2, 512, 7, 5), (512, 3), Geometry(padding=1)),
 }
 
 
@@ -401,6 +404,34 @@ def test_engines_of_the_cpu_backend(engine, name, residual, overwrite, poisoned,
     assert_matches(y, want, exact, weight[0].numel())
     if residual:
         assert torch.equal(r, y if overwrite else before)
+
+
+def test_cpu_results_are_the_same_with_any_number_of_threads():
+    import resnet_kernels.backends.cpu as cpu
+
+    engine_module("onednn")
+    x, h = (torch.randn(3, 32, 23, 21).contiguous(memory_format=NHWC) for _ in range(2))
+    weights = [torch.randn(64, 32, 1, 1), torch.randn(64, 32, 3, 3)]
+    geometries = [Geometry(), Geometry(padding=1)]
+
+    def run():
+        found = list(cpu.moments(Operand(h))[1:3])
+        found += cpu.bn_pass(Operand(x), Epilogue(reduce="stats"))[1][1:]
+        for w, g in zip(weights, geometries, strict=True):
+            y, _ = cpu.conv([Product(Operand(x), w, g)], Epilogue())
+            found += [y, *cpu.wgrad(Operand(y), Operand(h), w.shape[2:], g, sums=True)]
+        return found
+
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run())
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def engine_module(engine):
