@@ -16,6 +16,7 @@
 #include "common/checks.h"
 #include "cpu/avx2_parts.h"
 #include "cpu/pool.h"
+#include "cpu/stream.h"
 
 namespace resnet_kernels {
 
@@ -32,8 +33,6 @@ constexpr int64_t kDirectBytes = 96 * 1024, kWinogradBytes = 128 * 1024;
 // Every block reads all filters: where those do not stay in cache, larger blocks read them less often.
 constexpr int64_t kWinogradFarBytes = 2 << 20;
 constexpr size_t kFarBytes = 8 << 20;
-// Results that cache does not hold anyway go past it: to write a line there it would be read first.
-constexpr size_t kStreamBytes = 16 << 20;
 
 // out[r][0:16] = finish(sum over taps and k of a[tap * kRows + r][k] * b[tap][k][0:16]).
 struct Finish {
@@ -103,6 +102,42 @@ RK_AVX2 inline void transform_products(const float* m, int64_t position_stride, 
   for (int i = 0; i < 2; ++i) {
     y[i][0] = _mm256_add_ps(_mm256_add_ps(t[i][0], t[i][1]), t[i][2]);
     y[i][1] = _mm256_sub_ps(_mm256_sub_ps(t[i][1], t[i][2]), t[i][3]);
+  }
+}
+
+constexpr int kTogether = 8, kPanelsPacked = 4;  // input channels and panels whose weights are packed together
+
+struct Rows {
+  float of[kTogether][kColumns];
+};
+
+// rows[c][0:16] = w[c * stride_c + k * stride_k] of 16 output channels k and `count` input channels.
+RK_AVX2 void gather(float (*rows)[kColumns], const float* w, int64_t stride_k, int64_t stride_c, int64_t count) {
+  if (stride_k == 1) {
+    for (int64_t c = 0; c < count; ++c)
+      for (int k = 0; k < kColumns; k += 8) _mm256_storeu_ps(rows[c] + k, _mm256_loadu_ps(w + c * stride_c + k));
+  } else if (stride_c == 1 && count == kTogether) {
+    for (int k = 0; k < kColumns; k += 8) {
+      // An 8x8 transpose: pairs, fours, halves.
+      __m256 r[8], t[8];
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(w + (k + i) * stride_k);
+#pragma GCC unroll 4
+      for (int i = 0; i < 8; i += 2) t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]), t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+#pragma GCC unroll 2
+      for (int i = 0; i < 8; i += 4) {
+        r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44), r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+        r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44), r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        _mm256_storeu_ps(rows[i] + k, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+        _mm256_storeu_ps(rows[i + 4] + k, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+      }
+    }
+  } else {
+    for (int64_t c = 0; c < count; ++c)
+      for (int k = 0; k < kColumns; ++k) rows[c][k] = w[c * stride_c + k * stride_k];
   }
 }
 
@@ -260,7 +295,7 @@ void direct(const at::Tensor& y, const at::Tensor& x, const at::Tensor& packed, 
       if (taps == 1) std::swap(rows_of, next_rows), rows = coming;
       else if (block < count) rows = find_rows(block, rows_of);
     }
-    if (stream) _mm_sfence();
+    if (stream) streamed();
   });
 }
 
@@ -298,20 +333,28 @@ at::Tensor avx2_pack(const at::Tensor& weight, const at::Tensor& scale, bool win
   // From the pool: a replaced model packs at every call.
   auto packed = pooled_nhwc({1, K * taps * C, 1, 1}, source.options());
   float* const out = packed.mutable_data_ptr<float>();
-  at::parallel_for(0, K / kColumns, 1, [&](int64_t first, int64_t last) {
-    for (int64_t panel = first; panel < last; ++panel) {
-      for (int64_t c = 0; c < C; ++c) {
-        float* const to = out + (panel * taps * C + c) * kColumns;
-        const float* const g = w + panel * kColumns * stride_k + c * stride_c;  // of the panel's first output channel
+  // Panels that lie side by side in a turned weight are read together.
+  const int64_t panels = K / kColumns, together = turned ? kPanelsPacked : 1;
+  each_block((panels + together - 1) / together, 1, [&](int64_t group) {
+    std::vector<Rows> some(at_tap.size());
+    const int64_t last = std::min(panels, (group + 1) * together);
+    for (int64_t c = 0; c < C; c += kTogether) {
+      const int64_t count = std::min<int64_t>(kTogether, C - c);
+      for (int64_t panel = group * together; panel < last; ++panel) {
         const float* const s = a + panel * kColumns;
-        if (winograd) {
-          double scaled[9][kColumns];
-          for (int64_t k = 0; k < kColumns; ++k)
-            for (int64_t tap = 0; tap < 9; ++tap) scaled[tap][k] = static_cast<double>(g[k * stride_k + at_tap[tap]]) * s[k];
-          transform_filters(scaled, to, C * kColumns);
-        } else {
-          for (int64_t tap = 0; tap < taps; ++tap)
-            for (int64_t k = 0; k < kColumns; ++k) to[tap * C * kColumns + k] = g[k * stride_k + at_tap[tap]] * s[k];
+        float* const to = out + (panel * taps * C + c) * kColumns;
+        for (size_t tap = 0; tap < at_tap.size(); ++tap)
+          gather(some[tap].of, w + panel * kColumns * stride_k + c * stride_c + at_tap[tap], stride_k, stride_c, count);
+        for (int64_t i = 0; i < count; ++i) {
+          if (winograd) {
+            double scaled[9][kColumns];
+            for (int tap = 0; tap < 9; ++tap)
+              for (int k = 0; k < kColumns; ++k) scaled[tap][k] = static_cast<double>(some[tap].of[i][k]) * s[k];
+            transform_filters(scaled, to + i * kColumns, C * kColumns);
+          } else {
+            for (int64_t tap = 0; tap < taps; ++tap)
+              for (int k = 0; k < kColumns; ++k) to[(tap * C + i) * kColumns + k] = some[tap].of[i][k] * s[k];
+          }
         }
       }
     }

@@ -10,6 +10,7 @@
 #include "cpu/blocks.h"
 #include "cpu/isa.h"
 #include "cpu/pool.h"
+#include "cpu/stream.h"
 
 namespace resnet_kernels {
 namespace {
@@ -205,6 +206,7 @@ Passed cpu_pass(const Lazy& lazy, const Finish& finish, bool store, const at::Te
   const auto kept = finish.kept ? std::optional<Rows>(Rows(*finish.kept)) : std::nullopt;
   const float *shift = data(finish.shift), *other = data(xhat), *about = data(mean);
   float* const y = store ? result.y.mutable_data_ptr<float>() : nullptr;
+  const bool stream = store && result.y.nbytes() > kStreamBytes && C % 4 == 0;
   const int64_t chunk = std::clamp(kChunk / std::max<int64_t>(C, 1), kFewestRows, kMostRows);
   const int64_t segments = (M + kSegmentRows - 1) / kSegmentRows;
   // Groups of segments, as many whatever the threads are: their sums are merged in order.
@@ -223,7 +225,7 @@ Passed cpu_pass(const Lazy& lazy, const Finish& finish, bool store, const at::Te
         std::fill(s.begin(), s.end(), 0.0);
         for (int64_t m = begin; m < end; m += chunk) {
           const int64_t rows = std::min(chunk, end - m), count = rows * C;
-          float* const t = store ? y + m * C : scratch.data();
+          float* const t = store && !stream ? y + m * C : scratch.data();
           const float* v;
           // Where the result goes may be where the other operands are: those are read from a copy of it.
           const bool steps = shift || residual || finish.relu || kept;
@@ -243,7 +245,8 @@ Passed cpu_pass(const Lazy& lazy, const Finish& finish, bool store, const at::Te
             add_sums(few.data(), few.data() + C, v, other + m * C, about, rows, C);
           }
           if (reduce != Reduce::kNone) move_sums(s.data(), few.data(), 2 * C);
-          if (store && v != t) std::copy(v, v + count, t);
+          if (stream) stream_to(y + m * C, v, count);
+          else if (store && v != t) std::copy(v, v + count, t);
         }
         if (reduce == Reduce::kNormalized) {
           for (int64_t i = 0; i < 2 * C; ++i) sums[i] += s[i];
@@ -260,6 +263,7 @@ Passed cpu_pass(const Lazy& lazy, const Finish& finish, bool store, const at::Te
         counts[group] += end - begin;
       }
     }
+    if (stream) streamed();
   });
   if (reduce == Reduce::kNone) return result;
   const auto fp32 = at::TensorOptions(at::kFloat);

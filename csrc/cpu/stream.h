@@ -1,0 +1,30 @@
+// Stores that go past the cache.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
+namespace resnet_kernels {
+
+// Results larger than this go past the cache, which would not hold them anyway: to write a line there it is read first.
+constexpr size_t kStreamBytes = 16 << 20;
+
+#ifdef __SSE2__
+// `to` aligned to 16 bytes, `count` a multiple of 4.
+inline void stream_to(float* to, const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 4) _mm_stream_ps(to + i, _mm_loadu_ps(from + i));
+}
+
+// What this thread streamed is there for the others.
+inline void streamed() { _mm_sfence(); }
+#else
+inline void stream_to(float* to, const float* from, int64_t count) { std::copy(from, from + count, to); }
+inline void streamed() {}
+#endif
+
+}  // namespace resnet_kernels
