@@ -406,6 +406,24 @@ def test_engines_of_the_cpu_backend(engine, name, residual, overwrite, poisoned,
         assert torch.equal(r, y if overwrite else before)
 
 
+def test_large_results_into_memory_that_is_not_aligned():
+    # Stores past the cache want aligned addresses.
+    C = engine_module("direct")
+    sizes, x = (1, 256, 131, 129), torch.randn(1, 16, 131, 129).contiguous(memory_format=NHWC)
+    memory = torch.randn(sizes[1] * sizes[2] * sizes[3] + 1)[1:]
+    y = memory.as_strided(sizes, (memory.numel(), 1, sizes[3] * sizes[1], sizes[1]))
+    weight, before = torch.randn(256, 16, 1, 1), y.clone()
+    conv = C.pack_conv(weight, torch.ones(256), (1, 0, 1, 1), list(x.shape), "direct")
+    got = C.conv(x, conv, None, y, True, True)
+    assert got.data_ptr() == y.data_ptr()
+    exact = torch.relu(torch.nn.functional.conv2d(x.double(), weight.double()) + before.double())
+    assert_matches(got, torch.relu(torch.nn.functional.conv2d(x, weight) + before), exact, 16)
+    got, _ = C.bn_pass(
+        (y, *[None] * 6, False, None, None, (0,) * 5), -torch.ones(256), None, True, None, 0.0, True, y, "", None
+    )
+    assert got.data_ptr() == y.data_ptr()
+
+
 def test_cpu_results_are_the_same_with_any_number_of_threads():
     import resnet_kernels.backends.cpu as cpu
 

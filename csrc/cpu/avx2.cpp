@@ -245,7 +245,7 @@ void direct(const at::Tensor& y, const at::Tensor& x, const at::Tensor& packed, 
   const std::vector<float> zeros(depth);
   const int64_t rows_per_block = block_size(M, C * sizeof(float) * std::max<int64_t>(1, std::min(taps, grid.stride * grid.stride)), kDirectBytes);
   const int64_t count = (M + rows_per_block - 1) / rows_per_block;
-  const bool stream = y.nbytes() > kStreamBytes;
+  const bool stream = past_cache(result, y.nbytes());
   Blocks blocks(count);
   blocks.run([&] {
     // A block's operand rows of every tap and its result's, found once for all panels; the next one's rows, to be asked

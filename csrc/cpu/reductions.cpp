@@ -206,7 +206,7 @@ Passed cpu_pass(const Lazy& lazy, const Finish& finish, bool store, const at::Te
   const auto kept = finish.kept ? std::optional<Rows>(Rows(*finish.kept)) : std::nullopt;
   const float *shift = data(finish.shift), *other = data(xhat), *about = data(mean);
   float* const y = store ? result.y.mutable_data_ptr<float>() : nullptr;
-  const bool stream = store && result.y.nbytes() > kStreamBytes && C % 4 == 0;
+  const bool stream = store && C % 4 == 0 && past_cache(y, result.y.nbytes());
   const int64_t chunk = std::clamp(kChunk / std::max<int64_t>(C, 1), kFewestRows, kMostRows);
   const int64_t segments = (M + kSegmentRows - 1) / kSegmentRows;
   // Groups of segments, as many whatever the threads are: their sums are merged in order.

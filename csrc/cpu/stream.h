@@ -11,8 +11,13 @@
 
 namespace resnet_kernels {
 
-// Results larger than this go past the cache, which would not hold them anyway: to write a line there it is read first.
 constexpr size_t kStreamBytes = 16 << 20;
+
+// Whether a result goes past the cache: one so large would not stay there, and to write a line there it is read first.
+// Such stores need aligned addresses, which memory of a caller's own may not have.
+inline bool past_cache(const void* to, size_t bytes) {
+  return bytes > kStreamBytes && reinterpret_cast<uintptr_t>(to) % 64 == 0;
+}
 
 #ifdef __SSE2__
 // `to` aligned to 16 bytes, `count` a multiple of 4.

@@ -241,11 +241,11 @@ def _pass(x: Operand, e: Epilogue, dtype: torch.dtype, store: bool, in_place: bo
             if in_place and x.plain:
                 x.tensor[:, : part.shape[1], :: e.spread, :: e.spread] += part
                 e = dataclasses.replace(e, residual=None, spread=1)
+                if store and e == Epilogue(overwrite=e.overwrite):
+                    return x.tensor.to(dtype), None
             else:
                 r = Operand(_spread(part, x.sizes, e.spread))
         residual = None if e.residual is None else _lazy(r)
-        if store and x.plain and e == Epilogue(overwrite=e.overwrite):
-            return x.tensor.to(dtype), None
     if e.mask is not None:
         kept = _lazy(e.mask if isinstance(e.mask, Operand) else Operand(e.mask.to(torch.float32)))
     # Sums are of the rounded result: where rounding follows, they are taken behind it.
