@@ -44,7 +44,19 @@ GRACE = 10.0
 # A section is started again where it left off after a crash or a hang, so often.
 MOST_RESTARTS = 8
 # Of tests, those that tell most first.
-TESTS = ("triton", "graphs", "tuning", "models", "contract", "extension", "suite", "blocks")
+TESTS = (
+    "triton",
+    "triton_training",
+    "triton_reductions",
+    "graphs",
+    "tuning",
+    "models",
+    "training",
+    "contract",
+    "extension",
+    "suite",
+    "blocks",
+)
 
 
 class Outcome(NamedTuple):
@@ -295,11 +307,13 @@ class Suite:
     @contextlib.contextmanager
     def compiling_ahead(self, plans: list[Plan]) -> Iterator[None]:
         """Meanwhile: what later sections launch is compiled on cores that building and testing leave idle."""
-        needed = {"tuning", "inference", "profile"} & {plan.name for plan in plans}
+        names = {plan.name for plan in plans}
+        needed = {"tuning", "inference", "profile"} & names
         if self.device != "cuda" or not needed or importlib.util.find_spec("triton") is None:
             yield
             return
-        with self.process(self.module("ahead", self.budget / 3)) as self._ahead:
+        section = "ahead of tuning" if "tuning" in names else "ahead"
+        with self.process(self.module(section, self.budget / 3)) as self._ahead:
             yield
 
     def build(self, budget: float) -> Outcome:
@@ -326,7 +340,7 @@ class Suite:
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *files, "-p", "no:cacheprovider"]
         command += [f"--junitxml={junit}", "--continue-on-collection-errors"]
         if importlib.util.find_spec("xdist"):
-            command += ["-n", str(min(8, os.cpu_count() or 1))]
+            command += ["-n", str(min(14, os.cpu_count() or 1))]
         with self.process(command) as child:
             # Interrupted, pytest still writes what it knows; with workers that hang it takes its time.
             code = self.wait(child, budget, to_finish=25.0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -171,8 +172,8 @@ def facts(c: Context) -> None:
 # Compilation ahead
 
 
-def ahead(c: Context) -> None:
-    """Compile what the Triton backend will launch and the tuner will try, on all cores, into Triton's cache."""
+def ahead(c: Context, of_tuning: bool = False) -> None:
+    """Compile what the Triton backend will launch, and the tuner will try, on all cores, into Triton's cache."""
     from resnet_kernels.backends.triton.ahead import compile_all
     from resnet_kernels.backends.triton.launch import arch_of
     from resnet_kernels.backends.triton.offline import specialize
@@ -188,7 +189,7 @@ def ahead(c: Context) -> None:
             images = torch.empty(case.batch, 3, case.size, case.size, dtype=DTYPES[case.dtype])
         launches = launches_of(model, images, arch)
         made += launches
-        if case.name == todo[0].name:  # the tuner will hardly reach the others
+        if of_tuning and case.name == todo[0].name:  # the tuner will hardly reach the others
             problems = {problem.key: problem for problem in problems_of(launches)}
             tried += [m for p in problems.values() for m in field(p, c.device, CANDIDATES).made.values()]
     for case in cases.blocks(todo[0].dtype, 256, c.options.full):
@@ -311,6 +312,7 @@ def accuracy_of(c: Context) -> None:
 RUN: dict[str, Callable[[Context], None]] = {
     "facts": facts,
     "ahead": ahead,
+    "ahead of tuning": functools.partial(ahead, of_tuning=True),
     "tuning": tuning,
     "primitives": primitives,
     "blocks": blocks,
