@@ -27,7 +27,7 @@ from torch import Tensor
 
 import resnet_kernels as rk
 from resnet_kernels.backends import measured
-from resnet_kernels.roofline import launches_of
+from resnet_kernels.roofline import launches_of, training_launches_of
 from resnet_kernels.timing import Clock, sample
 
 from . import accuracy, cases, layers
@@ -196,6 +196,11 @@ def ahead(c: Context, of_tuning: bool = False) -> None:
         with torch.device("meta"):
             x = torch.empty(case.batch, case.channels, case.size, case.size, dtype=DTYPES[case.dtype])
             made += launches_of(case.make().to(x.dtype), x.to(memory_format=torch.channels_last), arch)
+    for case in _models(c, "training"):
+        model = torchvision.models.get_model(case.name).to("meta", DTYPES[case.dtype])
+        images = torch.empty(case.batch, 3, case.size, case.size, dtype=DTYPES[case.dtype], device="meta")
+        launches = training_launches_of(model, images.to(memory_format=torch.channels_last), arch)
+        made += [m for m in launches if m.kernel is not None]
     made = list({str(specialize(m, arch)[0]): m for m in [*made, *tried]}.values())
     begun = time.monotonic()
     compiled = compile_all(made, arch, max(1, (os.cpu_count() or 2) - 2))
