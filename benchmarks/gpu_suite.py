@@ -48,6 +48,7 @@ TESTS = (
     "triton",
     "triton_training",
     "triton_reductions",
+    "tape",
     "graphs",
     "tuning",
     "models",

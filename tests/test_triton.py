@@ -44,6 +44,7 @@ INTERPRETED = [
     ["test_triton_training.py", "-k", "convolutions"],
     ["test_triton_training.py", "-k", "not convolutions"],
     ["test_tuning.py"],
+    ["test_tape.py"],
 ]
 
 

@@ -330,11 +330,15 @@ def fold(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 class Backend(Protocol):
     """A backend is a module with these names. A primitive may be called where `why_not` of its call is None, and need
-    not exist elsewhere. Optional are, in one call, what `ops.block.run` and `ops.stem_inference.run` compose:
+    not exist elsewhere. Optional are, in one call, what `ops.block.run` and `ops.stem_inference.run` compose, and a way
+    to decide once:
 
     residual_blocks(x, blocks, overwrite)
     stem(x, weight, shift, geometry, pool), with its weight by `pack_stem(weight, scale, geometry, pool)` and its x in
         memory of `stem_channels(weight sizes, geometry, pool)` channels, zeros behind the image's
+
+    taped(key, tensors, function) -> function(), a list of tensors that follows from the tensors and from key. It may
+        record the first call, and do the same again on other tensors of the same sizes
 
     PACKS_FOR_SIZE: whether `pack` depends on the operand's size.
     """

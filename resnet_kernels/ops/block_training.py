@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,11 +63,25 @@ def _forward(
 ) -> list[Tensor]:
     p = Plan(*plan)
     x = x.contiguous(memory_format=torch.channels_last)
-    backend = select.BY_NAME[p.backend]
-    # In the dtypes of the operands, whatever autocast says.
-    with torch.autocast(x.device.type, enabled=False):
-        kind = PreactivationForward if p.preactivation else Forward
-        return kind(backend, x, weights, gammas, betas, means, variances, p).run().flat()
+    kind = PreactivationForward if p.preactivation else Forward
+
+    def run() -> list[Tensor]:
+        return kind(select.BY_NAME[p.backend], x, weights, gammas, betas, means, variances, p).run().flat()
+
+    return _by_plan("forward", p, (), [x, *weights, *gammas, *betas, *means, *variances], run)
+
+
+def _by_plan(
+    what: str, plan: Plan, needs: tuple, tensors: Sequence[Tensor], function: Callable[[], list[Tensor]]
+) -> list[Tensor]:
+    """function(), in the dtypes of its operands whatever autocast says, by the backend's shortcut if it has one."""
+    taped = getattr(select.BY_NAME[plan.backend], "taped", None)
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        # What processes tell each other is no function of tensors.
+        if taped is None or any(plan.groups_of):
+            return function()
+        fields = (tuple(field) if isinstance(field, (list, tuple)) else field for field in plan)
+        return taped((what, *fields, *needs), tensors, function)
 
 
 def _nhwc(x: Tensor, sizes: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
@@ -121,17 +135,21 @@ def _backward(
 ) -> list[Tensor]:
     p = Plan(*plan)
     x, dy = (t.to(x.dtype).contiguous(memory_format=torch.channels_last) for t in (x, dy))
-    backend = select.BY_NAME[p.backend]
-    with torch.autocast(x.device.type, enabled=False):
-        kind = PreactivationBackward if p.preactivation else Backward
+    kind = PreactivationBackward if p.preactivation else Backward
+
+    def run() -> list[Tensor]:
+        backend = select.BY_NAME[p.backend]
         found = kind(backend, x, weights, Kept.of(kept, p), p, need_x, need_weights, need_norms).run(dy)
-    nothing = x.new_empty(0)
-    wanted = [found.x if need_x else None]
-    dweights = [g if g is None else _laid_out_as(w, g) for w, g in zip(weights, found.weights, strict=True)]
-    for grads, needs in ((dweights, need_weights), (found.gammas, need_norms), (found.betas, need_norms)):
-        wanted += [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-    # An op's results are no views of each other, nor of its arguments.
-    return [nothing.clone() if t is None else t for t in wanted]
+        nothing = x.new_empty(0)
+        wanted = [found.x if need_x else None]
+        dweights = [g if g is None else _laid_out_as(w, g) for w, g in zip(weights, found.weights, strict=True)]
+        for grads, needs in ((dweights, need_weights), (found.gammas, need_norms), (found.betas, need_norms)):
+            wanted += [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+        # An op's results are no views of each other, nor of its arguments.
+        return [nothing.clone() if t is None else t for t in wanted]
+
+    needs = (need_x, *need_weights, *need_norms)
+    return _by_plan("backward", p, needs, [dy, x, *weights, *kept], run)
 
 
 def _laid_out_as(weight: Tensor, grad: Tensor) -> Tensor:

@@ -14,6 +14,7 @@
 
     configs.py  tiles, warps and stages per architecture
     launch.py   a launch as data: run, or recorded
+    tape.py     what a step of training launched, launched again without deciding it
     offline.py  compiles what was recorded without a GPU, and reads it
 
 No GPU has run these kernels: they are chosen by name, or where a measured table says so. With TRITON_INTERPRET=1 they
@@ -24,7 +25,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -155,6 +156,10 @@ def finalize_tail_grad(
     sg: Tensor, G: Tensor, centre: Tensor | None, m: Moments, weight: Tensor, affine: Affine
 ) -> TailGrad:
     return _training("finalize").finalize_tail_grad(sg, G, centre, m, weight, affine)
+
+
+def taped(key: Hashable, tensors: Sequence[Tensor], function: Callable[[], list[Tensor]]) -> list[Tensor]:
+    return _training("tape").taped(key, tensors, function)
 
 
 def residual_blocks(x: Tensor, blocks: Sequence[Block], overwrite: bool) -> Tensor:

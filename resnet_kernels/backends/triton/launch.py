@@ -11,12 +11,14 @@ import contextvars
 import dataclasses
 import functools
 import operator
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import measured
@@ -84,6 +86,15 @@ class Recording:
 
 _recording: contextvars.ContextVar[Recording | None] = contextvars.ContextVar("recording", default=None)
 _assumed_arch: contextvars.ContextVar[int] = contextvars.ContextVar("assumed_arch", default=90)
+
+
+class _Listening(threading.local):
+    """tape: a `tape.Tape` that hears of every launch of this thread, or None."""
+
+    tape: Any = None
+
+
+listening = _Listening()
 
 
 @contextlib.contextmanager
@@ -186,5 +197,8 @@ def submit(launch: Launch) -> None:
         record.launches.append(launch)
         return
     device = launch.device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        launch.kernel[(launch.grid,)](**launch.arguments, **launch.options)
+    # The interpreter computes by torch's ops, which are no part of what called it.
+    with torch.cuda.device(device) if device.type == "cuda" else _disable_current_modes():
+        compiled = launch.kernel[(launch.grid,)](**launch.arguments, **launch.options)
+    if listening.tape is not None:
+        listening.tape.add_launch(launch, compiled)
