@@ -218,8 +218,18 @@ def for_tail(arch: int, itemsize: int, M: int, J: int, processors: int) -> Confi
     return Config(BLOCK_M, 64, 128 // itemsize, 8 if BLOCK_M * J >= 128 * 64 else 4, 3 if stage <= 32 << 10 else 2)
 
 
-def for_conv_pool(arch: int, images: int, pooled_rows: int, processors: int) -> tuple[int, int]:
-    """Pooled rows that a program stores, one less than it computes; and BLOCK_Q. 8 warps."""
+@dataclasses.dataclass(frozen=True)
+class Stem:
+    """rows: pooled rows that a program stores, one less than it computes. taps: rows of the filter at a time."""
+
+    rows: int
+    BLOCK_Q: int
+    taps: int
+    num_warps: int
+    num_stages: int
+
+
+def for_conv_pool(arch: int, images: int, pooled_rows: int, processors: int) -> Stem:
     rows = next((r for r in (8, 4, 2) if images * -(-pooled_rows // r) >= processors), 1)
     # wgmma and tcgen05 want 64 rows. Elsewhere the operands are in registers, too many for four sums of 64.
-    return rows, 64 if arch in OPERANDS_IN_SHARED else 32
+    return Stem(rows, 64 if arch in OPERANDS_IN_SHARED else 32, 1, 8, 2)

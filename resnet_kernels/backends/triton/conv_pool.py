@@ -1,7 +1,7 @@
 """The stem in one kernel: convolution with few input channels, affine, ReLU, 3x3 max pooling of stride 2 (from sm_80).
 
 x has CHANNELS = 4 elements per pixel in memory (the image's three and a zero), so that a tap row of the filter is one
-run of memory, 4*S elements, and becomes BLOCK_K columns of the matrix product.
+run of memory, 4*S elements, and becomes BLOCK_E columns of the matrix product.
 
 One program owns ROWS pooled rows of one image, BLOCK_Q - 1 pooled columns and BLOCK_N channels, and goes down the rows.
 Pooled row p needs convolution rows 2p - 1, 2p and 2p + 1: the first is carried from the row before, so a program
@@ -66,11 +66,12 @@ def _conv_pool_kernel(
     PADDING: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
+    TAPS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):
-    """w (K, R, BLOCK_K): a tap row's 4*S elements, then zeros."""
+    """w (K, R, BLOCK_E): a tap row's 4*S elements, then zeros. TAPS: such rows that are multiplied at a time."""
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     tile = tl.program_id(0)
     k = tile % k_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -79,10 +80,11 @@ def _conv_pool_kernel(
     tile = tile // q_tiles
     p0 = tile % strips * ROWS
     n = (tile // strips).to(tl.int64)
-    e = tl.arange(0, BLOCK_K)
+    i = tl.arange(0, TAPS * BLOCK_E)
+    r, e = i // BLOCK_E, i % BLOCK_E
     s = 2 * q * STRIDE - PADDING
-    w_columns = w_ptr + k[:, None] * (R * BLOCK_K) + e[None, :]
-    image = x_ptr + n * stride_xn + s[:, None] * CHANNELS + e[None, :]
+    w_columns = w_ptr + k[:, None] * (R * BLOCK_E) + i[None, :]
+    image = x_ptr + n * stride_xn + (r * stride_xh)[None, :] + s[:, None] * CHANNELS + e[None, :]
     # Which elements of a tap row lie inside the map, for even columns and for the odd ones beside them.
     column = s[:, None] + (e // CHANNELS)[None, :]
     known = (e < S * CHANNELS)[None, :]
@@ -94,12 +96,14 @@ def _conv_pool_kernel(
         odd0 = tl.zeros((BLOCK_Q, BLOCK_N), tl.float32)
         even1 = tl.zeros((BLOCK_Q, BLOCK_N), tl.float32)
         odd1 = tl.zeros((BLOCK_Q, BLOCK_N), tl.float32)
-        for r in range(R):
-            h0 = 2 * p * STRIDE - PADDING + r
+        for r0 in range(0, R, TAPS):
+            h0 = 2 * p * STRIDE - PADDING + r0
             h1 = h0 + STRIDE
             row0, row1 = image + h0 * stride_xh, image + h1 * stride_xh
-            in0, in1 = (h0 >= 0) & (h0 < H), (h1 >= 0) & (h1 < H)
-            b = tl.load(w_columns + r * BLOCK_K, (k < K)[:, None], 0.0)
+            taps = r0 + r < R
+            in0 = (taps & (h0 + r >= 0) & (h0 + r < H))[None, :]
+            in1 = (taps & (h1 + r >= 0) & (h1 + r < H))[None, :]
+            b = tl.load(w_columns + r0 * BLOCK_E, (k < K)[:, None] & taps[None, :], 0.0)
             a = tl.load(row0, in0 & even_there, 0.0)
             even0 = tl.dot(a, b.T, even0, input_precision=PRECISION)
             a = tl.load(row0 + STRIDE * CHANNELS, in0 & odd_there, 0.0)
@@ -129,7 +133,7 @@ def why_not(weight: tuple[int, ...], geometry: Geometry, pool: Pool) -> str | No
 
 
 def pack(weight: Tensor) -> Tensor:
-    """(K, C, R, S) as (K, R, BLOCK_K): 4 channels of each tap of a row, then zeros."""
+    """(K, C, R, S) as (K, R, BLOCK_E): 4 channels of each tap of a row, then zeros."""
     K, C, R, S = weight.shape
     packed = weight.new_zeros((K, R, max(16, power_of_two(S * CHANNELS))))
     taps = packed[:, :, : S * CHANNELS].view(K, R, S, CHANNELS)
@@ -141,10 +145,11 @@ def launch(x: Tensor, packed: Tensor, shift: Tensor, geometry: Geometry, y: Tens
     """x: (N, 4, H, W) channels_last, zeros behind the image's channels; packed as `pack`, scaled; y: (N, K, pooled P,
     pooled Q) channels_last, to be written."""
     N, _, H, W = x.shape
-    K, R, BLOCK_K = packed.shape
+    K, R, BLOCK_E = packed.shape
     P, Q = geometry.output_size(H, R), geometry.output_size(W, S)
     POOLED_P, POOLED_Q = y.shape[2:]
-    ROWS, BLOCK_Q = for_conv_pool(arch_of(x.device), N, POOLED_P, processors_of(x.device))
+    config = for_conv_pool(arch_of(x.device), N, POOLED_P, processors_of(x.device))
+    ROWS, BLOCK_Q, TAPS = config.rows, config.BLOCK_Q, config.taps
     BLOCK_N = min(64, max(16, power_of_two(K)))
     strips, q_tiles, k_tiles = -(-POOLED_P // ROWS), -(-POOLED_Q // (BLOCK_Q - 1)), -(-K // BLOCK_N)
     arguments = dict(
@@ -171,16 +176,17 @@ def launch(x: Tensor, packed: Tensor, shift: Tensor, geometry: Geometry, y: Tens
         PADDING=geometry.padding,
         PRECISION=precision(),
         ROWS=ROWS,
+        TAPS=TAPS,
         BLOCK_Q=BLOCK_Q,
         BLOCK_N=BLOCK_N,
-        BLOCK_K=BLOCK_K,
+        BLOCK_E=BLOCK_E,
     )
     grid = N * strips * q_tiles * k_tiles
     flops = 2 * N * P * Q * K * R * S * 3
     # Two rows of even and of odd columns for each pooled row, and a row more per strip.
-    steps = grid * (ROWS + 1) * R * 4 * BLOCK_K
+    steps = grid * (ROWS + 1) * -(-R // TAPS) * TAPS * 4 * BLOCK_E
     copied = steps * BLOCK_Q * x.element_size() + nbytes(packed)
     work = Work(nbytes(x, packed, y), flops, copied, 2 * steps * BLOCK_Q * BLOCK_N)
-    options = {"num_warps": 8, "num_stages": 2}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     what = f"stem {R}x{S} 3->{K} {H}x{W}, max pool 3/2"
     return Launch(_conv_pool_kernel, grid, arguments, options, what, work)
