@@ -52,6 +52,13 @@ def fresh_inputs(request):
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
+@pytest.fixture(autouse=True)
+def exact_fp32(request, monkeypatch):
+    """On a GPU fp32 is fp32: whether cuDNN multiplies in tf32 where it may depends on sizes, and with it what it errs."""
+    if "gpu" in request.keywords:
+        monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+
+
 @pytest.fixture
 def poisoned():
     """torch.empty, in C++ too, returns NaN: an element that nobody writes shows."""

@@ -149,6 +149,31 @@ def test_convolutions_by_both_kernels_in_any_tile(kernel, name, tile, dtype, dev
     assert_matches(y, computed(c, dtype), computed(c, torch.float64), R * R * sizes[1])
 
 
+def in_tf32(t):
+    """Rounded to tf32's 10 bits."""
+    wide = (t.view(torch.int32).long() + 0x1000) & ~0x1FFF
+    return wide.to(torch.int32).view(torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("kernel", ["boxes", "gather"])
+def test_tf32_is_rounded_and_not_cut_off(kernel, name, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32")
+    monkeypatch.setattr(boxes, "LEAST_FILLED", 0.0)
+    sizes, K, R, g, more = CONVOLUTIONS[name]
+    c = draw(sizes, K, R, g, torch.float32, "cuda", **more)
+    config, y = configs.Config(64, 32, 32, 4, 2), poisoned_like(c)
+    if kernel == "boxes" and boxes.why_not(c, launch.arch_of(c.x.device), config):
+        pytest.skip("boxes cannot")
+    launch.submit((boxes if kernel == "boxes" else gather).launch(c, config, y))
+    second = None if c.second is None else tuple(map(in_tf32, c.second))
+    rounded = computed(dataclasses.replace(c, x=in_tf32(c.x), weight=in_tf32(c.weight), second=second), torch.float64)
+    exact = computed(c, torch.float64)
+    assert_matches(y, rounded.float(), exact, R * R * sizes[1])
+    assert not torch.allclose(y.double(), exact, rtol=1e-5, atol=1e-5)
+
+
 TAILS = {  # N, J, H, W, stride, K, residual or (C2, stride), J1
     "identity": (2, 64, 8, 8, 1, 128, True, None),
     "then-next": (2, 64, 8, 8, 1, 256, True, 64),

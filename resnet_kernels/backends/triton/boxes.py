@@ -24,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import LEAST_FILLED, OPERANDS_IN_SHARED, Config, box, filled
 from .convolution import Convolution
-from .device import affine, lazy, relu
+from .device import affine, factor, lazy, relu
 from .launch import Launch, descriptor, nhwc_strides, precision, processors_of
 
 
@@ -89,7 +89,7 @@ def accumulate(
             inside = (h >= 0) & (h < H) & (s >= 0) & (s < W)
             a = lazy(a, a_ptr, b_ptr, (c_first + channel, channel < C), inside, LAZY_RELU)
         b = w.load([k0, tap, c]).reshape(BLOCK_N, BLOCK_K)
-        acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+        acc = tl.dot(factor(a, PRECISION), factor(b, PRECISION).T, acc, input_precision=PRECISION)
     return acc
 
 

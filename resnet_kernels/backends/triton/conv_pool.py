@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..contract import Geometry, Pool
 from .configs import for_conv_pool, power_of_two
-from .device import affine, relu
+from .device import affine, factor, relu
 from .launch import Launch, Work, arch_of, nbytes, precision, processors_of
 
 CHANNELS = 4
@@ -103,14 +103,14 @@ def _conv_pool_kernel(
             taps = r0 + r < R
             in0 = (taps & (h0 + r >= 0) & (h0 + r < H))[None, :]
             in1 = (taps & (h1 + r >= 0) & (h1 + r < H))[None, :]
-            b = tl.load(w_columns + r0 * BLOCK_E, (k < K)[:, None] & taps[None, :], 0.0)
-            a = tl.load(row0, in0 & even_there, 0.0)
+            b = factor(tl.load(w_columns + r0 * BLOCK_E, (k < K)[:, None] & taps[None, :], 0.0), PRECISION)
+            a = factor(tl.load(row0, in0 & even_there, 0.0), PRECISION)
             even0 = tl.dot(a, b.T, even0, input_precision=PRECISION)
-            a = tl.load(row0 + STRIDE * CHANNELS, in0 & odd_there, 0.0)
+            a = factor(tl.load(row0 + STRIDE * CHANNELS, in0 & odd_there, 0.0), PRECISION)
             odd0 = tl.dot(a, b.T, odd0, input_precision=PRECISION)
-            a = tl.load(row1, in1 & even_there, 0.0)
+            a = factor(tl.load(row1, in1 & even_there, 0.0), PRECISION)
             even1 = tl.dot(a, b.T, even1, input_precision=PRECISION)
-            a = tl.load(row1 + STRIDE * CHANNELS, in1 & odd_there, 0.0)
+            a = factor(tl.load(row1 + STRIDE * CHANNELS, in1 & odd_there, 0.0), PRECISION)
             odd1 = tl.dot(a, b.T, odd1, input_precision=PRECISION)
         upper = _pool_row(even0, odd0, 2 * p, q, P, Q, shift_ptr, k, K, DTYPE)
         lower = _pool_row(even1, odd1, 2 * p + 1, q, P, Q, shift_ptr, k, K, DTYPE)

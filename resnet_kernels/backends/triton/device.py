@@ -3,6 +3,19 @@
 import triton
 import triton.language as tl
 
+# The interpreter multiplies fp32 as it is.
+ROUNDS = tl.constexpr(not triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def factor(t, PRECISION: tl.constexpr):
+    """t as a product takes it. Tensor cores cut fp32 off to tf32: rounded before, as by cuDNN, it errs half as much."""
+    if t.dtype == tl.float32 and PRECISION == "tf32" and ROUNDS:
+        nearest = ((t.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        # The bits of a NaN may carry into the sign.
+        t = tl.where(t != t, t, nearest)
+    return t
+
 
 @triton.jit
 def relu(t):

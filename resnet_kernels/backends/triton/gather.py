@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .configs import Config
 from .convolution import Convolution
-from .device import affine, lazy, relu
+from .device import affine, factor, lazy, relu
 from .launch import Launch, nhwc_strides, precision
 
 
@@ -85,7 +85,7 @@ def accumulate_gathered(
         if LAZY:
             a = lazy(a, a_ptr, b_ptr, (c_first + c, known), inside, LAZY_RELU)
         b = tl.load(columns[:, None] + (tap * C + c)[None, :], (k < K)[:, None] & known[None, :], 0.0)
-        acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+        acc = tl.dot(factor(a, PRECISION), factor(b, PRECISION).T, acc, input_precision=PRECISION)
     return acc
 
 

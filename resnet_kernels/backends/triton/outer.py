@@ -27,6 +27,7 @@ from torch import Tensor
 from ..contract import Geometry, Moments, Operand
 from . import configs, reductions
 from .configs import Config
+from .device import factor
 from .launch import Launch, Work, arch_of, nbytes, note_library, precision, processors_of, submit
 from .products import Lazy, bytes_of, lazy_of, packed_bits, row_in, value
 
@@ -93,7 +94,7 @@ def _wgrad_kernel(
                 b = a
             else:
                 b = rows_of(x, m, there, P, Q, c0, BLOCK_C)
-            some = tl.dot(a.T, b, some, input_precision=PRECISION)
+            some = tl.dot(factor(a, PRECISION).T, factor(b, PRECISION), some, input_precision=PRECISION)
             if SUMS:
                 if DTYPE == tl.float32:
                     some_sums += tl.sum(a, 0)
