@@ -54,7 +54,7 @@ def fresh_inputs(request):
 
 @pytest.fixture(autouse=True)
 def exact_fp32(request, monkeypatch):
-    """On a GPU fp32 is fp32: whether cuDNN multiplies in tf32 where it may depends on sizes, and with it what it errs."""
+    """On a GPU fp32 is fp32: whether cuDNN takes tf32 depends on sizes, and so does its error."""
     if "gpu" in request.keywords:
         monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
 

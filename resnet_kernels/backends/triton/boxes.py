@@ -10,6 +10,10 @@ of the matrix in one line: [1, 1, 1, N*H*W, C].
 
 A second product (a projection shortcut) runs the same way over its own operand, into the same accumulator.
 
+wgmma takes operands from shared memory, where the copy engine puts them. But a box of several images, rows or columns
+is reshaped to rows of a matrix, which Triton 3.6 allows the second operand alone; a first one would go through
+registers. So there the product is made transposed, the weights first (TURNED), and turned back at the end.
+
 Moves: x once from device memory (once per tap, and per tile of output channels, from L2), the weights once per tile of
 positions from L2, the residual once, y once. Tiles of one box follow each other over the output channels, so that x
 is still in L2.
@@ -24,7 +28,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import LEAST_FILLED, OPERANDS_IN_SHARED, Config, box, filled
 from .convolution import Convolution
-from .device import affine, factor, lazy, relu
+from .device import affine, factor, lazy, relu, settled
 from .launch import Launch, descriptor, nhwc_strides, precision, processors_of
 
 
@@ -66,6 +70,7 @@ def accumulate(
     DILATION: tl.constexpr,
     LAZY: tl.constexpr,
     LAZY_RELU: tl.constexpr,
+    TURNED: tl.constexpr,
     PRECISION: tl.constexpr,
     BOX_N: tl.constexpr,
     BOX_H: tl.constexpr,
@@ -74,7 +79,7 @@ def accumulate(
     BLOCK_K: tl.constexpr,
 ):
     """acc += conv(x, w) of the box at output position (n0, p0, q0), output channels from k0, input channels c_first to
-    c_first + C. pixel: elements from a column of x to the next."""
+    c_first + C; TURNED: acc is the transposed. pixel: elements from a column of x to the next."""
     BLOCK_M: tl.constexpr = BOX_N * BOX_H * BOX_W
     for step in range(R * S * tl.cdiv(C, BLOCK_K)):
         tap = step % (R * S)
@@ -88,8 +93,13 @@ def accumulate(
             channel = c + tl.arange(0, BLOCK_K)
             inside = (h >= 0) & (h < H) & (s >= 0) & (s < W)
             a = lazy(a, a_ptr, b_ptr, (c_first + channel, channel < C), inside, LAZY_RELU)
-        b = w.load([k0, tap, c]).reshape(BLOCK_N, BLOCK_K)
-        acc = tl.dot(factor(a, PRECISION), factor(b, PRECISION).T, acc, input_precision=PRECISION)
+        b = w.load([k0, tap * C + c])
+        if TURNED:
+            acc = tl.dot(factor(b, PRECISION), factor(a, PRECISION).T, acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(factor(a, PRECISION), factor(b, PRECISION).T, acc, input_precision=PRECISION)
+            if LAZY or not (BOX_N == 1 and BOX_H == 1):
+                acc = settled(acc, C)
     return acc
 
 
@@ -128,6 +138,7 @@ def _conv_box_kernel(
     RELU: tl.constexpr,
     LAZY: tl.constexpr,
     LAZY_RELU: tl.constexpr,
+    TURNED: tl.constexpr,
     PRECISION: tl.constexpr,
     PERSISTENT: tl.constexpr,
     BOX_N: tl.constexpr,
@@ -144,20 +155,29 @@ def _conv_box_kernel(
     for tile in tl.range(first, last, tl.num_programs(0), flatten=PERSISTENT):
         k0 = tile % k_tiles * BLOCK_N
         n0, p0, q0 = box_origin(tile // k_tiles, q_tiles, p_tiles, BOX_N, BOX_H, BOX_W)
-        acc = tl.zeros((BOX_N * BOX_H * BOX_W, BLOCK_N), tl.float32)
+        BLOCK_M: tl.constexpr = BOX_N * BOX_H * BOX_W
+        if TURNED:
+            acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        else:
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         acc = accumulate(
             acc, x, w, n0, p0, q0, k0, k0 // k_group * C, C, H, W, pixel, a_ptr, b_ptr, R, S, STRIDE, PADDING, DILATION,
-            LAZY, LAZY_RELU, PRECISION, BOX_N, BOX_H, BOX_W, BLOCK_N, BLOCK_K,
+            LAZY, LAZY_RELU, TURNED, PRECISION, BOX_N, BOX_H, BOX_W, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         channels = k0 + tl.arange(0, BLOCK_N)
-        acc = affine(acc, scale_ptr, shift_ptr, channels, channels < K, SCALE, SHIFT)
+        if SECOND and SCALE:
+            scale = tl.load(scale_ptr + channels, channels < K, 0.0)
+            acc = acc * (scale[:, None] if TURNED else scale[None, :])
         if SECOND:
             acc = accumulate(
                 acc, x2, w2, n0, p0, q0, k0, 0, C2, 0, 0, 0, a_ptr, b_ptr, 1, 1, 1, 0, 1,
-                False, False, PRECISION, BOX_N, BOX_H, BOX_W, BLOCK_N, BLOCK_K,
+                False, False, TURNED, PRECISION, BOX_N, BOX_H, BOX_W, BLOCK_N, BLOCK_K,
             )  # fmt: skip
+        if TURNED:
+            acc = acc.T
+        acc = affine(acc, scale_ptr, shift_ptr, channels, channels < K, SCALE and not SECOND, SHIFT)
         if RESIDUAL:
-            acc += residual.load([n0, p0, q0, k0]).reshape(BOX_N * BOX_H * BOX_W, BLOCK_N).to(tl.float32)
+            acc += residual.load([n0, p0, q0, k0]).reshape(BLOCK_M, BLOCK_N).to(tl.float32)
         if RELU:
             acc = relu(acc)
         y.store([n0, p0, q0, k0], acc.to(y.dtype).reshape(BOX_N, BOX_H, BOX_W, BLOCK_N))
@@ -184,6 +204,11 @@ def in_line(c: Convolution) -> bool:
 def box_of(c: Convolution, rows: int) -> tuple[int, int, int]:
     N, _, P, Q = c.output_sizes
     return (1, 1, rows) if in_line(c) else box(N, P, Q, rows)
+
+
+def turned(shape: tuple[int, int, int], BLOCK_N: int) -> bool:
+    """Whether the product of boxes of this shape is made transposed. wgmma wants 64 rows or more."""
+    return shape[:2] != (1, 1) and BLOCK_N >= 64
 
 
 def boxes_of(y: Tensor, shape: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -237,9 +262,9 @@ def describe_strided(t: Tensor, stride: int, block: tuple[int, int, int, int]) -
 
 
 def describe_weight(weight: Tensor, block: tuple[int, int]) -> TensorDescriptor:
-    """(K, R, S, C) as [K, R*S, C]."""
+    """(K, R, S, C) as [K, R*S*C]. A slice that reaches beyond a tap's last channel meets zeros of x."""
     K, R, S, C = weight.shape
-    return descriptor(weight, (K, R * S, C), (R * S * C, C, 1), (block[0], 1, block[1]))
+    return descriptor(weight, (K, R * S * C), (R * S * C, 1), block)
 
 
 def as_line(t: Tensor) -> Tensor:
@@ -298,6 +323,7 @@ def launch(c: Convolution, config: Config, y: Tensor) -> Launch:
         RELU=c.relu,
         LAZY=c.lazy is not None,
         LAZY_RELU=lazy_relu,
+        TURNED=c.lazy is None and turned(shape, BLOCK_N),
         PRECISION=precision(),
         PERSISTENT=config.persistent,
         BOX_N=shape[0],

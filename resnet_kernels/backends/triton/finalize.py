@@ -2,15 +2,16 @@
 sm_80). `algebra` defines it, and computes what a group of processes shares.
 
     table            elementwise over K
-    products         mean = W mu, M2 = diag(W M2 W^T): a program owns BLOCK_K channels, and makes W M2 tile by tile
+    times moments    T = W M2: a program owns a tile
+    products         mean = W mu, M2 = rowsum(T * W): a program owns BLOCK_K channels
     tail             dgamma = rstd (rowsum(G * W) - sg * (mean - W centre)),  q = a rstd dgamma / M,  A = a W,
-                     dweight = a (G + sg (centre - mu)^T) - q (W M2): a program owns BLOCK_K channels again
+                     dweight = a (G + sg (centre - mu)^T) - q T: a program owns BLOCK_K channels again
     square           B = -W^T (q W): a program owns a square tile
     shift            v = -m1 A - (mu - centre) B, of the rounded A and B: a program owns a few columns
 
 Moves: every matrix once from device memory; again per program, from L2, which holds them all. Products of matrices are
-of IEEE fp32 whatever torch's flags say. Vectors are computed in fp64 and rounded once, as `algebra` does: their errors
-are the same in every row.
+as exact as fp32 whatever torch's flags say: tensor cores multiply the three leading pairs of tf32 parts (tf32x3).
+Vectors are computed in fp64 and rounded once, as `algebra` does: their errors are the same in every row.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from torch import Tensor
 
 from .. import algebra
 from ..contract import Affine, Moments, Stats, TailGrad
+from .device import settled
 from .launch import Launch, Work, nbytes, submit
 
-# Channels of a program that multiplies nothing; of one of W M2, and its columns and steps; a tile of B and its steps.
-BLOCK, BLOCK_K, BLOCK_J = 128, 16, 64
-SQUARE, STEP = 32, 32
+# Channels of a program that multiplies nothing; of one of whole rows, and their columns at a time; a square tile of T
+# and of B, and its steps.
+BLOCK, BLOCK_K, BLOCK_J = 128, 8, 128
+SQUARE, STEP = 64, 32
 # Steps and columns of a program of v: few columns, so that enough programs wait for memory at once.
 LONG, NARROW = 128, 16
 
@@ -71,19 +74,23 @@ def matrix(ptr, rows, columns, height, width):
 
 
 @triton.jit
-def times_moments(w_ptr, M2_ptr, k, j, K, J, BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr):
-    """(W M2) at channels k and columns j. [BLOCK_K, BLOCK_J]"""
-    acc = tl.zeros((BLOCK_K, BLOCK_J), tl.float32)
-    for i0 in range(0, J, BLOCK_J):
-        i = i0 + tl.arange(0, BLOCK_J)
-        acc = tl.dot(matrix(w_ptr, k, i, K, J), matrix(M2_ptr, i, j, J, J), acc, input_precision="ieee")
-    return acc
+def _times_moments_kernel(w_ptr, M2_ptr, T_ptr, K, J, SQUARE: tl.constexpr, STEP: tl.constexpr):
+    tiles = tl.cdiv(J, SQUARE)
+    k = tl.program_id(0) // tiles * SQUARE + tl.arange(0, SQUARE)
+    j = tl.program_id(0) % tiles * SQUARE + tl.arange(0, SQUARE)
+    acc = tl.zeros((SQUARE, SQUARE), tl.float32)
+    for i0 in range(0, J, STEP):
+        i = i0 + tl.arange(0, STEP)
+        # M2 is symmetric: read so, both operands have what is summed side by side.
+        moments = matrix(M2_ptr, j, i, J, J).T
+        acc = settled(tl.dot(matrix(w_ptr, k, i, K, J), moments, acc, input_precision="tf32x3"), J)
+    tl.store(T_ptr + k[:, None] * J + j[None, :], acc, (k < K)[:, None] & (j < J)[None, :])
 
 
 @triton.jit
 def _products_table_kernel(
     mu_ptr,
-    M2_ptr,
+    T_ptr,
     w_ptr,
     gamma_ptr,
     beta_ptr,
@@ -102,7 +109,7 @@ def _products_table_kernel(
     for j0 in range(0, J, BLOCK_J):
         j = j0 + tl.arange(0, BLOCK_J)
         w = matrix(w_ptr, k, j, K, J)
-        product = times_moments(w_ptr, M2_ptr, k, j, K, J, BLOCK_K, BLOCK_J)
+        product = matrix(T_ptr, k, j, K, J)
         mean += tl.sum(w.to(tl.float64) * vector(mu_ptr, j, J)[None, :], 1)
         M2 += tl.sum(product.to(tl.float64) * w, 1)
     # Rounding can leave a variance of zero slightly negative. NaN stays.
@@ -126,7 +133,7 @@ def _tail_grad_kernel(
     G_ptr,
     centre_ptr,
     mu_ptr,
-    M2_ptr,
+    T_ptr,
     w_ptr,
     a_ptr,
     mean_ptr,
@@ -164,7 +171,7 @@ def _tail_grad_kernel(
         if CENTRED:
             off -= vector(centre_ptr, j, J)
         per_row = (-a * sg)[:, None] * off[None, :]
-        product = times_moments(w_ptr, M2_ptr, k, j, K, J, BLOCK_K, BLOCK_J)
+        product = matrix(T_ptr, k, j, K, J)
         dweight = narrow * matrix(G_ptr, k, j, K, J) + per_row.to(tl.float32) - q[:, None] * product
         at = k[:, None] * J + j[None, :]
         inside = known[:, None] & (j < J)[None, :]
@@ -182,7 +189,8 @@ def _square_kernel(w_ptr, q_ptr, B_ptr, K, J, SQUARE: tl.constexpr, STEP: tl.con
     for k0 in range(0, K, STEP):
         k = k0 + tl.arange(0, STEP)
         q = tl.load(q_ptr + k, k < K, 0.0)[:, None]
-        acc = tl.dot(matrix(w_ptr, k, i, K, J).T, q * matrix(w_ptr, k, j, K, J), acc, input_precision="ieee")
+        scaled = q * matrix(w_ptr, k, j, K, J)
+        acc = settled(tl.dot(matrix(w_ptr, k, i, K, J).T, scaled, acc, input_precision="tf32x3"), J)
     inside = (i < J)[:, None] & (j < J)[None, :]
     tl.store(B_ptr + i[:, None] * J + j[None, :], (-acc).to(B_ptr.dtype.element_ty), inside)
 
@@ -221,6 +229,17 @@ def _submit(kernel: Any, grid: int, what: str, flops: int, **arguments: Any) -> 
     submit(Launch(kernel, grid, arguments, {"num_warps": 4}, what, Work(moved, flops, moved, flops)))
 
 
+def _times_moments(w: Tensor, M2: Tensor) -> Tensor:
+    """T = W M2 (K, J)."""
+    K, J = w.shape
+    T = M2.new_empty(K, J)
+    _submit(
+        _times_moments_kernel, -(-K // SQUARE) * -(-J // SQUARE), f"moments times {J}->{K}", 2 * K * J * J, w_ptr=w,
+        M2_ptr=M2, T_ptr=T, K=K, J=J, SQUARE=SQUARE, STEP=STEP,
+    )  # fmt: skip
+    return T
+
+
 def _plain(*tensors: Tensor) -> list[Tensor]:
     return [t.float().contiguous() for t in tensors]
 
@@ -246,9 +265,9 @@ def finalize_moments(m: Moments, weight: Tensor, gamma: Tensor, beta: Tensor, ep
     mu, M2, gamma, beta = _plain(m.mean, m.M2, gamma, beta)
     w = weight.contiguous()
     K, J = w.shape
-    table = mu.new_empty(5, K)
+    table, T = mu.new_empty(5, K), _times_moments(w, M2)
     _submit(
-        _products_table_kernel, -(-K // BLOCK_K), f"table of {J}->{K}", 2 * K * J * J, mu_ptr=mu, M2_ptr=M2, w_ptr=w,
+        _products_table_kernel, -(-K // BLOCK_K), f"table of {J}->{K}", 0, mu_ptr=mu, T_ptr=T, w_ptr=w,
         gamma_ptr=gamma, beta_ptr=beta, table_ptr=table, K=K, J=J, rows=float(m.rows), least=max(m.rows - 1.0, 1.0),
         eps=eps, BLOCK_K=BLOCK_K, BLOCK_J=BLOCK_J,
     )  # fmt: skip
@@ -283,10 +302,10 @@ def finalize_tail_grad(
     at = None if centre is None else _plain(centre)[0]
     K, J = w.shape
     dweight, dgamma, q, v = (mu.new_empty(sizes) for sizes in ((K, J), (K,), (K,), (J,)))
-    A, B = torch.empty_like(w), w.new_empty(J, J)
+    A, B, T = torch.empty_like(w), w.new_empty(J, J), _times_moments(w, M2)
     _submit(
-        _tail_grad_kernel, -(-K // BLOCK_K), f"tail {J}->{K}", 2 * K * J * J, sg_ptr=sg, G_ptr=G, centre_ptr=at,
-        mu_ptr=mu, M2_ptr=M2, w_ptr=w, a_ptr=a, mean_ptr=mean, rstd_ptr=rstd, dweight_ptr=dweight, dgamma_ptr=dgamma,
+        _tail_grad_kernel, -(-K // BLOCK_K), f"tail {J}->{K}", 0, sg_ptr=sg, G_ptr=G, centre_ptr=at, mu_ptr=mu,
+        T_ptr=T, w_ptr=w, a_ptr=a, mean_ptr=mean, rstd_ptr=rstd, dweight_ptr=dweight, dgamma_ptr=dgamma,
         q_ptr=q, A_ptr=A, K=K, J=J, rows=float(m.rows), CENTRED=centre is not None, BLOCK_K=BLOCK_K, BLOCK_J=BLOCK_J,
     )  # fmt: skip
     _submit(

@@ -33,6 +33,7 @@ class Compiled:
     """Of one launch: registers and bytes of stack a thread, bytes of shared memory, and instructions by what they do.
 
     drains: waits for every outstanding matrix product inside a loop, which keep the next from being issued behind it.
+    torn: waits for a part of them, in loops whose products read operands from registers that the next step writes.
     """
 
     arch: int
@@ -46,6 +47,7 @@ class Compiled:
     nan_max: int
     plain_max: int
     drains: int
+    torn: int
     ptx: str
 
     @property
@@ -65,6 +67,8 @@ class Compiled:
             found.append(f"{self.stack} bytes of stack")
         if self.shared > SHARED_MEMORY[self.arch]:
             found.append(f"{self.shared} bytes of shared memory, {SHARED_MEMORY[self.arch]} there are")
+        if self.torn:
+            found.append(f"{self.torn} waits that leave products reading registers which are written again")
         if self.plain_max:
             found.append(f"{self.plain_max} maxima that drop NaN")
         return found
@@ -106,6 +110,12 @@ def _drains(ptx: str) -> int:
     return sum(b.count("wgmma.wait_group.sync.aligned 0") for b in inner)
 
 
+def _torn(ptx: str) -> int:
+    """Waits for a part only, in loops whose products read registers: what is read may be written by the next step."""
+    bodies = [b for b in loop_bodies(ptx) if re.search(r"wgmma\.mma_async[^;]*\}, *\{", b)]
+    return sum(len(re.findall(r"wgmma\.wait_group\.sync\.aligned [1-9]", b)) for b in bodies)
+
+
 def count(ptx: str) -> dict[str, Any]:
     """`Compiled`'s instructions."""
     names = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}
@@ -116,6 +126,7 @@ def count(ptx: str) -> dict[str, Any]:
         "nan_max": len(re.findall(r"max\.NaN\.(?:bf16|f16|f32)", ptx)),
         "plain_max": len(re.findall(r"max\.(?:bf16|f16|f32|ftz)", ptx)),
         "drains": _drains(ptx),
+        "torn": _torn(ptx),
         "ptx": ptx,
     }
 

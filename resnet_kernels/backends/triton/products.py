@@ -26,7 +26,7 @@ from torch import Tensor
 from ..contract import Epilogue, Normalized, Operand
 from . import configs
 from .configs import Config
-from .device import affine, factor, relu
+from .device import affine, factor, relu, settled
 from .gather import row_of
 from .launch import Launch, Work, arch_of, nbytes, nhwc_strides, precision, processors_of, submit
 
@@ -163,7 +163,7 @@ def multiply(
         c = c0 + tl.arange(0, BLOCK_K)
         at = c.to(tl.int64)[:, None] * stride_wc + k.to(tl.int64)[None, :] * stride_wk
         b = tl.load(w_ptr + at, (c < operand.C)[:, None] & (k < K)[None, :], 0.0)
-        acc = tl.dot(factor(a, PRECISION), factor(b, PRECISION), acc, input_precision=PRECISION)
+        acc = settled(tl.dot(factor(a, PRECISION), factor(b, PRECISION), acc, input_precision=PRECISION), operand.C)
     return acc
 
 

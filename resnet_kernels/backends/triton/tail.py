@@ -1,7 +1,7 @@
 """The end of a bottleneck in one kernel, and the beginning of the next (sm_90 and sm_100).
 
     h = relu(scale * conv3x3(x, w) + shift), rounded
-    y = relu(scale3 * (h w3^T) + [x2 w2^T] + shift3 + [residual]), rounded
+    y = relu(scale3 * (h w3^T) + shift3 + [residual]), rounded
     next = relu(scale1 * (y w1^T) + shift1)
 
 One program owns BOX_N x BOX_H x BOX_W = BLOCK_M output positions and all J channels of the 3x3, which runs by boxes
@@ -9,8 +9,8 @@ One program owns BOX_N x BOX_H x BOX_W = BLOCK_M output positions and all J chan
 BLOCK_N at a time, and each part, as soon as it is stored, is the operand of the next block's 1x1, whose J1 channels are
 accumulated beside. The 3x3's output never exists in memory, and y is not read again but as the next residual.
 
-Moves: x once (once per tap from L2), the projection's operand or the residual once, y and next once; the weights once
-per program from L2. J and J1 are 64, 128 or 256: they must fit accumulators.
+Moves: x once (once per tap from L2), the residual once, y and next once; the weights once per program from L2. J is 64
+or 128, J1 64, 128 or 256: they must fit accumulators.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from .convolution import Convolution
 from .device import affine, relu
 from .launch import Launch, nbytes, nhwc_strides, precision
 
-WIDTHS = (64, 128, 256)
-# Of the 3x3, if the next block's 1x1 is accumulated beside: registers hold no more.
-WIDTHS_BEFORE = (64, 128)
+# Of 256 channels, and with a projection, separate kernels were faster by far (H100).
+WIDTHS = (64, 128)
+# Of the next block's 1x1.
+WIDTHS_AFTER = (64, 128, 256)
 
 
 @triton.jit
@@ -40,8 +41,6 @@ def _conv3x3_conv1x1_kernel(
     x,
     w,
     w3,
-    x2,
-    w2,
     residual,
     y,
     w1,
@@ -59,7 +58,6 @@ def _conv3x3_conv1x1_kernel(
     H,
     W,
     pixel,
-    C2,
     J: tl.constexpr,
     J1: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -69,7 +67,6 @@ def _conv3x3_conv1x1_kernel(
     SCALE3: tl.constexpr,
     SCALE1: tl.constexpr,
     AFTER: tl.constexpr,
-    SECOND: tl.constexpr,
     RESIDUAL: tl.constexpr,
     PRECISION: tl.constexpr,
     BOX_N: tl.constexpr,
@@ -83,7 +80,7 @@ def _conv3x3_conv1x1_kernel(
     h = tl.zeros((BLOCK_M, J), tl.float32)
     h = accumulate(
         h, x, w, n0, p0, q0, 0, 0, C, H, W, pixel, None, None, 3, 3, STRIDE, PADDING, DILATION,
-        False, False, PRECISION, BOX_N, BOX_H, BOX_W, J, BLOCK_K,
+        False, False, False, PRECISION, BOX_N, BOX_H, BOX_W, J, BLOCK_K,
     )  # fmt: skip
     j = tl.arange(0, J)
     h = relu(affine(h, scale_ptr, shift_ptr, j, j < J, SCALE, True)).to(y.dtype)
@@ -91,21 +88,16 @@ def _conv3x3_conv1x1_kernel(
         ahead = tl.zeros((BLOCK_M, J1), tl.float32)
     # Two stages: with three, their weights and residuals would take the memory of a second program.
     for k0 in tl.range(0, K, BLOCK_N, num_stages=2):
-        b = w3.load([k0, 0, 0]).reshape(BLOCK_N, J)
+        b = w3.load([k0, 0])
         acc = tl.dot(h, b.T, input_precision=PRECISION)
         k = k0 + tl.arange(0, BLOCK_N)
         acc = affine(acc, scale3_ptr, shift3_ptr, k, k < K, SCALE3, True)
-        if SECOND:
-            acc = accumulate(
-                acc, x2, w2, n0, p0, q0, k0, 0, C2, 0, 0, 0, None, None, 1, 1, 1, 0, 1,
-                False, False, PRECISION, BOX_N, BOX_H, BOX_W, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
         if RESIDUAL:
             acc += residual.load([n0, p0, q0, k0]).reshape(BLOCK_M, BLOCK_N).to(tl.float32)
         t = relu(acc).to(y.dtype)
         y.store([n0, p0, q0, k0], t.reshape(BOX_N, BOX_H, BOX_W, BLOCK_N))
         if AFTER:
-            b = w1.load([0, 0, k0]).reshape(J1, BLOCK_N)
+            b = w1.load([0, k0])
             ahead = tl.dot(t, b.T, ahead, input_precision=PRECISION)
     if AFTER:
         j1 = tl.arange(0, J1)
@@ -151,6 +143,8 @@ def why_not(first: Convolution, last: Convolution, arch: int, config: Config, pr
         return "expected 16 bits: accumulators of fp32 products do not fit"
     if not first.relu or first.shift is None or first.second or first.residual is not None or first.lazy:
         return "expected shift and ReLU between them"
+    if last.second:
+        return "expected no projection"
     if last.weight.shape[0] % config.BLOCK_N:
         return f"{last.weight.shape[0]} channels are no whole tiles of {config.BLOCK_N}"
     if first.rows < processors * config.BLOCK_M // 2:
@@ -160,11 +154,11 @@ def why_not(first: Convolution, last: Convolution, arch: int, config: Config, pr
 
 def why_not_after(last: Convolution, after: Convolution) -> str | None:
     """Why the next block's first convolution cannot run in the same kernel, or None."""
-    J, J1 = last.weight.shape[3], after.weight.shape[0]
+    J1 = after.weight.shape[0]
     if not _is_product(after) or not after.relu or after.shift is None:
         return "expected a 1x1 convolution of stride 1 with shift and ReLU"
-    if J1 not in WIDTHS or J not in WIDTHS_BEFORE:
-        return f"expected {', '.join(map(str, WIDTHS))} channels behind {WIDTHS_BEFORE}, got {J1} behind {J}"
+    if J1 not in WIDTHS_AFTER:
+        return f"expected {', '.join(map(str, WIDTHS_AFTER))} channels behind it, got {J1}"
     return None
 
 
@@ -182,7 +176,6 @@ def launch(
     K = y.shape[1]
     shape = box_of(first, config.BLOCK_M)
     n_tiles, p_tiles, q_tiles = boxes_of(y, shape)
-    x2, w2 = last.second or (None, None)
     g = first.geometry
     _, _, H, W = first.x.shape
     J1 = 0 if following is None else following.weight.shape[0]
@@ -190,8 +183,6 @@ def launch(
         x=describe_strided(first.x, g.stride, (*shape, config.BLOCK_K)),
         w=describe_weight(first.weight, (J, config.BLOCK_K)),
         w3=describe_weight(last.weight, (config.BLOCK_N, J)),
-        x2=None if x2 is None else describe_strided(x2, 1, (*shape, config.BLOCK_K)),
-        w2=None if w2 is None else describe_weight(w2, (config.BLOCK_N, config.BLOCK_K)),
         residual=None if last.residual is None else describe_map(last.residual, (*shape, config.BLOCK_N)),
         y=describe_map(y, (*shape, config.BLOCK_N)),
         w1=None if following is None else describe_weight(following.weight, (J1, config.BLOCK_N)),
@@ -209,7 +200,6 @@ def launch(
         H=H,
         W=W,
         pixel=nhwc_strides(first.x)[2],
-        C2=0 if x2 is None else x2.shape[1],
         J=J,
         J1=J1,
         STRIDE=g.stride,
@@ -219,7 +209,6 @@ def launch(
         SCALE3=last.scale is not None,
         SCALE1=following is not None and following.scale is not None,
         AFTER=following is not None,
-        SECOND=x2 is not None,
         RESIDUAL=last.residual is not None,
         PRECISION=precision(),
         BOX_N=shape[0],
