@@ -25,7 +25,7 @@ def _tile(launch: Launch) -> str:
         rows = f"{a['BOX_N']}x{a['BOX_H']}x{a['BOX_W']}"
     else:
         rows = str(a.get("BLOCK_M", a.get("BLOCK_Q")))
-    return f"{rows} by {a['BLOCK_N']} by {a['BLOCK_K']}"
+    return f"{rows} by {a['BLOCK_N']} by {a.get('BLOCK_K', a.get('BLOCK_E'))}"
 
 
 def _row(count: int, launch: Launch, c: offline.Compiled, ceilings: Ceilings | None) -> str:

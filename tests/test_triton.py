@@ -363,7 +363,7 @@ def test_resnet50_moves_at_most_40_megabytes_an_image():
     launches = launches_of(*model_and_input("resnet50", 256, torch.bfloat16), 90)
     moved = sum(made.work.bytes for made in launches) / 256
     assert moved <= 40e6, f"{moved / 1e6:.1f} MB"
-    assert len(launches) <= 30
+    assert len(launches) <= 40
     # 8.18 GFLOP but for the classifier.
     assert sum(made.work.flops for made in launches) / 256 == pytest.approx(8.17e9, rel=2e-3)
 
@@ -373,19 +373,21 @@ def test_bytes_of_a_block_counted_by_hand():
     N, M = 64, 64 * 56 * 56
     model = nn.Sequential(case.make(), case.make()).eval().bfloat16()
     launches = launches_of(model, torch.empty(N, 256, 56, 56, dtype=torch.bfloat16), 90)
-    assert [made.name for made in launches] == ["conv_box", "conv3x3_conv1x1", "conv3x3_conv1x1"]
+    assert [made.name for made in launches] == ["conv_box", "conv3x3_conv1x1", "conv_box", "conv_box"]
     weights = 256 * 64, 9 * 64 * 64, 64 * 256
-    # conv1: x in, h1 out. First tail: h1 and x in, y and the next h1 out. Second: h1 and y in, y out.
+    # conv1: x in, h1 out. The tail: h1 and x in, y and the next h1 out. Then h1 in, h2 out; h2 and y in, y out.
     elements = [
         M * (256 + 64) + weights[0],
         M * (64 + 256 + 256 + 64) + sum(weights),
-        M * (64 + 256 + 256) + sum(weights[1:]),
+        M * (64 + 64) + weights[1],
+        M * (64 + 256 + 256) + weights[2],
     ]
     assert [made.work.bytes for made in launches] == [2 * n for n in elements]
     assert [made.work.flops for made in launches] == [
         2 * M * 256 * 64,
         2 * M * (9 * 64 * 64 + 64 * 256 + 256 * 64),
-        2 * M * (9 * 64 * 64 + 64 * 256),
+        2 * M * 9 * 64 * 64,
+        2 * M * 64 * 256,
     ]
     assert all(made.work.issued >= made.work.flops and made.work.copied >= 0 for made in launches)
     # 4.3 TB/s: this block is bound by memory, its first convolution too.
@@ -428,8 +430,10 @@ def check_compiled(made, c):
     if made.name == "conv_gather":
         assert c.async_copies > 0, f"{name}: rows are not copied asynchronously"
     if made.options.get("num_stages", 1) > 1:
-        # A tail's taps and parts are read from registers: each waits for the one before.
-        allowed = 2 if made.name == "conv3x3_conv1x1" else 0
+        # What is read from registers waits for the product before: a tail's taps and parts, boxes too narrow to turn.
+        a = made.arguments
+        waits = a["BOX_N"] * a["BOX_H"] > 1 and not a.get("TURNED") if by_boxes else False
+        allowed = 2 if waits else 0
         assert c.drains <= allowed, f"{name}: {c.drains} full waits in a loop that multiplies"
     assert c.programs >= 1, name
 

@@ -404,7 +404,6 @@ def test_launches_are_tuned_and_run_as_measured(folders):
             "gather",
             run.SEPARATE,
             run.TAIL,
-            run.TAIL_AND_NEXT,
         }
         want = rk.freeze(model)(x)
         for row in tails:

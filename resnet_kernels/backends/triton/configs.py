@@ -1,5 +1,5 @@
-"""Launch configurations: data per architecture, and the rules that pick one. No GPU has timed any of these yet; a
-measured table overrides them.
+"""Launch configurations: data per architecture, and the rules that pick one. Those of sm_90 follow what was measured on
+an H200 for ResNet-50 at batch 256 (docs/triton.md); the others no GPU has timed. A measured table overrides them.
 """
 
 from __future__ import annotations
@@ -137,12 +137,18 @@ def _warps(s: Size, BLOCK_M: int, BLOCK_N: int) -> int:
 
 
 def for_boxes(s: Size) -> Config:
+    measured = s.arch == 90 and s.itemsize == 2
+    if measured and s.taps > 1 and s.group % 128 == 0 and not s.residual and s.tiles(256, 128) >= s.processors:
+        # Taps read x's tile nine times, the weights' once.
+        return Config(256, 128, 64, 8, 3)
     BLOCK_M, BLOCK_N = (128, 256) if _wide(s) else _tile(s)
     most = BY_FMA.BLOCK_K if s.fma else 128 // s.itemsize
     BLOCK_K = min(most, max(16, power_of_two(s.C)))
     if s.taps == 1 and s.C <= BLOCK_K:
         # One step: nothing to pipeline, several programs on a multiprocessor overlap instead.
-        return Config(BLOCK_M, BLOCK_N, BLOCK_K, _warps(s, BLOCK_M, BLOCK_N), 1)
+        warps = 4 if measured else _warps(s, BLOCK_M, BLOCK_N)
+        rows = BLOCK_M // 2 if measured and s.residual and BLOCK_M == BLOCK_N == 128 else BLOCK_M
+        return Config(rows, BLOCK_N, BLOCK_K, warps, 1)
     stage, result = (BLOCK_M + BLOCK_N) * BLOCK_K * s.itemsize, BLOCK_M * BLOCK_N * s.itemsize
     # Two programs on a multiprocessor: one multiplies while the other stores.
     programs = 1 if BLOCK_N == 256 else 2
@@ -213,6 +219,9 @@ def tail_candidates(arch: int, itemsize: int, J: int) -> Iterator[Config]:
 
 def for_tail(arch: int, itemsize: int, M: int, J: int, processors: int) -> Config:
     """The 3x3 and the 1x1 behind it; BLOCK_N of the 1x1."""
+    if arch == 90:
+        # Several programs on a multiprocessor: in each the products wait for each other.
+        return Config(64, 64, 128 // itemsize, 4, 3 if J == 64 else 4)
     BLOCK_M = 128 if -(-M // 128) >= processors else 64
     stage = (BLOCK_M + J) * 128
     return Config(BLOCK_M, 64, 128 // itemsize, 8 if BLOCK_M * J >= 128 * 64 else 4, 3 if stage <= 32 << 10 else 2)
@@ -230,6 +239,8 @@ class Stem:
 
 
 def for_conv_pool(arch: int, images: int, pooled_rows: int, processors: int) -> Stem:
-    rows = next((r for r in (8, 4, 2) if images * -(-pooled_rows // r) >= processors), 1)
+    rows = next((r for r in (14, 8, 4, 2) if images * -(-pooled_rows // r) >= processors), 1)
     # wgmma and tcgen05 want 64 rows. Elsewhere the operands are in registers, too many for four sums of 64.
-    return Stem(rows, 64 if arch in OPERANDS_IN_SHARED else 32, 1, 8, 2)
+    BLOCK_Q = 64 if arch in OPERANDS_IN_SHARED else 32
+    # Several rows of the filter at a time took twice as long (H200): Triton does not copy them asynchronously.
+    return Stem(rows, BLOCK_Q, 1, 4 if arch == 90 else 8, 2)

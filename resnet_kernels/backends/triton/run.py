@@ -20,8 +20,9 @@ from .tail import Tail
 
 __all__ = ["bn_pass", "conv", "pack", "pack_stem", "residual_blocks", "stem", "stem_channels", "why_not_here"]
 
-# The ways of a tail: as kernels of its own, and as one, with or without the next block's first convolution.
-SEPARATE, TAIL, TAIL_AND_NEXT = "separate kernels", "conv3x3_conv1x1", "conv3x3_conv1x1 with the next 1x1"
+# The ways of a tail: as kernels of its own, and as one, with the next block's first convolution. Alone, without that,
+# Triton 3.6 does not compile it for sm_90.
+SEPARATE, TAIL = "separate kernels", "conv3x3_conv1x1 with the next 1x1"
 
 # Channels that groups are joined to, input and output: the least that fills a matrix tile.
 JOINED = 32
@@ -55,12 +56,11 @@ def judge(problem: Convolution | Tail, kernel: str, config: Config | None) -> Ch
         return Choice(kernel, config, None if known else f"unknown: {kernel}")
     if isinstance(problem, Tail):
         first, last, following = problem.first, problem.last, problem.following
-        if kernel not in (TAIL, TAIL_AND_NEXT):
+        if kernel != TAIL:
             return Choice(kernel, config, f"unknown: {kernel}")
         arch, processors = arch_of(first.x.device), processors_of(first.x.device)
         reason = tail.why_not(first, last, arch, config, processors)
-        if kernel == TAIL_AND_NEXT and reason is None:
-            reason = "nothing follows" if following is None else tail.why_not_after(last, following)
+        reason = reason or tail.why_not_after(last, following)
         return Choice(kernel, config, reason)
     if kernel == "boxes":
         return Choice(kernel, config, boxes.why_not(problem, arch_of(problem.x.device), config))
@@ -98,8 +98,6 @@ def tail_choices(t: Tail) -> list[Choice]:
     arch, processors = arch_of(first.x.device), processors_of(first.x.device)
     config = configs.for_tail(arch, first.x.element_size(), first.rows, first.weight.shape[0], processors)
     rows = [judge(t, TAIL, config), judge(t, SEPARATE, None)]
-    if t.following is not None:
-        rows.insert(0, judge(t, TAIL_AND_NEXT, config))
     return _measured_first(rows, first.x.device, t)
 
 
@@ -144,8 +142,7 @@ def launch_of(
     """One way's. y and, for what follows a tail, ahead are to be written. Only where `choice.why_not` is None."""
     assert choice.config is not None
     if isinstance(problem, Tail):
-        following = problem.following if choice.kernel == TAIL_AND_NEXT else None
-        made = tail.launch(problem.first, problem.last, choice.config, y, following, ahead)
+        made = tail.launch(problem.first, problem.last, choice.config, y, problem.following, ahead)
     else:
         made = (boxes if choice.kernel == "boxes" else gather).launch(problem, choice.config, y)
     return dataclasses.replace(made, problem=problem, refused=refused or {})
@@ -162,10 +159,9 @@ def convolve(c: Convolution, refused: dict[str, str] | None = None) -> Tensor:
 
 def launch_so(problem: Convolution | Tail, choice: Choice) -> Launch:
     """What the choice, which is no separate kernels', launches."""
-    results = [_empty(c, problem.parts[0].x.device) for c in problem.parts[-2:]]
-    if isinstance(problem, Convolution) or problem.following is None:
-        return launch_of(problem, choice, results[-1])
-    y, ahead = results
+    if isinstance(problem, Convolution):
+        return launch_of(problem, choice, _empty(problem, problem.x.device))
+    y, ahead = (_empty(c, problem.first.x.device) for c in problem.parts[1:])
     return launch_of(problem, choice, y, ahead)
 
 
@@ -175,13 +171,10 @@ def run_so(problem: Convolution | Tail, choice: Choice) -> list[Tensor]:
         y = _empty(problem, problem.x.device)
         submit(launch_of(problem, choice, y))
         return [y]
-    if choice.kernel == SEPARATE:
-        y, ahead = convolve(_given(problem.last, convolve(problem.first))), None
-    else:
-        y, ahead = _tail(problem, choice, {})
-    if problem.following is None:
-        return [y]
-    return [y, convolve(_given(problem.following, y)) if ahead is None else ahead]
+    if choice.kernel != SEPARATE:
+        return list(_tail(problem, choice, {}))
+    y = convolve(_given(problem.last, convolve(problem.first)))
+    return [y, convolve(_given(problem.following, y))]
 
 
 def join_groups(weight: Tensor, groups: int) -> Tensor:
@@ -344,9 +337,9 @@ def _run_block(
             h = ahead
             continue
         c = _given(c, h)
-        if i == len(chain) - 2 and i > 0:
+        if i == len(chain) - 2 and i > 0 and following is not None:
             behind = _given(last, _later(c))
-            t = Tail(c, behind, None if following is None else _given(following, _later(behind)))
+            t = Tail(c, behind, _given(following, _later(behind)))
             choice, refused = _first_possible(tail_choices(t))
             if choice.kernel != SEPARATE:
                 return _tail(t, choice, refused)
@@ -354,10 +347,8 @@ def _run_block(
     return convolve(_given(last, h), refused), None
 
 
-def _tail(t: Tail, choice: Choice, refused: dict[str, str]) -> tuple[Tensor, Tensor | None]:
-    device = t.first.x.device
-    y = _empty(t.last, device)
-    ahead = _empty(t.following, device) if t.following is not None and choice.kernel == TAIL_AND_NEXT else None
+def _tail(t: Tail, choice: Choice, refused: dict[str, str]) -> tuple[Tensor, Tensor]:
+    y, ahead = (_empty(c, t.first.x.device) for c in t.parts[1:])
     if y.numel():
         submit(launch_of(t, choice, y, ahead, refused))
     return y, ahead

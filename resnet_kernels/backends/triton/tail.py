@@ -112,19 +112,18 @@ class Tail:
 
     first: Convolution
     last: Convolution
-    following: Convolution | None
+    following: Convolution
 
     @property
     def key(self) -> str:
         return " > ".join(c.key for c in self.parts)
 
     @property
-    def parts(self) -> tuple[Convolution, ...]:
-        return (self.first, self.last) if self.following is None else (self.first, self.last, self.following)
+    def parts(self) -> tuple[Convolution, Convolution, Convolution]:
+        return self.first, self.last, self.following
 
     def map(self, function: Callable[[str, Tensor], Tensor]) -> Tail:
-        first, last, *rest = (c.map(function) for c in self.parts)
-        return Tail(first, last, rest[0] if rest else None)
+        return Tail(*(c.map(function) for c in self.parts))
 
 
 def _is_product(c: Convolution) -> bool:
