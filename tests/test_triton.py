@@ -396,7 +396,7 @@ def test_bytes_of_a_block_counted_by_hand():
 
 def test_why_a_kernel_was_not_taken():
     launches = launches_of(*model_and_input("resnet50", 1, torch.bfloat16), 90)
-    assert any("conv3x3_conv1x1" in made.refused for made in launches)
+    assert any(run.TAIL in made.refused for made in launches)
     assert any("full" in made.refused.get("boxes", "") for made in launches if made.name == "conv_gather")
     launches = launches_of(*model_and_input("resnet18", 8, torch.bfloat16), 80)
     assert {made.refused.get("boxes") for made in launches[1:]} == {"expected sm_90 or sm_100, got sm_80"}

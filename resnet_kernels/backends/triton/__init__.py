@@ -17,8 +17,8 @@
     tape.py     what a step of training launched, launched again without deciding it
     offline.py  compiles what was recorded without a GPU, and reads it
 
-No GPU has run these kernels: they are chosen by name, or where a measured table says so. With TRITON_INTERPRET=1 they
-run on CPUs, slowly.
+They are chosen by name, or where a measured table says so; docs/triton.md has what GPUs showed. With TRITON_INTERPRET=1
+they run on CPUs, slowly.
 """
 
 from __future__ import annotations

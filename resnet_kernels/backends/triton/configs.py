@@ -238,9 +238,9 @@ class Stem:
     num_stages: int
 
 
-def for_conv_pool(arch: int, images: int, pooled_rows: int, processors: int) -> Stem:
+def for_conv_pool(arch: int, itemsize: int, images: int, pooled_rows: int, processors: int) -> Stem:
     rows = next((r for r in (14, 8, 4, 2) if images * -(-pooled_rows // r) >= processors), 1)
     # wgmma and tcgen05 want 64 rows. Elsewhere the operands are in registers, too many for four sums of 64.
     BLOCK_Q = 64 if arch in OPERANDS_IN_SHARED else 32
     # Several rows of the filter at a time took twice as long (H200): Triton does not copy them asynchronously.
-    return Stem(rows, BLOCK_Q, 1, 4 if arch == 90 else 8, 2)
+    return Stem(rows, BLOCK_Q, 1, 4 if arch == 90 and itemsize == 2 else 8, 2)

@@ -148,7 +148,7 @@ def launch(x: Tensor, packed: Tensor, shift: Tensor, geometry: Geometry, y: Tens
     K, R, BLOCK_E = packed.shape
     P, Q = geometry.output_size(H, R), geometry.output_size(W, S)
     POOLED_P, POOLED_Q = y.shape[2:]
-    config = for_conv_pool(arch_of(x.device), N, POOLED_P, processors_of(x.device))
+    config = for_conv_pool(arch_of(x.device), x.element_size(), N, POOLED_P, processors_of(x.device))
     ROWS, BLOCK_Q, TAPS = config.rows, config.BLOCK_Q, config.taps
     BLOCK_N = min(64, max(16, power_of_two(K)))
     strips, q_tiles, k_tiles = -(-POOLED_P // ROWS), -(-POOLED_Q // (BLOCK_Q - 1)), -(-K // BLOCK_N)
