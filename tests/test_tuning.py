@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -145,11 +146,28 @@ def test_the_cache_folder_is_where_the_system_has_such(monkeypatch, tmp_path):
     assert tmp_path in measured.cache_folder().parents and "resnet_kernels" in str(measured.cache_folder())
 
 
+SHIPPED = sorted((Path(rk.__file__).parent / "tuning").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_tables_are_of_these_kernels(path):
+    holds_for, table = measured.read(path)
+    assert path.name == measured.file_of(holds_for)
+    assert holds_for["kernels"] == measured.kernels_digest(), "kernels changed: measure again, or take the table out"
+    assert table.calls and table.launches
+    for row in table.launches.values():
+        assert (row["config"] is None) == (row["kernel"] == run.SEPARATE)
+        assert row["config"] is None or configs.parse(row["config"])
+        assert row["kernel"] in ("boxes", "gather", run.TAIL, run.SEPARATE)
+
+
 def test_the_digest_is_the_kernels_code_and_not_its_comments(tmp_path, monkeypatch):
     source = (
         "@triton.jit\ndef kernel(x):\n    '''Docs.'''\n    # Why.\n    return x + 1\n\ndef launcher():\n    return 1\n"
     )
     digests = []
+    monkeypatch.setattr(measured, "_TRITON", tmp_path)
+    monkeypatch.setattr(measured, "_TUNED", ("kernel",))
     for text in (
         source,
         source.replace("Why", "Because").replace("Docs", "More docs"),
@@ -157,7 +175,6 @@ def test_the_digest_is_the_kernels_code_and_not_its_comments(tmp_path, monkeypat
         source.replace("x + 1", "x + 2"),
     ):
         (tmp_path / "kernel.py").write_text(text)
-        monkeypatch.setattr(measured, "_TRITON", tmp_path)
         measured.kernels_digest.cache_clear()
         digests.append(measured.kernels_digest())
     measured.kernels_digest.cache_clear()

@@ -10,7 +10,8 @@ sm_80). `algebra` defines it, and computes what a group of processes shares.
     shift            v = -m1 A - (mu - centre) B, of the rounded A and B: a program owns a few columns
 
 Moves: every matrix once from device memory; again per program, from L2, which holds them all. Products of matrices are
-as exact as fp32 whatever torch's flags say: tensor cores multiply the three leading pairs of tf32 parts (tf32x3).
+as exact as fp32 whatever torch's flags say: T by tensor cores, of the three leading pairs of tf32 parts (tf32x3), B by
+FMA, since what it sums over does not lie side by side.
 Vectors are computed in fp64 and rounded once, as `algebra` does: their errors are the same in every row.
 """
 
@@ -28,10 +29,10 @@ from ..contract import Affine, Moments, Stats, TailGrad
 from .device import settled
 from .launch import Launch, Work, nbytes, submit
 
-# Channels of a program that multiplies nothing; of one of whole rows, and their columns at a time; a square tile of T
-# and of B, and its steps.
+# Channels of a program that multiplies nothing; of one of whole rows, and their columns at a time; a square tile of T,
+# and of B, and their steps.
 BLOCK, BLOCK_K, BLOCK_J = 128, 8, 128
-SQUARE, STEP = 64, 32
+TILE, SQUARE, STEP = 64, 32, 32
 # Steps and columns of a program of v: few columns, so that enough programs wait for memory at once.
 LONG, NARROW = 128, 16
 
@@ -74,11 +75,11 @@ def matrix(ptr, rows, columns, height, width):
 
 
 @triton.jit
-def _times_moments_kernel(w_ptr, M2_ptr, T_ptr, K, J, SQUARE: tl.constexpr, STEP: tl.constexpr):
-    tiles = tl.cdiv(J, SQUARE)
-    k = tl.program_id(0) // tiles * SQUARE + tl.arange(0, SQUARE)
-    j = tl.program_id(0) % tiles * SQUARE + tl.arange(0, SQUARE)
-    acc = tl.zeros((SQUARE, SQUARE), tl.float32)
+def _times_moments_kernel(w_ptr, M2_ptr, T_ptr, K, J, TILE: tl.constexpr, STEP: tl.constexpr):
+    tiles = tl.cdiv(J, TILE)
+    k = tl.program_id(0) // tiles * TILE + tl.arange(0, TILE)
+    j = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
+    acc = tl.zeros((TILE, TILE), tl.float32)
     for i0 in range(0, J, STEP):
         i = i0 + tl.arange(0, STEP)
         # M2 is symmetric: read so, both operands have what is summed side by side.
@@ -189,8 +190,7 @@ def _square_kernel(w_ptr, q_ptr, B_ptr, K, J, SQUARE: tl.constexpr, STEP: tl.con
     for k0 in range(0, K, STEP):
         k = k0 + tl.arange(0, STEP)
         q = tl.load(q_ptr + k, k < K, 0.0)[:, None]
-        scaled = q * matrix(w_ptr, k, j, K, J)
-        acc = settled(tl.dot(matrix(w_ptr, k, i, K, J).T, scaled, acc, input_precision="tf32x3"), J)
+        acc = tl.dot(matrix(w_ptr, k, i, K, J).T, q * matrix(w_ptr, k, j, K, J), acc, input_precision="ieee")
     inside = (i < J)[:, None] & (j < J)[None, :]
     tl.store(B_ptr + i[:, None] * J + j[None, :], (-acc).to(B_ptr.dtype.element_ty), inside)
 
@@ -234,8 +234,8 @@ def _times_moments(w: Tensor, M2: Tensor) -> Tensor:
     K, J = w.shape
     T = M2.new_empty(K, J)
     _submit(
-        _times_moments_kernel, -(-K // SQUARE) * -(-J // SQUARE), f"moments times {J}->{K}", 2 * K * J * J, w_ptr=w,
-        M2_ptr=M2, T_ptr=T, K=K, J=J, SQUARE=SQUARE, STEP=STEP,
+        _times_moments_kernel, -(-K // TILE) * -(-J // TILE), f"moments times {J}->{K}", 2 * K * J * J, w_ptr=w,
+        M2_ptr=M2, T_ptr=T, K=K, J=J, TILE=TILE, STEP=STEP,
     )  # fmt: skip
     return T
 
