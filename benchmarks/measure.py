@@ -105,10 +105,11 @@ def _replayed(fixed: tuple[Tensor, ...], replay: Callable[[], None], result: Any
     return result
 
 
-def _modes(built: Built, inputs: tuple, case: Case) -> dict[str, tuple[Callable[..., Any], str]]:
-    """Each mode's function, or "" and why there is none. Captures what brings no graph of its own, on a GPU."""
+def _modes(built: Built, inputs: tuple) -> dict[str, tuple[Callable[..., Any], str]]:
+    """Each mode's function, or "" and why there is none. Captures what brings no graph of its own, on a GPU, of training
+    a whole step."""
     modes: dict[str, tuple[Callable[..., Any], str]] = {mode: (run, "") for mode, run in built.runs.items()}
-    if inputs[0].is_cuda and not case.training and "graph" not in modes:
+    if inputs[0].is_cuda and "graph" not in modes:
         run = built.runs["call"]
         run(*inputs)
         fixed = tuple(t.clone() for t in inputs)
@@ -148,7 +149,7 @@ def build(case: Case, prepared: Prepared, provider: Provider, log: Log, left: fl
     try:
         built = provider.build(prepared, case)
         trial = _as(provider, prepared.trial)
-        for mode, (run, reason) in _modes(built, trial, case).items():
+        for mode, (run, reason) in _modes(built, _as(provider, prepared.inputs[0])).items():
             mine = dataclasses.replace(row, mode=mode)
             if reason:
                 log.row(dataclasses.replace(mine, status="unavailable", reason=f"no graph: {reason}"))
