@@ -106,8 +106,8 @@ def _replayed(fixed: tuple[Tensor, ...], replay: Callable[[], None], result: Any
 
 
 def _modes(built: Built, inputs: tuple) -> dict[str, tuple[Callable[..., Any], str]]:
-    """Each mode's function, or "" and why there is none. Captures what brings no graph of its own, on a GPU, of training
-    a whole step."""
+    """Each mode's function, or "" and why there is none. Captures what brings no graph of its own, of training a step,
+    on a GPU."""
     modes: dict[str, tuple[Callable[..., Any], str]] = {mode: (run, "") for mode, run in built.runs.items()}
     if inputs[0].is_cuda and "graph" not in modes:
         run = built.runs["call"]
