@@ -306,7 +306,7 @@ def test_what_resnet50_moves_in_a_training_step():
     launches = recorded(model, batch, 3, 224, 224)
     moved = sum(m.work.bytes for m in launches)
     plan = traffic.total(traffic.parts(model, (batch, 3, 224, 224), BF16, "materialised").values())
-    assert [n / batch / 1e6 for n in (plan.bytes, moved)] == pytest.approx([199.7, 204.7], abs=0.1)
+    assert [n / batch / 1e6 for n in (plan.bytes, moved)] == pytest.approx([199.7, 205.3], abs=0.1)
     # Moments are symmetric: one half of them is made.
     done, expected = sum(m.work.flops for m in launches), plan.flops
     assert 0.98 * expected <= done <= expected
