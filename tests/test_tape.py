@@ -103,7 +103,7 @@ def test_intermediates_are_let_go(fresh):
             t = x
             for _ in range(6):
                 t = t + 1
-            unused = t * 2  # noqa: F841
+            t * 2  # nobody looks at it
             return [t]
 
         return tape.taped("chain", [x], chain)

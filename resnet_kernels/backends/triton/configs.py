@@ -242,5 +242,6 @@ def for_conv_pool(arch: int, itemsize: int, images: int, pooled_rows: int, proce
     rows = next((r for r in (14, 8, 4, 2) if images * -(-pooled_rows // r) >= processors), 1)
     # wgmma and tcgen05 want 64 rows. Elsewhere the operands are in registers, too many for four sums of 64.
     BLOCK_Q = 64 if arch in OPERANDS_IN_SHARED else 32
-    # Several rows of the filter at a time took twice as long (H200): Triton does not copy them asynchronously.
+    # Several rows of the filter at a time took twice as long (H200): Triton does not copy them asynchronously. `taps`
+    # is 1 everywhere; it stays as long as the shipped table is of a kernel that has it.
     return Stem(rows, BLOCK_Q, 1, 4 if arch == 90 and itemsize == 2 else 8, 2)

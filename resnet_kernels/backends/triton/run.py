@@ -60,7 +60,7 @@ def judge(problem: Convolution | Tail, kernel: str, config: Config | None) -> Ch
             return Choice(kernel, config, f"unknown: {kernel}")
         arch, processors = arch_of(first.x.device), processors_of(first.x.device)
         reason = tail.why_not(first, last, arch, config, processors)
-        reason = reason or tail.why_not_after(last, following)
+        reason = reason or tail.why_not_after(following)
         return Choice(kernel, config, reason)
     if kernel == "boxes":
         return Choice(kernel, config, boxes.why_not(problem, arch_of(problem.x.device), config))
@@ -142,7 +142,8 @@ def launch_of(
     """One way's. y and, for what follows a tail, ahead are to be written. Only where `choice.why_not` is None."""
     assert choice.config is not None
     if isinstance(problem, Tail):
-        made = tail.launch(problem.first, problem.last, choice.config, y, problem.following, ahead)
+        assert ahead is not None
+        made = tail.launch(problem, choice.config, y, ahead)
     else:
         made = (boxes if choice.kernel == "boxes" else gather).launch(problem, choice.config, y)
     return dataclasses.replace(made, problem=problem, refused=refused or {})

@@ -66,7 +66,6 @@ def _conv3x3_conv1x1_kernel(
     SCALE: tl.constexpr,
     SCALE3: tl.constexpr,
     SCALE1: tl.constexpr,
-    AFTER: tl.constexpr,
     RESIDUAL: tl.constexpr,
     PRECISION: tl.constexpr,
     BOX_N: tl.constexpr,
@@ -84,8 +83,7 @@ def _conv3x3_conv1x1_kernel(
     )  # fmt: skip
     j = tl.arange(0, J)
     h = relu(affine(h, scale_ptr, shift_ptr, j, j < J, SCALE, True)).to(y.dtype)
-    if AFTER:
-        ahead = tl.zeros((BLOCK_M, J1), tl.float32)
+    ahead = tl.zeros((BLOCK_M, J1), tl.float32)
     # Two stages: with three, their weights and residuals would take the memory of a second program.
     for k0 in tl.range(0, K, BLOCK_N, num_stages=2):
         b = w3.load([k0, 0])
@@ -96,13 +94,11 @@ def _conv3x3_conv1x1_kernel(
             acc += residual.load([n0, p0, q0, k0]).reshape(BLOCK_M, BLOCK_N).to(tl.float32)
         t = relu(acc).to(y.dtype)
         y.store([n0, p0, q0, k0], t.reshape(BOX_N, BOX_H, BOX_W, BLOCK_N))
-        if AFTER:
-            b = w1.load([0, k0])
-            ahead = tl.dot(t, b.T, ahead, input_precision=PRECISION)
-    if AFTER:
-        j1 = tl.arange(0, J1)
-        ahead = relu(affine(ahead, scale1_ptr, shift1_ptr, j1, j1 < J1, SCALE1, True))
-        after.store([n0, p0, q0, 0], ahead.to(y.dtype).reshape(BOX_N, BOX_H, BOX_W, J1))
+        b = w1.load([0, k0])
+        ahead = tl.dot(t, b.T, ahead, input_precision=PRECISION)
+    j1 = tl.arange(0, J1)
+    ahead = relu(affine(ahead, scale1_ptr, shift1_ptr, j1, j1 < J1, SCALE1, True))
+    after.store([n0, p0, q0, 0], ahead.to(y.dtype).reshape(BOX_N, BOX_H, BOX_W, J1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +147,7 @@ def why_not(first: Convolution, last: Convolution, arch: int, config: Config, pr
     return boxes.why_not(first, arch, config) or boxes.why_not(last, arch, config)
 
 
-def why_not_after(last: Convolution, after: Convolution) -> str | None:
+def why_not_after(after: Convolution) -> str | None:
     """Why the next block's first convolution cannot run in the same kernel, or None."""
     J1 = after.weight.shape[0]
     if not _is_product(after) or not after.relu or after.shift is None:
@@ -161,37 +157,31 @@ def why_not_after(last: Convolution, after: Convolution) -> str | None:
     return None
 
 
-def launch(
-    first: Convolution,
-    last: Convolution,
-    config: Config,
-    y: Tensor,
-    following: Convolution | None = None,
-    ahead: Tensor | None = None,
-) -> Launch:
+def launch(t: Tail, config: Config, y: Tensor, ahead: Tensor) -> Launch:
     """y: (N, K, P, Q) and ahead: (N, J1, P, Q), channels_last, to be written. Only where `why_not` and `why_not_after`
-    are None. following: the next block's first convolution; its x stands for y."""
+    are None."""
+    first, last, following = t.parts
     J = first.weight.shape[0]
     K = y.shape[1]
     shape = box_of(first, config.BLOCK_M)
     n_tiles, p_tiles, q_tiles = boxes_of(y, shape)
     g = first.geometry
     _, _, H, W = first.x.shape
-    J1 = 0 if following is None else following.weight.shape[0]
+    J1 = following.weight.shape[0]
     arguments = dict(
         x=describe_strided(first.x, g.stride, (*shape, config.BLOCK_K)),
         w=describe_weight(first.weight, (J, config.BLOCK_K)),
         w3=describe_weight(last.weight, (config.BLOCK_N, J)),
         residual=None if last.residual is None else describe_map(last.residual, (*shape, config.BLOCK_N)),
         y=describe_map(y, (*shape, config.BLOCK_N)),
-        w1=None if following is None else describe_weight(following.weight, (J1, config.BLOCK_N)),
-        after=None if ahead is None else describe_map(ahead, (*shape, J1)),
+        w1=describe_weight(following.weight, (J1, config.BLOCK_N)),
+        after=describe_map(ahead, (*shape, J1)),
         scale_ptr=first.scale,
         shift_ptr=first.shift,
         scale3_ptr=last.scale,
         shift3_ptr=last.shift,
-        scale1_ptr=None if following is None else following.scale,
-        shift1_ptr=None if following is None else following.shift,
+        scale1_ptr=following.scale,
+        shift1_ptr=following.shift,
         q_tiles=q_tiles,
         p_tiles=p_tiles,
         C=first.weight.shape[3],
@@ -206,8 +196,7 @@ def launch(
         DILATION=g.dilation,
         SCALE=first.scale is not None,
         SCALE3=last.scale is not None,
-        SCALE1=following is not None and following.scale is not None,
-        AFTER=following is not None,
+        SCALE1=following.scale is not None,
         RESIDUAL=last.residual is not None,
         PRECISION=precision(),
         BOX_N=shape[0],
@@ -219,13 +208,11 @@ def launch(
     programs = n_tiles * p_tiles * q_tiles
     parts = programs * (K // config.BLOCK_N)
     work = first.work(dataclasses.replace(config, BLOCK_N=J), programs).plus(last.work(config, parts))
-    what = f"{first} > {last}"
+    work = work.plus(following.work(dataclasses.replace(config, BLOCK_N=J1), programs))
     # The 3x3's result and the operands of the 1x1 behind it and of the one after that do not come from memory.
     size = first.x.element_size()
-    unread = [2 * first.rows * J * size, parts * J * config.BLOCK_M * size]
-    if following is not None:
-        work = work.plus(following.work(dataclasses.replace(config, BLOCK_N=J1), programs))
-        what += f" > {following}"
-        unread = [unread[0] + nbytes(y), unread[1] + programs * K * config.BLOCK_M * size]
-    work = work._replace(bytes=work.bytes - unread[0], copied=work.copied - unread[1])
+    moved = work.bytes - 2 * first.rows * J * size - nbytes(y)
+    copied = work.copied - (parts * J + programs * K) * config.BLOCK_M * size
+    work = work._replace(bytes=moved, copied=copied)
+    what = f"{first} > {last} > {following}"
     return Launch(_conv3x3_conv1x1_kernel, programs, arguments, config.options, what, work)
