@@ -3,6 +3,7 @@
 PYTHON ?= python3
 PINNED := 2.11.0
 TORCH ?= $(PINNED)
+CUTLASS := 4.2.0.0
 ifeq ($(TORCH),$(PINNED))
 VENV := .venv
 CONSTRAINTS := -c constraints.txt
@@ -15,7 +16,7 @@ CONSTRAINTS :=
 INSTALL := .
 endif
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/* csrc/*/*/*)
 ifneq ($(INSTALL),-e .)
 SOURCES += $(wildcard resnet_kernels/*.py resnet_kernels/*.jinja resnet_kernels/*/*.py resnet_kernels/*/*/*.py)
 endif
@@ -63,6 +64,8 @@ $(VENV)/packages: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=64" wheel
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) torch===$(TORCH) torchvision pybind11 ninja
+	# Headers; what its Python side needs is not needed.
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --no-deps nvidia-cutlass==$(CUTLASS)
 	touch $@
 
 $(VENV)/built: $(VENV)/packages $(SOURCES)

@@ -1,14 +1,20 @@
-"""Builds the extension resnet_kernels._C; what is built is chosen by RESNET_KERNELS_BUILD.
+"""Builds the extension resnet_kernels._C and, for Hopper GPUs, the library resnet_kernels._sm90; what is built is
+chosen by RESNET_KERNELS_BUILD.
 
 auto  CUDA and C++ when nvcc and a CUDA build of torch are both there, else C++ only (the default)
 cuda  CUDA and C++; an error when nvcc or a CUDA build of torch is missing
 cpu   C++ only
 none  pure Python
+
+_sm90 is built with CUDA for 9.0a where CUTLASS's headers are found: in the package nvidia-cutlass, or under
+$CUTLASS_HOME/include.
 """
 
+import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 from glob import glob
 from pathlib import Path
@@ -27,6 +33,40 @@ def find_cuda_home() -> str | None:
     dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
     top = [line.partition("TOP=")[2] for line in dry_run.stderr.splitlines() if "TOP=" in line]
     return os.path.realpath(top[0]) if top else None
+
+
+def find_cutlass() -> Path | None:
+    """The folder of CUTLASS's headers."""
+    if os.environ.get("CUTLASS_HOME"):
+        found = Path(os.environ["CUTLASS_HOME"], "include")
+        if not (found / "cute/arch/mma_sm90_gmma.hpp").is_file():
+            raise SystemExit(f"CUTLASS_HOME: expected CUTLASS 3 or newer, with headers in {found}")
+        return found
+    package = importlib.util.find_spec("cutlass_library")
+    if package is None or package.origin is None:
+        return None
+    return Path(package.origin).parent / "source/include"
+
+
+def hopper(flags: list[str], archs: str) -> list:
+    """resnet_kernels._sm90: kernels for sm_90a alone, behind a C interface, so without torch and without Python."""
+    if "9.0a" not in archs:
+        return []
+    cutlass = find_cutlass()
+    if cutlass is None:
+        hint = "pip install --no-deps nvidia-cutlass==4.2.0.0, or set CUTLASS_HOME"
+        print(f"CUTLASS's headers are missing: the kernels for Hopper are left out ({hint})", file=sys.stderr)
+        return []
+    from torch.utils.cpp_extension import CUDAExtension
+
+    extension = CUDAExtension(
+        "resnet_kernels._sm90",
+        sorted(glob("csrc/cuda/sm90/*.cu")),
+        include_dirs=[str(Path("csrc").resolve()), str(cutlass)],
+        extra_compile_args={"cxx": [], "nvcc": [*flags, "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a"]},
+    )
+    extension.libraries = ["cudart"]
+    return [extension]
 
 
 def extensions() -> list:
@@ -72,7 +112,8 @@ def extensions() -> list:
             include_dirs=[str(Path("csrc").resolve())],
             extra_compile_args=flags,
             extra_link_args=["-fopenmp"],
-        )
+        ),
+        *hopper(flags["nvcc"], archs),
     ]
 
 

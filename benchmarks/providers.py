@@ -318,6 +318,7 @@ PROVIDERS: list[Provider] = [
     Provider("frozen", False, MODELS, _frozen),
     *_of_backend("cpu", ("cpu",)),
     *_of_backend("triton", ("cuda",)),
+    *_of_backend("sm90", ("cuda",)),
     *_of_backend("cuda", ("cuda",)),
     *_of_backend("aten", ("cpu", "cuda")),
 ]

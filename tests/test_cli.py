@@ -62,7 +62,10 @@ def test_demo_draws_its_chart(capsys, tmp_path):
         (("verify", "--model", "vgg16"), "expected one of resnet101, "),
         (("demo", "--weights", "no/such/file.pth"), "a torchvision checkpoint of resnet50, got no/such/file.pth"),
         (("explain", "--backend", "cuda", "--size", "64"), "expected tensors on cuda, got cpu"),
-        (("info", "--backend", "nonsense"), "backend named cpu, triton, cuda, aten, reference, eager, got 'nonsense'"),
+        (
+            ("info", "--backend", "nonsense"),
+            "backend named cpu, triton, sm90, cuda, aten, reference, eager, got 'nonsense'",
+        ),
     ],
 )
 def test_errors_are_a_sentence_and_a_code(capsys, args, says):

@@ -11,16 +11,17 @@ import os
 from contextlib import AbstractContextManager
 from typing import cast
 
-from . import aten, cpu, cuda, measured, reference, triton
+from . import aten, cpu, cuda, measured, reference, sm90, triton
 from .contract import Backend, BackendUnavailable, Call
 
-CANDIDATES: tuple[Backend, ...] = tuple(cast(Backend, module) for module in (cpu, triton, cuda, aten, reference))
+CANDIDATES: tuple[Backend, ...] = tuple(cast(Backend, module) for module in (cpu, triton, sm90, cuda, aten, reference))
 BY_NAME = {backend.NAME: backend for backend in CANDIDATES}
 
 # Never chosen unasked, whatever their why_not says, unless a measured table does.
 UNPROVED = "chosen by name, or where a measured table of this GPU says so: there is none for this call"
 ONLY_BY_NAME = {
     "triton": UNPROVED,
+    "sm90": UNPROVED,
     "cuda": UNPROVED,
     "reference": "chosen only by name: it defines the result, slowly",
 }

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..backends.contract import Geometry, wide
 from ..backends.triton import ahead
 from ..backends.triton.convolution import Convolution
-from ..backends.triton.launch import INTERPRETING, Launch, arch_of, processors_of, recording
+from ..backends.triton.launch import INTERPRETING, Launch, Native, arch_of, processors_of, recording
 from ..backends.triton.run import Choice, candidates, launch_so, run_so
 from ..backends.triton.tail import Tail
 from ..roofline import H200
@@ -108,15 +108,18 @@ class Pruned:
 
 
 def prune(problems: Sequence[Problem], device: torch.device, most: int) -> dict[str, Pruned]:
-    """By the problem's key. Everything is compiled at once, on all cores; `most` are left beside the default and the
-    separate kernels."""
+    """By the problem's key. All of Triton's is compiled at once, on all cores; `most` are left beside the default and
+    the separate kernels."""
     fields = {problem.key: field(problem, device, most) for problem in problems}
-    made = [launch for f in fields.values() for launch in f.made.values()]
+    made = [launch for f in fields.values() for launch in f.made.values() if not isinstance(launch, Native)]
     compiled = iter(["interpreted"] * len(made) if INTERPRETING else ahead.compile_all(made, arch_of(device)))
     found = {}
     for key, f in fields.items():
         sound, out = [], {}
-        for choice in f.made:
+        for choice, launch in f.made.items():
+            if isinstance(launch, Native):
+                sound.append(choice)
+                continue
             result = next(compiled)
             wrong = [] if INTERPRETING else [result] if isinstance(result, str) else result.wrong()
             if wrong:

@@ -66,6 +66,17 @@ class Launch:
     def name(self) -> str:
         return self.kernel.__name__.strip("_").removesuffix("_kernel")
 
+    def run(self) -> Any:
+        """Returns what was compiled."""
+        return self.kernel[(self.grid,)](**self.arguments, **self.options)
+
+
+class Native(Launch):
+    """Of a kernel that was compiled when the package was built: `kernel` is what launches it, `grid` its tiles."""
+
+    def run(self) -> None:
+        self.kernel(**self.arguments)
+
 
 class Library(Launch):
     """What torch's library computes between the kernels: recorded for its bytes and operations, never submitted."""
@@ -123,6 +134,13 @@ def assume_arch(arch: int) -> Iterator[None]:
 def _properties(device: torch.device) -> tuple[int, int]:
     p = torch.cuda.get_device_properties(device)
     return p.major * 10 + p.minor, p.multi_processor_count
+
+
+def gpu_of(device: torch.device) -> torch.device | None:
+    """The GPU that a launch with operands on the device would run on, or None: one that is imagined."""
+    record = _recording.get()
+    found = device if record is None else record.device
+    return found if found is not None and found.type == "cuda" else None
 
 
 def expected_device() -> str:
@@ -199,6 +217,6 @@ def submit(launch: Launch) -> None:
     device = launch.device
     # The interpreter computes by torch's ops, which are no part of what called it.
     with torch.cuda.device(device) if device.type == "cuda" else _disable_current_modes():
-        compiled = launch.kernel[(launch.grid,)](**launch.arguments, **launch.options)
+        compiled = launch.run()
     if listening.tape is not None:
         listening.tape.add_launch(launch, compiled)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..contract import Block, Epilogue, Geometry, Operand, Packed, Pool, Product, check_conv, fold
-from . import boxes, configs, conv_pool, gather, passes, tail
+from . import boxes, configs, conv_pool, gather, native, passes, tail
 from .configs import Config
 from .convolution import Convolution, channels_last_strides
 from .launch import INTERPRETING, Launch, arch_of, expected_device, measured_choice, precision, processors_of, submit
@@ -61,6 +61,10 @@ def judge(problem: Convolution | Tail, kernel: str, config: Config | None) -> Ch
         arch, processors = arch_of(first.x.device), processors_of(first.x.device)
         reason = tail.why_not(first, last, arch, config, processors)
         reason = reason or tail.why_not_after(following)
+        return Choice(kernel, config, reason)
+    if kernel in native.KERNELS:
+        known = config == native.KERNELS[kernel]
+        reason = native.why_not(problem, arch_of(problem.x.device)) if known else f"not as {kernel} is built"
         return Choice(kernel, config, reason)
     if kernel == "boxes":
         return Choice(kernel, config, boxes.why_not(problem, arch_of(problem.x.device), config))
@@ -113,6 +117,7 @@ def candidates(problem: Convolution | Tail) -> Iterator[Choice]:
         rows, size = choices(problem), size_of(problem)
         more = [("boxes", config) for config in configs.box_candidates(size)]
         more += [("gather", config) for config in configs.gather_candidates(size)]
+        more += native.KERNELS.items()
     known = {(choice.kernel, choice.config) for choice in rows}
     rows += [judge(problem, *way) for way in dict.fromkeys(more) if way not in known]
     return (choice for choice in rows if choice.why_not is None)
@@ -144,6 +149,8 @@ def launch_of(
     if isinstance(problem, Tail):
         assert ahead is not None
         made = tail.launch(problem, choice.config, y, ahead)
+    elif choice.kernel in native.KERNELS:
+        made = native.launch(problem, choice.kernel, y)
     else:
         made = (boxes if choice.kernel == "boxes" else gather).launch(problem, choice.config, y)
     return dataclasses.replace(made, problem=problem, refused=refused or {})
@@ -398,5 +405,11 @@ def stem(x: Tensor, weight: Packed, shift: Tensor, geometry: Geometry, pool: Poo
     sizes = (x.shape[0], K, pooled.output_size(P, pool.kernel), pooled.output_size(Q, pool.kernel))
     y = torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if y.numel():
-        submit(conv_pool.launch(x, packed, shift.float().contiguous(), geometry, y, S))
+        shift = shift.float().contiguous()
+        reason = native.why_not_stem(x, shape, geometry, arch_of(x.device))
+        if reason is None:
+            submit(native.stem_launch(x, packed, shift, y))
+        else:
+            made = conv_pool.launch(x, packed, shift, geometry, y, S)
+            submit(dataclasses.replace(made, refused={"sm90.stem": reason}))
     return y

@@ -1,0 +1,36 @@
+// What the library offers: plain C, called by Python through ctypes, so that one build serves every Python.
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+// y = relu(scale * conv(x, w) + conv1x1(x2, w2) + shift + residual), of bf16 or, if half, fp16; M = N*P*Q. x (N, H, W, C)
+// and x2 (N, P, Q, C2) may be views, of strides in elements; w (K, R, S, C), w2 (K, C2), residual and y (M, K) are
+// contiguous. Null: there is none. tile: its number in resnet_kernels_sm90_tiles.
+struct ResnetKernelsConv {
+  const void *x, *w, *x2, *w2, *residual;
+  void* y;
+  const float *scale, *shift;
+  int64_t x_strides[3], x2_strides[3];  // of images, rows, columns
+  int32_t N, H, W, C, K, R, S, stride, padding, dilation;
+  int32_t C2, relu, half, tile, multiprocessors;
+};
+
+// Launch on the stream of the current device. Returns null, or what is wrong; the text is good until the thread's next
+// call.
+const char* resnet_kernels_sm90_conv_act(const ResnetKernelsConv*, void* stream);
+
+// y = max_pool3x3/2(relu(conv7x7/2(x, w) + shift)); x (N, H, W, 4), y (N, PP, PQ, 64), w (64, 7, 8, 4), its last column not
+// looked at; all contiguous, W even and at most 224.
+struct ResnetKernelsStem {
+  const void *x, *w;
+  void* y;
+  const float* shift;
+  int32_t N, H, W, half, multiprocessors;
+};
+const char* resnet_kernels_sm90_stem(const ResnetKernelsStem*, void* stream);
+
+// Names of conv_act's tiles, separated by spaces, in the order of their numbers.
+const char* resnet_kernels_sm90_tiles();
+}

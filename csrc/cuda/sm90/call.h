@@ -1,0 +1,38 @@
+// From a call of the library to a launch, on the host.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <exception>
+#include <stdexcept>
+#include <string>
+
+namespace resnet_kernels::sm90 {
+
+inline int output_size(int size, int kernel, int stride, int padding, int dilation) {
+  return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
+}
+
+template <class Params>
+void run(const void* kernel, int blocks, int threads, int bytes, Params& params, cudaStream_t stream) {
+  if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
+    throw std::runtime_error("no " + std::to_string(bytes) + " bytes of shared memory: " + cudaGetErrorString(error));
+  void* arguments[] = {&params};
+  if (const auto error = cudaLaunchKernel(kernel, dim3(blocks), dim3(threads), arguments, bytes, stream))
+    throw std::runtime_error(std::string("the launch failed: ") + cudaGetErrorString(error));
+}
+
+// Null, or what went wrong: good until the thread's next call.
+template <class Function>
+const char* told(const char* what, Function function) {
+  static thread_local std::string message;
+  try {
+    function();
+  } catch (const std::exception& error) {
+    message = std::string(what) + ": " + error.what();
+    return message.c_str();
+  }
+  return nullptr;
+}
+
+}  // namespace resnet_kernels::sm90

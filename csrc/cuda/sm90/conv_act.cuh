@@ -1,0 +1,239 @@
+// y = relu(scale * conv(x, w) + conv1x1(x2, w2) + shift + residual) on channels_last tensors of 16 bits, for sm_90a: an
+// implicit matrix product of M = N*P*Q output positions by K output channels.
+//
+// One block per multiprocessor goes over tiles, output channels first, so that x is still in L2 for the next. Three warp
+// groups: one moves, two multiply.
+//
+//   mover, warp 0     brings slices of 64 channels of x and w into a ring, taps inside slices. x comes by im2col: the
+//                     copy engine walks the output positions of a tile over rows and images, outside the map are zeros.
+//   movers 2 and 3    per multiplying warp group: bring the residual's tile into its buffer while products are made,
+//                     and take the result's out of it.
+//   consumers         wgmma from shared memory, accumulators in registers; then scale, shift, residual, ReLU, rounding
+//                     once, in place in the buffer.
+//
+// In turn (TileShape), a warp group begins its products when the other has begun its last, so tensor cores and stores
+// overlap; the turn is also what keeps a warp group from looking at a barrier two phases ahead.
+//
+// Moves: x once per tap and per tile of output channels from L2, once from device memory; w once per tile of positions
+// from L2; residual, y once.
+#pragma once
+
+#include "cuda/sm90/conv_act_tiles.h"
+#include "cuda/sm90/hopper.cuh"
+
+namespace resnet_kernels::sm90 {
+
+template <class T, int kRows, int kColumns, int kStages, bool kInTurn>
+struct ConvAct {
+  static constexpr TileShape kShape{kRows, kColumns, kStages, kInTurn};
+  static constexpr int kPositions = kInTurn ? kRows : 2 * kRows;
+  static constexpr int kABytes = kPositions * kRow, kBBytes = kColumns * kRow, kStageBytes = kABytes + kBBytes;
+  static constexpr int kChunkBytes = kRows * kRow, kBufferBytes = kColumns / kSlice * kChunkBytes;
+  static constexpr int kParts = kRows / 64;
+
+  struct Barriers {
+    uint64_t full[kStages], empty[kStages];
+    uint64_t turn[2];    // of a warp group to multiply
+    uint64_t loaded[2];  // a warp group's buffer holds the residual, or is free
+    uint64_t ready[2];   // ... the result
+  };
+  static_assert(sizeof(Barriers) <= 256);
+
+  // Which tiles a warp group has: every one of the block's, or every other.
+  static __device__ int first_tile(int group) { return blockIdx.x + (kInTurn ? group * gridDim.x : 0); }
+  static __device__ int next_tile(int tile) { return tile + (kInTurn ? 2 : 1) * gridDim.x; }
+
+  static __device__ void move_operands(const ConvParams& p, uint32_t ring, Barriers& barriers) {
+    Ring<kStages> at;
+    for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
+      const int k0 = tile % p.k_tiles * kColumns, m0 = tile / p.k_tiles * kPositions;
+      const int q = m0 % p.Q, row = m0 / p.Q, i = row % p.P, n = row / p.P;
+      auto bring = [&](const CUtensorMap& x, const CUtensorMap& w, int stride, int padding, int c, int r, int s,
+                       int tap) {
+        Barrier::wait(&barriers.empty[at.slot], at.phase ^ 1);
+        uint64_t* const full = &barriers.full[at.slot];
+        BytesBarrier::arrive_and_expect_tx(full, kStageBytes);
+        const uint32_t a = ring + at.slot * kStageBytes;
+        im2col(x, full, a, c, q * stride - padding, i * stride - padding, n, s, r);
+        tile3(w, full, a + kABytes, c, tap, k0);
+        at.advance();
+      };
+      for (int slice = 0; slice < p.slices; ++slice)
+        for (int tap = 0; tap < p.taps; ++tap)
+          bring(p.x, p.w, p.stride, p.padding, slice * kSlice, tap / p.S * p.dilation, tap % p.S * p.dilation, tap);
+      for (int slice = 0; slice < p.slices2; ++slice) bring(p.x2, p.w2, 1, 0, slice * kSlice, 0, 0, 0);
+    }
+  }
+
+  static __device__ void im2col(const CUtensorMap& map, uint64_t* barrier, uint32_t to, int c, int w, int h, int n,
+                                int s, int r) {
+    cute::SM90_TMA_LOAD_IM2COL_4D::copy(&map, barrier, pointer(to), c, w, h, n, static_cast<uint16_t>(s),
+                                        static_cast<uint16_t>(r));
+  }
+  static __device__ void tile3(const CUtensorMap& map, uint64_t* barrier, uint32_t to, int c, int tap, int k) {
+    cute::SM90_TMA_LOAD_3D::copy(&map, barrier, kNoHint, pointer(to), c, tap, k);
+  }
+  static constexpr uint64_t kNoHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+  static __device__ void* pointer(uint32_t address) { return __cvta_shared_to_generic(address); }
+
+  static __device__ void move_results(const ConvParams& p, uint32_t buffer, Barriers& barriers, int group) {
+    uint64_t* const loaded = &barriers.loaded[group];
+    uint32_t phase = 0;
+    for (int tile = first_tile(group); tile < p.tiles; tile = next_tile(tile)) {
+      const int k0 = tile % p.k_tiles * kColumns;
+      const int m0 = tile / p.k_tiles * kPositions + (kInTurn ? 0 : group * kRows);
+      if (p.residual_there) {
+        BytesBarrier::arrive_and_expect_tx(loaded, kBufferBytes);
+#pragma unroll 1
+        for (int i = 0; i < kColumns / kSlice; ++i)
+          cute::SM90_TMA_LOAD_2D::copy(&p.residual, loaded, kNoHint, pointer(buffer + i * kChunkBytes),
+                                       k0 + i * kSlice, m0);
+      } else {
+        Barrier::arrive(loaded);
+      }
+      Barrier::wait(&barriers.ready[group], phase);
+      phase ^= 1;
+#pragma unroll 1
+      for (int i = 0; i < kColumns / kSlice; ++i)
+        cute::SM90_TMA_STORE_2D::copy(&p.y, pointer(buffer + i * kChunkBytes), k0 + i * kSlice, m0);
+      cute::tma_store_arrive();
+      cute::tma_store_wait<0>();  // the buffer has been read
+    }
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");  // and all has been written
+  }
+
+  static __device__ void multiply_tile(const ConvParams& p, float (&d)[kParts][kColumns / 2], uint32_t ring,
+                                       Barriers& barriers, Ring<kStages>& at, int group) {
+    const int steps = p.taps * p.slices + p.slices2;
+    int released = at.slot;
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      Barrier::wait(&barriers.full[at.slot], at.phase);
+      const uint32_t stage = ring + at.slot * kStageBytes;
+      const uint64_t a = swizzled_matrix(stage + (kInTurn ? 0 : group * kRows * kRow));
+      const uint64_t b = swizzled_matrix(stage + kABytes);
+#pragma unroll
+      for (auto& part : d) keep(part);
+      begin_products();
+#pragma unroll
+      for (int k = 0; k < kSlice / 16; ++k)
+#pragma unroll
+        for (int part = 0; part < kParts; ++part)
+          multiply<T, kColumns>(d[part], a + part * (64 * kRow / 16) + k * kNextProduct, b + k * kNextProduct,
+                                step > 0 || k > 0);
+      end_products();
+      if (step > 0) {
+        await_products<1>();
+        if (threadIdx.x % kWarpGroup == 0) Barrier::arrive(&barriers.empty[released]);
+      }
+      released = at.slot;
+      at.advance();
+    }
+    if constexpr (kInTurn) {
+      if (threadIdx.x % kWarpGroup == 0) Barrier::arrive(&barriers.turn[group ^ 1]);
+      at.advance(steps);  // the other's
+    }
+    await_products<0>();
+#pragma unroll
+    for (auto& part : d) keep(part);
+    if (threadIdx.x % kWarpGroup == 0) Barrier::arrive(&barriers.empty[released]);
+  }
+
+  static __device__ void finish(const ConvParams& p, float (&d)[kParts][kColumns / 2], uint32_t buffer, int k0) {
+    const int t = threadIdx.x % kWarpGroup;
+#pragma unroll
+    for (int i = 0; i < kColumns / 8; ++i) {
+      const int column = k0 + 8 * i + 2 * (t % 4);
+      const bool inside = column < p.K;  // K is a multiple of 8
+      const float2 one{1.f, 1.f}, zero{0.f, 0.f};
+      const float2 a = p.scale && inside ? __ldg(reinterpret_cast<const float2*>(p.scale + column)) : one;
+      const float2 b = p.shift && inside ? __ldg(reinterpret_cast<const float2*>(p.shift + column)) : zero;
+#pragma unroll
+      for (int part = 0; part < kParts; ++part)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = 64 * part + 16 * (t / 32) + t % 32 / 4 + 8 * half;
+          const uint32_t address =
+              buffer + i / 8 * kChunkBytes + row * kRow + ((i % 8 ^ row % 8) * 16) + t % 4 * 4;
+          float2 v{fmaf(a.x, d[part][4 * i + 2 * half], b.x), fmaf(a.y, d[part][4 * i + 2 * half + 1], b.y)};
+          if (p.residual_there) {
+            uint32_t pair;
+            asm volatile("ld.shared.b32 %0, [%1];" : "=r"(pair) : "r"(address));
+            const float2 r = Pair<T>::widen(pair);
+            v.x += r.x, v.y += r.y;
+          }
+          if (p.relu) v.x = relu(v.x), v.y = relu(v.y);
+          asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(Pair<T>::narrow(v)) : "memory");
+        }
+    }
+  }
+
+  static __device__ void consume(const ConvParams& p, uint32_t ring, uint32_t buffer, Barriers& barriers, int group) {
+    const int steps = p.taps * p.slices + p.slices2;
+    Ring<kStages> at;
+    if (kInTurn && group == 1) at.advance(steps);
+    uint32_t phase = 0;
+    for (int tile = first_tile(group); tile < p.tiles; tile = next_tile(tile)) {
+      float d[kParts][kColumns / 2];
+      if (kInTurn) Barrier::wait(&barriers.turn[group], phase);
+      multiply_tile(p, d, ring, barriers, at, group);
+      Barrier::wait(&barriers.loaded[group], phase);
+      finish(p, d, buffer, tile % p.k_tiles * kColumns);
+      cutlass::arch::fence_view_async_shared();  // the copy engine reads what was written
+      Barrier::arrive(&barriers.ready[group]);
+      phase ^= 1;
+    }
+  }
+
+  static __device__ void run(const ConvParams& p) {
+    extern __shared__ uint8_t memory[];
+    const uint32_t base = cute::cast_smem_ptr_to_uint(memory), ring = (base + 1023) / 1024 * 1024;
+    const uint32_t buffers = ring + kStages * kStageBytes;
+    Barriers& barriers = *reinterpret_cast<Barriers*>(memory + (buffers + 2 * kBufferBytes - base));
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < kStages; ++i) {
+        Barrier::init(&barriers.full[i], 1);
+        Barrier::init(&barriers.empty[i], kInTurn ? 1 : 2);
+      }
+      for (int group = 0; group < 2; ++group) {
+        Barrier::init(&barriers.turn[group], 1);
+        Barrier::init(&barriers.loaded[group], 1);
+        Barrier::init(&barriers.ready[group], kWarpGroup);
+      }
+      cutlass::arch::fence_barrier_init();
+      Barrier::arrive(&barriers.turn[0]);
+    }
+    __syncthreads();
+    if (threadIdx.x < kWarpGroup) {
+      cutlass::arch::warpgroup_reg_dealloc<40>();
+      const int warp = threadIdx.x / 32;
+      if (threadIdx.x % 32 == 0) {
+        if (warp == 0) move_operands(p, ring, barriers);
+        if (warp >= 2) move_results(p, buffers + (warp - 2) * kBufferBytes, barriers, warp - 2);
+      }
+    } else {
+      cutlass::arch::warpgroup_reg_alloc<232>();
+      const int group = threadIdx.x / kWarpGroup - 1;
+      consume(p, ring, buffers + group * kBufferBytes, barriers, group);
+    }
+  }
+};
+
+template <class T, int kRows, int kColumns, int kStages, bool kInTurn>
+__global__ void __launch_bounds__(kConvThreads, 1) conv_act_kernel(const __grid_constant__ ConvParams p) {
+  ConvAct<T, kRows, kColumns, kStages, kInTurn>::run(p);
+}
+
+template <class T, const TileShape& t>
+const void* conv_act_pointer() {
+  return reinterpret_cast<const void*>(&conv_act_kernel<T, t.rows, t.columns, t.stages, t.in_turn>);
+}
+
+// What a tile's file consists of.
+#define RESNET_KERNELS_CONV_TILE(NAME)                                                       \
+  namespace resnet_kernels::sm90 {                                                           \
+  const void* NAME##_bf16() { return conv_act_pointer<__nv_bfloat16, tiles::NAME>(); }       \
+  const void* NAME##_fp16() { return conv_act_pointer<__half, tiles::NAME>(); }              \
+  }
+
+}  // namespace resnet_kernels::sm90

@@ -1,0 +1,36 @@
+// The tiles that conv_act.cuh is compiled for, each in a file of its own, so that they compile side by side.
+#pragma once
+
+#include "cuda/sm90/conv_act.h"
+
+namespace resnet_kernels::sm90 {
+
+// Positions per warp group, output channels, stages, in turn.
+#define RESNET_KERNELS_TILES(X)     \
+  X(turn128x128, 128, 128, 4, true) \
+  X(turn128x64, 128, 64, 6, true)   \
+  X(turn64x256, 64, 256, 4, true)   \
+  X(both128x128, 128, 128, 3, false) \
+  X(both64x256, 64, 256, 3, false)  \
+  X(both128x64, 128, 64, 4, false)
+
+#define X(NAME, ...)                                 \
+  namespace tiles {                                  \
+  inline constexpr TileShape NAME{__VA_ARGS__};             \
+  }                                                  \
+  const void* NAME##_bf16();                         \
+  const void* NAME##_fp16();
+RESNET_KERNELS_TILES(X)
+#undef X
+
+struct ConvTile {
+  const char* name;
+  TileShape shape;
+  const void* (*kernel)(bool half);
+};
+
+#define X(NAME, ...) {#NAME, tiles::NAME, [](bool half) { return half ? NAME##_fp16() : NAME##_bf16(); }},
+inline const ConvTile kTiles[] = {RESNET_KERNELS_TILES(X)};
+#undef X
+
+}  // namespace resnet_kernels::sm90

@@ -1,0 +1,119 @@
+// What the sm_90a kernels share: tensor-core products by descriptors, barriers, bulk copies. CUTLASS's headers spell the
+// instructions; here are the few conventions of ours.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cute/arch/copy_sm90_desc.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
+#include <cute/arch/mma_sm90_gmma.hpp>
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/reg_reconfig.h>
+
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+namespace resnet_kernels::sm90 {
+
+using Barrier = cutlass::arch::ClusterBarrier;
+using BytesBarrier = cutlass::arch::ClusterTransactionBarrier;
+
+constexpr int kWarpGroup = 128;
+// Bytes of a row in shared memory: 64 channels of 16 bits, which is what a swizzle of 128 bytes spans.
+constexpr int kRow = 128;
+constexpr int kSlice = 64;
+
+// A matrix of rows of 128 bytes in shared memory, swizzled as the copy engine writes it: 16-byte chunk j of row r lies
+// in place j ^ (r % 8). `offset`, in bytes, may begin any row that is a multiple of 8.
+__device__ inline uint64_t swizzled_matrix(uint32_t address) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightRows = uint64_t{8 * kRow / 16} << 32, kUnused = 1 << 16;
+  return kSwizzle128 | kEightRows | kUnused | ((address & 0x3FFFF) >> 4);
+}
+
+// 16 channels further along the rows.
+constexpr uint64_t kNextProduct = 32 / 16;
+
+namespace detail {
+using cute::SM90::GMMA::Major;
+using cute::SM90::GMMA::ScaleOut;
+
+template <class T, int kColumns>
+struct Product;
+
+#define RESNET_KERNELS_PRODUCT(N)                                                                                    \
+  template <>                                                                                                        \
+  struct Product<__nv_bfloat16, N> : cute::SM90::GMMA::MMA_64x##N##x16_F32BF16BF16_SS<Major::K, Major::K> {};        \
+  template <>                                                                                                        \
+  struct Product<__half, N> : cute::SM90::GMMA::MMA_64x##N##x16_F32F16F16_SS<Major::K, Major::K> {};
+RESNET_KERNELS_PRODUCT(64)
+RESNET_KERNELS_PRODUCT(128)
+RESNET_KERNELS_PRODUCT(256)
+#undef RESNET_KERNELS_PRODUCT
+
+template <class T, int kColumns, size_t... I>
+__device__ inline void multiply(float (&d)[kColumns / 2], uint64_t a, uint64_t b, bool add, std::index_sequence<I...>) {
+  Product<T, kColumns>::fma(a, b, d[I]..., add ? ScaleOut::One : ScaleOut::Zero);
+}
+}  // namespace detail
+
+// d (64 x kColumns) = a (64 x 16) b^T (kColumns x 16) [+ d], begun, not awaited. Thread t of the warp group holds of d
+// rows 16 * (t / 32) + t % 32 / 4 + {0, 8}, columns 8 * i + 2 * (t % 4) + {0, 1}: d[4 * i + 2 * (row's half) + column's].
+template <class T, int kColumns>
+__device__ inline void multiply(float (&d)[kColumns / 2], uint64_t a, uint64_t b, bool add) {
+  detail::multiply<T, kColumns>(d, a, b, add, std::make_index_sequence<kColumns / 2>{});
+}
+
+__device__ inline void begin_products() { cute::warpgroup_arrive(); }
+__device__ inline void end_products() { cute::warpgroup_commit_batch(); }
+template <int kLeft>
+__device__ inline void await_products() {
+  cute::warpgroup_wait<kLeft>();
+}
+template <int kColumns>
+__device__ inline void keep(float (&d)[kColumns]) {
+#pragma unroll
+  for (float& v : d) cute::warpgroup_fence_operand(v);
+}
+
+// NaN stays NaN: written as a selection and not as fmaxf, which would make it 0.
+__device__ inline float relu(float v) { return v <= 0.f ? 0.f : v; }
+
+// Two values of 16 bits, next to each other in memory.
+template <class T>
+struct Pair;
+template <>
+struct Pair<__nv_bfloat16> {
+  __device__ static uint16_t narrow(float v) { return __bfloat16_as_ushort(__float2bfloat16_rn(v)); }
+  __device__ static uint32_t narrow(float2 v) {
+    const __nv_bfloat162 pair = __float22bfloat162_rn(v);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
+  __device__ static float2 widen(uint32_t v) { return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(v)); }
+};
+template <>
+struct Pair<__half> {
+  __device__ static uint16_t narrow(float v) { return __half_as_ushort(__float2half_rn(v)); }
+  __device__ static uint32_t narrow(float2 v) {
+    const __half2 pair = __float22half2_rn(v);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
+  __device__ static float2 widen(uint32_t v) { return __half22float2(reinterpret_cast<const __half2&>(v)); }
+};
+
+// Of a ring of kStages buffers: which one step n uses, and the parity of the phase of its barriers.
+template <int kStages>
+struct Ring {
+  int slot = 0;
+  uint32_t phase = 0;
+  __device__ void advance(int steps = 1) {
+    slot += steps;
+    // Both at once: steps may pass several rounds.
+    phase ^= (slot / kStages) & 1;
+    slot %= kStages;
+  }
+};
+
+}  // namespace resnet_kernels::sm90

@@ -1,0 +1,315 @@
+"""Hopper GPUs (sm_90): kernels in CUDA C++ (csrc/cuda/sm90), by wgmma and the tensor copy engine. docs/hopper.md has
+their plan and what was measured.
+
+    conv_act  a convolution with scale, shift, a second 1x1 product, residual and ReLU
+    stem      a ResNet's 7x7 convolution with shift, ReLU and max pooling
+
+As a backend of its own it is chosen by name; the Triton backend takes single kernels from here where they are faster.
+The library is C, loaded by ctypes: one build serves every Python.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .contract import Call, Epilogue, Geometry, Packed, Product, beyond, check_conv, fold
+
+NAME = "sm90"
+SUPPORTS = frozenset({"conv", "residual", "two_products"})
+PACKS_FOR_SIZE = False
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Of conv_act: output positions and channels that a block computes at a time, and steps of 64 input channels in
+    flight."""
+
+    positions: int
+    channels: int
+    stages: int
+
+
+# As csrc/cuda/sm90/conv_act_tiles.h has them, in order. "turn": two warp groups with a tile each, one multiplies while
+# the other stores; "both": they share one.
+TILES = {
+    "turn128x128": Tile(128, 128, 4),
+    "turn128x64": Tile(128, 64, 6),
+    "turn64x256": Tile(64, 256, 4),
+    "both128x128": Tile(256, 128, 3),
+    "both64x256": Tile(128, 256, 3),
+    "both128x64": Tile(256, 64, 4),
+}
+
+
+class _Conv(ctypes.Structure):
+    """ResnetKernelsConv of csrc/cuda/sm90/api.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in "x w x2 w2 residual y scale shift".split()),
+        *((name, ctypes.c_int64 * 3) for name in ("x_strides", "x2_strides")),
+        *(
+            (name, ctypes.c_int32)
+            for name in "N H W C K R S stride padding dilation C2 relu half tile multiprocessors".split()
+        ),
+    ]
+
+
+class _Stem(ctypes.Structure):
+    """ResnetKernelsStem."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in "x w y shift".split()),
+        *((name, ctypes.c_int32) for name in "N H W half multiprocessors".split()),
+    ]
+
+
+@functools.cache
+def load() -> tuple[Any, str | None]:
+    """(the library, None), or (None, why there is none)."""
+    built = sorted(Path(__file__).parent.parent.glob("_sm90*.so"))
+    if not built:
+        return (
+            None,
+            "the kernels for sm_90a were not built (they want nvcc, CUTLASS's headers and 9.0a among the archs)",
+        )
+    try:
+        library = ctypes.CDLL(str(built[0]))
+    except OSError as error:
+        return None, f"the kernels for sm_90a do not load: {error}"
+    for name in ("conv_act", "stem"):
+        function = getattr(library, f"resnet_kernels_sm90_{name}")
+        function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_char_p
+    library.resnet_kernels_sm90_tiles.restype = ctypes.c_char_p
+    return library, None
+
+
+@functools.cache
+def why_not_here(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why nothing of this runs on the device, or None."""
+    if dtype not in DTYPES:
+        return f"expected bfloat16 or float16, got {str(dtype).removeprefix('torch.')}"
+    if device.type != "cuda":
+        return f"expected tensors on cuda, got {device}"
+    reason = load()[1]
+    if reason is None and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) != (9, 0):
+            return f"its code is for sm_90a alone, this GPU is sm_{major}{minor}"
+    return reason
+
+
+def why_not_weight(shape: Sequence[int], geometry: Geometry) -> str | None:
+    """Why conv_act cannot convolve by a weight (K, C, R, S), or None."""
+    K, C, R, S = shape
+    if geometry.groups > 1:
+        return f"expected one group, got {geometry.groups}"
+    if C % 8 or K % 8:
+        return f"expected channels in multiples of 8, got {C} and {K}"
+    reach = geometry.dilation * (max(R, S) - 1)
+    # What the copy engine's im2col takes.
+    if geometry.stride > 8 or geometry.padding > 127 or reach > 127:
+        return f"expected stride up to 8, padding and reach of the filter up to 127, got {geometry} with {R}x{S}"
+    return None
+
+
+# Of output positions, which the kernel counts in 32 bits.
+MOST_POSITIONS = 2**31 - 2**16
+
+
+def aligned(t: Tensor) -> bool:
+    """Whether the copy engine can read the map: channels next to each other, all else by multiples of 16 bytes."""
+    strides = (s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1)
+    return (
+        (t.shape[1] == 1 or t.stride(1) == 1) and t.data_ptr() % 16 == 0 and all(s % 8 == 0 or s == 1 for s in strides)
+    )
+
+
+def nhwc_strides(t: Tensor) -> tuple[int, int, int]:
+    """Elements from an image, row, column to the next; where there is one only, what a dense map would have."""
+    N, C, H, W = t.shape
+    w = t.stride(3) if W > 1 else C
+    h = t.stride(2) if H > 1 else W * w
+    return t.stride(0) if N > 1 else H * h, h, w
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _run(name: str, call: ctypes.Structure, device: torch.device) -> None:
+    library, reason = load()
+    if library is None:
+        raise RuntimeError(f"sm90 {name}: {reason}")
+    with torch.cuda.device(device):
+        wrong = getattr(library, f"resnet_kernels_sm90_{name}")(
+            ctypes.byref(call), torch.cuda.current_stream(device).cuda_stream
+        )
+    if wrong is not None:
+        raise RuntimeError(wrong.decode())
+
+
+def _pointer(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+def conv_act(
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    geometry: Geometry,
+    tile: str,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    second: tuple[Tensor, Tensor] | None = None,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> None:
+    """y = [relu](scale * conv(x, weight) + conv1x1(x2, weight2) + shift + residual), the sums in fp32, rounded once.
+
+    x: (N, C, H, W), `aligned`. weight: (K, R, S, C), contiguous. y: (N, K, P, Q) channels_last, to be written. scale,
+    shift: fp32, contiguous, one per output channel. second: (x2 (N, C2, P, Q), weight2 (K, 1, 1, C2)), likewise.
+    residual: as y. All of one dtype, bf16 or fp16, on one device. Launches on torch's current stream.
+
+    Raises RuntimeError where the library is missing or the launch fails; what cannot run is for `why_not_weight`,
+    `aligned` and `why_not_here` to tell before.
+    """
+    N, C, H, W = x.shape
+    K, R, S, _ = weight.shape
+    x2, weight2 = second or (None, None)
+    call = _Conv(
+        x=_pointer(x),
+        w=_pointer(weight),
+        x2=_pointer(x2),
+        w2=_pointer(weight2),
+        residual=_pointer(residual),
+        y=_pointer(y),
+        scale=_pointer(scale),
+        shift=_pointer(shift),
+        x_strides=nhwc_strides(x),
+        N=N,
+        H=H,
+        W=W,
+        C=C,
+        K=K,
+        R=R,
+        S=S,
+        stride=geometry.stride,
+        padding=geometry.padding,
+        dilation=geometry.dilation,
+        relu=relu,
+        half=x.dtype == torch.float16,
+        tile=list(TILES).index(tile),
+        multiprocessors=_multiprocessors(x.device),
+    )
+    if x2 is not None:
+        call.x2_strides, call.C2 = nhwc_strides(x2), x2.shape[1]
+    _run("conv_act", call, x.device)
+
+
+# Of an image, that a row of the stem's convolution has.
+MOST_STEM_COLUMNS = 224
+
+
+def why_not_stem(shape: Sequence[int], geometry: Geometry, width: int) -> str | None:
+    """Why `stem` cannot run for a weight (K, C, R, S) and images of a width, or None."""
+    K, C, R, S = shape
+    if (K, R, S) != (64, 7, 7) or C > 3 or geometry != Geometry(2, 3):
+        return f"expected a 7x7 convolution of stride 2 from 3 channels to 64, got {tuple(shape)} with {geometry}"
+    if width % 2 or width > MOST_STEM_COLUMNS:
+        return f"expected an even image width up to {MOST_STEM_COLUMNS}, got {width}"
+    return None
+
+
+def stem(x: Tensor, packed: Tensor, shift: Tensor, y: Tensor) -> None:
+    """y = max_pool3x3/2(relu(conv7x7/2(x, w) + shift)), the sums in fp32, rounded once.
+
+    x: (N, 4, H, W) channels_last, zeros behind the image's channels. packed: (64, 7, 32), of each row of the filter 7
+    pixels of 4 channels, then what is not looked at. shift: fp32. y: (N, 64, P, Q) channels_last, to be written.
+    """
+    N, _, H, W = x.shape
+    call = _Stem(
+        x=_pointer(x),
+        w=_pointer(packed),
+        y=_pointer(y),
+        shift=_pointer(shift),
+        N=N,
+        H=H,
+        W=W,
+        half=x.dtype == torch.float16,
+        multiprocessors=_multiprocessors(x.device),
+    )
+    _run("stem", call, x.device)
+
+
+# The backend
+
+
+def why_not(call: Call) -> str | None:
+    reason = beyond(call, SUPPORTS, "cuda", DTYPES) or why_not_here(call.device, call.dtype)
+    reasons = (why_not_weight((s[0], s[1] * g.groups, *s[2:]), g) for s, g in call.weights)
+    return reason or next(filter(None, reasons), None)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return dtype
+
+
+def images_per_pass(image_bytes: int) -> int | None:
+    return None
+
+
+def pack(weight: Tensor, scale: Tensor | None, geometry: Geometry, size: Sequence[int], keep: bool = True) -> Packed:
+    shape = tuple(weight.shape)
+    if keep and scale is not None:
+        weight, scale = fold(weight, scale, weight.dtype), None
+    krsc = weight.permute(0, 2, 3, 1).contiguous()
+    return Packed(krsc if krsc.data_ptr() % 16 == 0 else krsc.clone(), scale, shape)
+
+
+def tile_for(M: int, K: int) -> str:
+    """Of those measured on an H200 the one that was fastest or nearly so for most convolutions of ResNets."""
+    return "turn128x64" if K <= 64 else "turn128x128"
+
+
+def _readable(t: Tensor) -> Tensor:
+    return t if aligned(t) else t.contiguous(memory_format=torch.channels_last)
+
+
+def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
+    sizes = check_conv(products, epilogue)
+    first, *others = products
+    p = first.packed if isinstance(first.weight, Packed) else pack(first.weight, first.scale, first.geometry, (), False)
+    second = None
+    if others:
+        (other,) = others
+        q = other.packed if isinstance(other.weight, Packed) else pack(other.weight, other.scale, other.geometry, ())
+        if p.scale is not None or q.scale is not None:  # their sum has no one scale
+            p, q = (
+                r._replace(weight=r.weight if r.scale is None else fold(r.weight, r.scale, r.weight.dtype), scale=None)
+                for r in (p, q)
+            )
+        s = other.geometry.stride
+        second = (_readable(other.operand.tensor[:, :, ::s, ::s]), q.weight)
+    x = _readable(first.operand.tensor)
+    y = torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    residual = None
+    if epilogue.residual is not None:
+        residual = epilogue.residual.tensor
+        residual = F.pad(residual, (0, 0, 0, 0, 0, sizes[1] - residual.shape[1]))
+        residual = residual.contiguous(memory_format=torch.channels_last)
+    scale, shift = (None if t is None else t.float().contiguous() for t in (p.scale, epilogue.shift))
+    if y.numel():
+        tile = tile_for(y.numel() // sizes[1], sizes[1])
+        conv_act(x, p.weight, y, first.geometry, tile, scale, shift, second, residual, epilogue.relu)
+    return y, None

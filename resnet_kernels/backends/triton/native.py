@@ -1,0 +1,97 @@
+"""Launches of CUDA C++ kernels (`sm90`) beside Triton's own."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from .. import sm90
+from ..contract import Geometry
+from .configs import Config
+from .convolution import Convolution
+from .launch import Native, Work, gpu_of, listening, nbytes, nhwc_strides
+
+# Warps of a block: one warp group moves, two multiply.
+WARPS = 12
+
+# What `Choice` and tables call a tile of conv_act's, with its configuration.
+KERNELS = {
+    f"conv_act {name}": Config(tile.positions, tile.channels, 64, WARPS, tile.stages, persistent=True)
+    for name, tile in sm90.TILES.items()
+}
+
+
+def _why_not_here(t: Tensor, arch: int) -> str | None:
+    if arch != 90:
+        return f"expected sm_90, got sm_{arch}"
+    gpu = gpu_of(t.device)
+    if gpu is None:
+        return "for a GPU that is imagined only Triton's kernels are planned"
+    if listening.tape is not None:
+        return "a recorded step launches Triton's kernels alone"
+    return sm90.why_not_here(gpu, t.dtype)
+
+
+def why_not(c: Convolution, arch: int) -> str | None:
+    """Why conv_act cannot run the convolution, or None."""
+    reason = _why_not_here(c.x, arch)
+    if reason:
+        return reason
+    K, R, S, C = c.weight.shape
+    if c.lazy is not None:
+        return "expected an operand that is there"
+    if c.second is not None and c.scale is not None:
+        return "expected weights with their scales in them, of two products"
+    if c.residual is not None and (c.residual.shape[1] != K or not _dense(c.residual)):
+        return "expected a contiguous residual of as many channels"
+    maps = [c.x, *([c.second[0]] if c.second else []), *([] if c.residual is None else [c.residual])]
+    if not all(map(sm90.aligned, maps)):
+        return "expected maps by multiples of 16 bytes"
+    if c.second is not None and c.second[0].shape[1] % 8:
+        return f"expected channels in multiples of 8, got {c.second[0].shape[1]}"
+    if c.rows > sm90.MOST_POSITIONS:
+        return f"expected at most {sm90.MOST_POSITIONS} output positions, got {c.rows}"
+    return sm90.why_not_weight((K, C, R, S), c.geometry)
+
+
+def _dense(t: Tensor) -> bool:
+    N, C, H, W = t.shape
+    return nhwc_strides(t) == (H * W * C, W * C, C)
+
+
+def launch(c: Convolution, kernel: str, y: Tensor) -> Native:
+    """y: (N, K, P, Q) channels_last, to be written. Only where `why_not` is None."""
+    config = KERNELS[kernel]
+    tiles = math.ceil(c.rows / config.BLOCK_M) * math.ceil(c.weight.shape[0] / config.BLOCK_N)
+    arguments = dict(
+        x=c.x,
+        weight=c.weight,
+        y=y,
+        geometry=c.geometry,
+        tile=kernel.removeprefix("conv_act "),
+        scale=c.scale,
+        shift=c.shift,
+        second=c.second,
+        residual=c.residual,
+        relu=c.relu,
+    )
+    return Native(sm90.conv_act, tiles, arguments, config.options, str(c), c.work(config, tiles))
+
+
+def why_not_stem(x: Tensor, shape: tuple[int, ...], geometry: Geometry, arch: int) -> str | None:
+    """Why sm90's stem cannot run for a weight (K, C, R, S), or None."""
+    return _why_not_here(x, arch) or sm90.why_not_stem(shape, geometry, x.shape[3])
+
+
+def stem_launch(x: Tensor, packed: Tensor, shift: Tensor, y: Tensor) -> Native:
+    """x, packed, shift and y as `sm90.stem` takes them."""
+    N, _, H, W = x.shape
+    flops = 2 * N * math.ceil(H / 2) * math.ceil(W / 2) * 64 * 147
+    moved = nbytes(x, packed, y)
+    # 7 filter rows of 8 pixels of 4 channels for what are 7x7 pixels of 3; rows of a strip of 14 twice.
+    issued = int(flops * (7 * 32) / 147 * 29 / 28)
+    copied = int(nbytes(x) * 64 / 56) + nbytes(packed)
+    arguments = dict(x=x, packed=packed, shift=shift, y=y)
+    what = f"stem 7x7 3->64 {H}x{W}, max pool 3/2"
+    return Native(sm90.stem, N, arguments, {"num_warps": WARPS}, what, Work(moved, flops, copied, issued))
