@@ -2,6 +2,7 @@
 their plan and what was measured.
 
     conv_act  a convolution with scale, shift, a second 1x1 product, residual and ReLU
+    tail      a bottleneck's 3x3 and last 1x1, and the next block's first convolution, of 64 channels
     stem      a ResNet's 7x7 convolution with shift, ReLU and max pooling
 
 As a backend of its own it is chosen by name; the Triton backend takes single kernels from here where they are faster.
@@ -73,6 +74,15 @@ class _Stem(ctypes.Structure):
     ]
 
 
+class _Tail(ctypes.Structure):
+    """ResnetKernelsTail."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in "x w w3 w1 residual y ahead shift shift3 shift1".split()),
+        *((name, ctypes.c_int32) for name in "N H W ahead_channels half multiprocessors".split()),
+    ]
+
+
 @functools.cache
 def load() -> tuple[Any, str | None]:
     """(the library, None), or (None, why there is none)."""
@@ -86,7 +96,7 @@ def load() -> tuple[Any, str | None]:
         library = ctypes.CDLL(str(built[0]))
     except OSError as error:
         return None, f"the kernels for sm_90a do not load: {error}"
-    for name in ("conv_act", "stem"):
+    for name in ("conv_act", "tail", "stem"):
         function = getattr(library, f"resnet_kernels_sm90_{name}")
         function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_char_p
     library.resnet_kernels_sm90_tiles.restype = ctypes.c_char_p
@@ -215,6 +225,43 @@ def conv_act(
     if x2 is not None:
         call.x2_strides, call.C2 = nhwc_strides(x2), x2.shape[1]
     _run("conv_act", call, x.device)
+
+
+# What `tail` is built for: channels inside, outside and of the next block's first convolution; columns of a map.
+TAIL_CHANNELS, TAIL_OUTSIDE, TAIL_AHEAD, MOST_TAIL_COLUMNS = 64, 256, (64, 128), 56
+
+
+def tail(
+    x: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor],
+    shifts: tuple[Tensor, Tensor, Tensor],
+    residual: Tensor,
+    y: Tensor,
+    ahead: Tensor,
+) -> None:
+    """h = relu(conv3x3(x, w) + shift), y = relu(h w3^T + shift3 + residual), ahead = relu(y w1^T + shift1); sums in
+    fp32, h, y and ahead rounded.
+
+    x: (N, 64, H, W). weights: w (64, 3, 3, 64), w3 (256, 1, 1, 64), w1 (J, 1, 1, 256) with J 64 or 128, contiguous.
+    shifts: fp32. residual, y: (N, 256, H, W); ahead: (N, J, H, W). Maps channels_last, W at most 56. y and ahead are
+    to be written.
+    """
+    N, _, H, W = x.shape
+    call = _Tail(
+        x=_pointer(x),
+        residual=_pointer(residual),
+        y=_pointer(y),
+        ahead=_pointer(ahead),
+        N=N,
+        H=H,
+        W=W,
+        ahead_channels=ahead.shape[1],
+        half=x.dtype == torch.float16,
+        multiprocessors=_multiprocessors(x.device),
+    )
+    call.w, call.w3, call.w1 = map(_pointer, weights)
+    call.shift, call.shift3, call.shift1 = map(_pointer, shifts)
+    _run("tail", call, x.device)
 
 
 # Of an image, that a row of the stem's convolution has.

@@ -79,8 +79,11 @@ def field(problem: Problem, device: torch.device, most: int) -> Field:
         tiles = made[choice].arguments.get("tiles", made[choice].grid)
         return H200.predicted(made[choice].work) * math.ceil(tiles / processors) * processors / tiles
 
-    best, of_tile = [], collections.Counter[tuple]()
-    for choice in sorted((choice for choice in made if choice != default), key=predicted):
+    # Those that are compiled already are all tried.
+    best = [choice for choice in made if isinstance(made[choice], Native) and choice != default]
+    most += len(best)
+    of_tile = collections.Counter[tuple]()
+    for choice in sorted((c for c in made if c != default and not isinstance(made[c], Native)), key=predicted):
         assert choice.config is not None
         tile = choice.kernel, choice.config.BLOCK_M, choice.config.BLOCK_N
         of_tile[tile] += 1
@@ -108,8 +111,8 @@ class Pruned:
 
 
 def prune(problems: Sequence[Problem], device: torch.device, most: int) -> dict[str, Pruned]:
-    """By the problem's key. All of Triton's is compiled at once, on all cores; `most` are left beside the default and
-    the separate kernels."""
+    """By the problem's key. All of Triton's is compiled at once, on all cores; `most` are left beside the default, what
+    is compiled already and the separate kernels."""
     fields = {problem.key: field(problem, device, most) for problem in problems}
     made = [launch for f in fields.values() for launch in f.made.values() if not isinstance(launch, Native)]
     compiled = iter(["interpreted"] * len(made) if INTERPRETING else ahead.compile_all(made, arch_of(device)))
@@ -126,7 +129,8 @@ def prune(problems: Sequence[Problem], device: torch.device, most: int) -> dict[
                 out[name(choice)] = "; ".join(wrong)
             else:
                 sound.append(choice)
-        found[key] = Pruned(name(f.default), [*sound[: most + 1], *f.separate], out)
+        natives = sum(isinstance(launch, Native) for launch in f.made.values())
+        found[key] = Pruned(name(f.default), [*sound[: most + natives + 1], *f.separate], out)
     return found
 
 

@@ -157,13 +157,11 @@ struct ConvAct {
               buffer + i / 8 * kChunkBytes + row * kRow + ((i % 8 ^ row % 8) * 16) + t % 4 * 4;
           float2 v{fmaf(a.x, d[part][4 * i + 2 * half], b.x), fmaf(a.y, d[part][4 * i + 2 * half + 1], b.y)};
           if (p.residual_there) {
-            uint32_t pair;
-            asm volatile("ld.shared.b32 %0, [%1];" : "=r"(pair) : "r"(address));
-            const float2 r = Pair<T>::widen(pair);
+            const float2 r = Pair<T>::widen(load_shared(address));
             v.x += r.x, v.y += r.y;
           }
-          if (p.relu) v.x = relu(v.x), v.y = relu(v.y);
-          asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(Pair<T>::narrow(v)) : "memory");
+          if (p.relu) v = relu(v);
+          store_shared(address, Pair<T>::narrow(v));
         }
     }
   }

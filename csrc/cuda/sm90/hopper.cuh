@@ -9,6 +9,8 @@
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 #include <cute/arch/mma_sm90_gmma.hpp>
+// Wants the one before.
+#include <cute/arch/mma_sm90_gmma_ext.hpp>
 #include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
 
@@ -27,7 +29,7 @@ constexpr int kRow = 128;
 constexpr int kSlice = 64;
 
 // A matrix of rows of 128 bytes in shared memory, swizzled as the copy engine writes it: 16-byte chunk j of row r lies
-// in place j ^ (r % 8). `offset`, in bytes, may begin any row that is a multiple of 8.
+// in place j ^ (r % 8), counted from a multiple of 1024 bytes. The matrix may begin at any row.
 __device__ inline uint64_t swizzled_matrix(uint32_t address) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightRows = uint64_t{8 * kRow / 16} << 32, kUnused = 1 << 16;
   return kSwizzle128 | kEightRows | kUnused | ((address & 0x3FFFF) >> 4);
@@ -53,6 +55,26 @@ RESNET_KERNELS_PRODUCT(128)
 RESNET_KERNELS_PRODUCT(256)
 #undef RESNET_KERNELS_PRODUCT
 
+template <class T, int kColumns>
+struct ProductOfRegisters;
+
+#define RESNET_KERNELS_PRODUCT(N)                                                                                    \
+  template <>                                                                                                        \
+  struct ProductOfRegisters<__nv_bfloat16, N>                                                                        \
+      : cute::SM90::GMMA::MMA_64x##N##x16_F32BF16BF16_RS<Major::K, Major::K> {};                                     \
+  template <>                                                                                                        \
+  struct ProductOfRegisters<__half, N> : cute::SM90::GMMA::MMA_64x##N##x16_F32F16F16_RS<Major::K, Major::K> {};
+RESNET_KERNELS_PRODUCT(64)
+RESNET_KERNELS_PRODUCT(112)
+RESNET_KERNELS_PRODUCT(128)
+#undef RESNET_KERNELS_PRODUCT
+
+template <class T, int kColumns, size_t... I>
+__device__ inline void multiply(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b, bool add,
+                                std::index_sequence<I...>) {
+  ProductOfRegisters<T, kColumns>::fma(a[0], a[1], a[2], a[3], b, d[I]..., add ? ScaleOut::One : ScaleOut::Zero);
+}
+
 template <class T, int kColumns, size_t... I>
 __device__ inline void multiply(float (&d)[kColumns / 2], uint64_t a, uint64_t b, bool add, std::index_sequence<I...>) {
   Product<T, kColumns>::fma(a, b, d[I]..., add ? ScaleOut::One : ScaleOut::Zero);
@@ -63,6 +85,13 @@ __device__ inline void multiply(float (&d)[kColumns / 2], uint64_t a, uint64_t b
 // rows 16 * (t / 32) + t % 32 / 4 + {0, 8}, columns 8 * i + 2 * (t % 4) + {0, 1}: d[4 * i + 2 * (row's half) + column's].
 template <class T, int kColumns>
 __device__ inline void multiply(float (&d)[kColumns / 2], uint64_t a, uint64_t b, bool add) {
+  detail::multiply<T, kColumns>(d, a, b, add, std::make_index_sequence<kColumns / 2>{});
+}
+
+// The same with a in registers: a[0] and a[1] the thread's rows of d, columns 2 * (t % 4) + {0, 1}; a[2], a[3] 8 further.
+// Nothing may write them before the product is done.
+template <class T, int kColumns>
+__device__ inline void multiply(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b, bool add) {
   detail::multiply<T, kColumns>(d, a, b, add, std::make_index_sequence<kColumns / 2>{});
 }
 
@@ -80,6 +109,17 @@ __device__ inline void keep(float (&d)[kColumns]) {
 
 // NaN stays NaN: written as a selection and not as fmaxf, which would make it 0.
 __device__ inline float relu(float v) { return v <= 0.f ? 0.f : v; }
+
+__device__ inline float2 relu(float2 v) { return {relu(v.x), relu(v.y)}; }
+
+__device__ inline uint32_t load_shared(uint32_t address) {
+  uint32_t v;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(address));
+  return v;
+}
+__device__ inline void store_shared(uint32_t address, uint32_t v) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
 
 // Two values of 16 bits, next to each other in memory.
 template <class T>

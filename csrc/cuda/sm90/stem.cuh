@@ -15,9 +15,6 @@
 #pragma once
 
 #include "cuda/sm90/hopper.cuh"
-// Wants the one before.
-#include <cute/arch/mma_sm90_gmma_ext.hpp>
-
 #include "cuda/sm90/stem.h"
 
 namespace resnet_kernels::sm90 {
@@ -33,11 +30,6 @@ template <class T>
 struct Stem {
   static constexpr int kValues = kStemColumns / 2;  // of D that a thread holds
   static constexpr int kProducts = 14;              // 7 rows of the filter, 8 pixels of 4 channels, by 16
-
-  using Product = std::conditional_t<
-      std::is_same_v<T, __half>,
-      cute::SM90::GMMA::MMA_64x112x16_F32F16F16_RS<detail::Major::K, detail::Major::K>,
-      cute::SM90::GMMA::MMA_64x112x16_F32BF16BF16_RS<detail::Major::K, detail::Major::K>>;
 
   struct Barriers {
     uint64_t full[2][kStemStages], empty[2][kStemStages];
@@ -79,13 +71,6 @@ struct Stem {
     return uint64_t{128 / 16} << 32 | uint64_t{1} << 16 | (address & 0x3FFFF) >> 4;
   }
 
-  template <size_t... I>
-  static __device__ void multiply(float (&d)[kValues], const uint32_t (&w)[4], uint64_t b, bool add,
-                                  std::index_sequence<I...>) {
-    using detail::ScaleOut;
-    Product::fma(w[0], w[1], w[2], w[3], b, d[I]..., add ? ScaleOut::One : ScaleOut::Zero);
-  }
-
   // The convolution's row whose first input rows are in the stage `at`.
   static __device__ void convolve(float (&d)[kValues], const uint32_t (&w)[kProducts][4], uint32_t ring,
                                   const Ring<kStemStages>& at) {
@@ -97,8 +82,7 @@ struct Stem {
       const uint64_t b = columns(ring + slot * kStemStageBytes + r % 2 * kStemRowBytes);
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        multiply(d, w[2 * r + half], b + half * kNextProduct, r > 0 || half > 0,
-                 std::make_index_sequence<kValues>{});
+        multiply<T, kStemColumns>(d, w[2 * r + half], b + half * kNextProduct, r > 0 || half > 0);
     }
     end_products();
     await_products<0>();

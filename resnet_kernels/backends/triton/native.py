@@ -11,6 +11,7 @@ from ..contract import Geometry
 from .configs import Config
 from .convolution import Convolution
 from .launch import Native, Work, gpu_of, listening, nbytes, nhwc_strides
+from .tail import Tail
 
 # Warps of a block: one warp group moves, two multiply.
 WARPS = 12
@@ -77,6 +78,50 @@ def launch(c: Convolution, kernel: str, y: Tensor) -> Native:
         relu=c.relu,
     )
     return Native(sm90.conv_act, tiles, arguments, config.options, str(c), c.work(config, tiles))
+
+
+TAIL = "sm90 tail"
+TAIL_CONFIG = Config(128, 64, 64, WARPS, 1, persistent=True)
+
+
+def why_not_tail(t: Tail, arch: int) -> str | None:
+    """Why sm90's tail cannot run it, or None."""
+    first, last, following = t.parts
+    reason = _why_not_here(first.x, arch)
+    if reason:
+        return reason
+    shapes = [tuple(c.weight.shape) for c in t.parts]
+    J, K, W = sm90.TAIL_CHANNELS, sm90.TAIL_OUTSIDE, first.x.shape[3]
+    expected = [(J, 3, 3, J), (K, 1, 1, J), (following.weight.shape[0], 1, 1, K)]
+    if shapes != expected or following.weight.shape[0] not in sm90.TAIL_AHEAD:
+        return f"expected {J} channels inside, {K} outside and {sm90.TAIL_AHEAD} ahead"
+    if [c.geometry for c in t.parts] != [Geometry(padding=1), Geometry(), Geometry()]:
+        return "expected strides of 1"
+    if not all(c.relu and c.shift is not None and c.scale is None for c in t.parts):
+        return "expected ReLU, shifts, and scales in the weights"
+    if first.lazy or first.second or last.second or first.residual is not None or last.residual is None:
+        return "expected a residual at the end alone"
+    if W > sm90.MOST_TAIL_COLUMNS:
+        return f"expected a map of at most {sm90.MOST_TAIL_COLUMNS} columns, got {W}"
+    if not all(_dense(m) and sm90.aligned(m) for m in (first.x, last.residual)):
+        return "expected contiguous maps"
+    return None
+
+
+def tail_launch(t: Tail, y: Tensor, ahead: Tensor) -> Native:
+    """y: (N, 256, H, W) and ahead: (N, 64 or 128, H, W), channels_last, to be written. Only where `why_not_tail` is
+    None."""
+    first, last, _ = t.parts
+    N, _, H, W = first.x.shape
+    tiles = N * math.ceil(H / 2)
+    weights, shifts = tuple(c.weight for c in t.parts), tuple(c.shift for c in t.parts)
+    arguments = dict(x=first.x, weights=weights, shifts=shifts, residual=last.residual, y=y, ahead=ahead)
+    moved = nbytes(first.x, *weights, last.residual, y, ahead)
+    # A row of x twice; 64 positions of each row.
+    copied = moved + nbytes(first.x)
+    issued = sum(c.flops for c in t.parts) * 64 * 2 * math.ceil(H / 2) // (W * H)
+    work = Work(moved, sum(c.flops for c in t.parts), copied, issued)
+    return Native(sm90.tail, tiles, arguments, TAIL_CONFIG.options, " > ".join(map(str, t.parts)), work)
 
 
 def why_not_stem(x: Tensor, shape: tuple[int, ...], geometry: Geometry, arch: int) -> str | None:

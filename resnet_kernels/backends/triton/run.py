@@ -56,6 +56,10 @@ def judge(problem: Convolution | Tail, kernel: str, config: Config | None) -> Ch
         return Choice(kernel, config, None if known else f"unknown: {kernel}")
     if isinstance(problem, Tail):
         first, last, following = problem.first, problem.last, problem.following
+        if kernel == native.TAIL:
+            known = config == native.TAIL_CONFIG
+            reason = native.why_not_tail(problem, arch_of(first.x.device)) if known else f"not as {kernel} is built"
+            return Choice(kernel, config, reason)
         if kernel != TAIL:
             return Choice(kernel, config, f"unknown: {kernel}")
         arch, processors = arch_of(first.x.device), processors_of(first.x.device)
@@ -110,9 +114,8 @@ def candidates(problem: Convolution | Tail) -> Iterator[Choice]:
     if isinstance(problem, Tail):
         first = problem.first
         rows = tail_choices(problem)
-        kernels = [choice.kernel for choice in rows if choice.config is not None]
         found = configs.tail_candidates(arch_of(first.x.device), first.x.element_size(), first.weight.shape[0])
-        more = [(kernel, config) for config in found for kernel in kernels]
+        more = [(TAIL, config) for config in found] + [(native.TAIL, native.TAIL_CONFIG)]
     else:
         rows, size = choices(problem), size_of(problem)
         more = [("boxes", config) for config in configs.box_candidates(size)]
@@ -146,9 +149,13 @@ def launch_of(
 ) -> Launch:
     """One way's. y and, for what follows a tail, ahead are to be written. Only where `choice.why_not` is None."""
     assert choice.config is not None
+    made: Launch
     if isinstance(problem, Tail):
         assert ahead is not None
-        made = tail.launch(problem, choice.config, y, ahead)
+        if choice.kernel == native.TAIL:
+            made = native.tail_launch(problem, y, ahead)
+        else:
+            made = tail.launch(problem, choice.config, y, ahead)
     elif choice.kernel in native.KERNELS:
         made = native.launch(problem, choice.kernel, y)
     else:

@@ -1,0 +1,254 @@
+// The end of a bottleneck of 64 channels, and the beginning of the next, for sm_90a:
+//
+//   h = relu(conv3x3(x, w) + shift), rounded            64 channels, only ever in registers
+//   y = relu(h w3^T + shift3 + residual), rounded       256 channels
+//   ahead = relu(y w1^T + shift1)                       64 or 128 channels
+//
+// All weights stay in shared memory: one block per multiprocessor goes over pairs of rows. A pair's four input rows are
+// brought once, W + 2 columns each from column -1, zeros outside the map. In shared memory rows follow each other, so
+// what a tap sees of an output row is the same matrix, begun (W + 2) * r + s rows further on: the nine taps are nine
+// addresses. (A swizzled matrix may begin at any row: the swizzle goes by address.) A product makes 64 positions of a row,
+// of which W are kept.
+//
+// Each of two warp groups has a row. h and each 64 channels of y are the next product's operand straight from the
+// registers of the last. Per warp group one warp brings the residual, 64 channels at a time, into one of two buffers
+// where y takes its place, and takes it out.
+//
+// Moves: x once (each row twice from L2), residual once, y and ahead once; the weights once per multiprocessor.
+#pragma once
+
+#include "cuda/sm90/hopper.cuh"
+#include "cuda/sm90/tail.h"
+
+namespace resnet_kernels::sm90 {
+
+template <class T, int kAhead>
+struct Tail {
+  static constexpr int kParts = kTailK / kSlice;                // of y
+  static constexpr int kSteps = kParts + kAhead / kSlice;       // through the buffers, per row
+  static constexpr int kTapBytes = 64 * kRow, kPartBytes = kAhead * kRow;
+
+  struct Barriers {
+    uint64_t weights, full, empty;
+    uint64_t loaded[2][2], ready[2][2];  // of a warp group's buffer: it holds the residual, or is free; it holds results
+  };
+  static_assert(sizeof(Barriers) <= 128);
+
+  struct Shared {
+    uint32_t w, w3, w1, halo, buffers;
+    __device__ explicit Shared(uint32_t base)
+        : w(base),
+          w3(w + kTailWeights),
+          w1(w3 + kTailWeights3),
+          halo(w1 + kParts * kPartBytes),
+          buffers(halo + kTailHalo) {}
+    __device__ uint32_t buffer(int group, int i) const { return buffers + (2 * group + i) * kTailBuffer; }
+    __device__ uint32_t end() const { return buffers + 4 * kTailBuffer; }
+  };
+
+  static constexpr uint64_t kNoHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+  static constexpr uint64_t kOnce = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
+  static __device__ void* pointer(uint32_t address) { return __cvta_shared_to_generic(address); }
+
+  static __device__ void move_operands(const TailParams& p, const Shared& at, Barriers& barriers) {
+    BytesBarrier::arrive_and_expect_tx(&barriers.weights, kTailWeights + kTailWeights3 + kParts * kPartBytes);
+    for (int tap = 0; tap < 9; ++tap)
+      cute::SM90_TMA_LOAD_3D::copy(&p.w, &barriers.weights, kNoHint, pointer(at.w + tap * kTapBytes), 0, tap, 0);
+    for (int part = 0; part < kParts; ++part) {
+      cute::SM90_TMA_LOAD_2D::copy(&p.w3, &barriers.weights, kNoHint, pointer(at.w3 + part * kTapBytes), 0, part * 64);
+      cute::SM90_TMA_LOAD_2D::copy(&p.w1, &barriers.weights, kNoHint, pointer(at.w1 + part * kPartBytes), part * 64, 0);
+    }
+    uint32_t phase = 1;
+    for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
+      Barrier::wait(&barriers.empty, phase);
+      phase ^= 1;
+      BytesBarrier::arrive_and_expect_tx(&barriers.full, 4 * (p.W + 2) * kRow);
+      cute::SM90_TMA_LOAD_4D::copy(&p.x, &barriers.full, kNoHint, pointer(at.halo), 0, -1, tile % p.pairs * 2 - 1,
+                                   tile / p.pairs);
+    }
+  }
+
+  // Step n of a warp group, over all its tiles, uses buffer n % 2.
+  static __device__ void move_results(const TailParams& p, const Shared& at, Barriers& barriers, int group) {
+    const int tiles = (p.tiles - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) / gridDim.x;
+    auto place = [&](int step, int& k, int& h, int& n) {
+      const int tile = blockIdx.x + step / kSteps * gridDim.x;
+      k = step % kSteps * kSlice, h = tile % p.pairs * 2 + group, n = tile / p.pairs;
+    };
+    auto load = [&](int step) {
+      if (step >= tiles * kSteps) return;
+      int k, h, n;
+      place(step, k, h, n);
+      uint64_t* const loaded = &barriers.loaded[group][step % 2];
+      if (k < kTailK) {
+        BytesBarrier::arrive_and_expect_tx(loaded, p.W * kRow);
+        cute::SM90_TMA_LOAD_4D::copy(&p.residual, loaded, kOnce, pointer(at.buffer(group, step % 2)), k, 0, h, n);
+      } else {
+        Barrier::arrive(loaded);
+      }
+    };
+    load(0);
+    load(1);
+    for (int step = 0; step < tiles * kSteps; ++step) {
+      int k, h, n;
+      place(step, k, h, n);
+      Barrier::wait(&barriers.ready[group][step % 2], step / 2 % 2);
+      const bool ahead = k >= kTailK;
+      cute::SM90_TMA_STORE_4D::copy(ahead ? &p.ahead : &p.y, pointer(at.buffer(group, step % 2)),
+                                    ahead ? k - kTailK : k, 0, h, n);
+      cute::tma_store_arrive();
+      cute::tma_store_wait<0>();  // the buffer has been read
+      load(step + 2);
+    }
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+  }
+
+  // Accumulators (64 positions x 64 channels) to the operand of a product that sums over these channels.
+  static __device__ void pack(uint32_t (&a)[4][4], int i, int half, float2 v) {
+    a[i / 2][i % 2 * 2 + half] = Pair<T>::narrow(v);
+  }
+
+  // Where the thread's channels 8 * i + ... of a position lie in a buffer.
+  static __device__ uint32_t place(uint32_t buffer, int row, int i) {
+    return buffer + row * kRow + ((i ^ row % 8) * 16) + threadIdx.x % 4 * 4;
+  }
+
+  static __device__ float2 shifted(const float (&d)[32], int i, int half, float2 shift) {
+    return {d[4 * i + 2 * half] + shift.x, d[4 * i + 2 * half + 1] + shift.y};
+  }
+
+  static __device__ void consume(const TailParams& p, const Shared& at, Barriers& barriers, int group) {
+    const int t = threadIdx.x % kWarpGroup, row = 16 * (t / 32) + t % 32 / 4, pitch = p.W + 2;
+    auto channel = [&](const float* shift, int i) {
+      return __ldg(reinterpret_cast<const float2*>(shift + 8 * i + 2 * (t % 4)));
+    };
+    int step = 0;
+    // The step's buffer when it may be written, and when it has been.
+    auto buffer = [&] {
+      Barrier::wait(&barriers.loaded[group][step % 2], step / 2 % 2);
+      return at.buffer(group, step % 2);
+    };
+    auto written = [&] {
+      cutlass::arch::fence_view_async_shared();
+      Barrier::arrive(&barriers.ready[group][step % 2]);
+      ++step;
+    };
+    Barrier::wait(&barriers.weights, 0);
+    uint32_t phase = 0;
+#pragma unroll 1
+    for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
+      Barrier::wait(&barriers.full, phase);
+      phase ^= 1;
+      float d[32], ahead[kAhead / 2];
+      keep(d);
+      begin_products();
+#pragma unroll
+      for (int tap = 0; tap < 9; ++tap) {
+        const uint64_t a = swizzled_matrix(at.halo + ((group + tap / 3) * pitch + tap % 3) * kRow);
+        const uint64_t b = swizzled_matrix(at.w + tap * kTapBytes);
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+          multiply<T, 64>(d, a + k * kNextProduct, b + k * kNextProduct, tap > 0 || k > 0);
+      }
+      end_products();
+      await_products<0>();
+      keep(d);
+      if (t == 0) Barrier::arrive(&barriers.empty);
+      uint32_t h[4][4];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float2 shift = channel(p.shift, i);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) pack(h, i, half, relu(shifted(d, i, half, shift)));
+      }
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        const uint64_t b = swizzled_matrix(at.w3 + part * kTapBytes);
+        keep(d);
+        begin_products();
+#pragma unroll
+        for (int k = 0; k < 4; ++k) multiply<T, 64>(d, h[k], b + k * kNextProduct, k > 0);
+        end_products();
+        await_products<0>();
+        keep(d);
+        const uint32_t to = buffer();
+        uint32_t y[4][4];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const float2 shift = channel(p.shift3 + part * 64, i);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            float2 v = shifted(d, i, half, shift);
+            const uint32_t address = place(to, row + 8 * half, i);
+            const bool kept = row + 8 * half < p.W;
+            if (kept) {
+              const float2 r = Pair<T>::widen(load_shared(address));
+              v.x += r.x, v.y += r.y;
+            }
+            pack(y, i, half, relu(v));
+            if (kept) store_shared(address, y[i / 2][i % 2 * 2 + half]);
+          }
+        }
+        written();
+        const uint64_t b1 = swizzled_matrix(at.w1 + part * kPartBytes);
+        keep(ahead);
+        begin_products();
+#pragma unroll
+        for (int k = 0; k < 4; ++k) multiply<T, kAhead>(ahead, y[k], b1 + k * kNextProduct, part > 0 || k > 0);
+        end_products();
+      }
+      await_products<0>();
+      keep(ahead);
+#pragma unroll
+      for (int part = 0; part < kAhead / kSlice; ++part) {
+        const uint32_t to = buffer();
+        const float(&d1)[32] = reinterpret_cast<const float(&)[32]>(ahead[32 * part]);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const float2 shift = channel(p.shift1 + part * 64, i);
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            if (row + 8 * half < p.W)
+              store_shared(place(to, row + 8 * half, i), Pair<T>::narrow(relu(shifted(d1, i, half, shift))));
+        }
+        written();
+      }
+    }
+  }
+
+  static __device__ void run(const TailParams& p) {
+    extern __shared__ uint8_t memory[];
+    const uint32_t base = cute::cast_smem_ptr_to_uint(memory);
+    const Shared at((base + 1023) / 1024 * 1024);
+    Barriers& barriers = *reinterpret_cast<Barriers*>(memory + (at.end() - base));
+    if (threadIdx.x == 0) {
+      Barrier::init(&barriers.weights, 1);
+      Barrier::init(&barriers.full, 1);
+      Barrier::init(&barriers.empty, 2);
+      for (int i = 0; i < 4; ++i) {
+        Barrier::init(&barriers.loaded[i / 2][i % 2], 1);
+        Barrier::init(&barriers.ready[i / 2][i % 2], kWarpGroup);
+      }
+      cutlass::arch::fence_barrier_init();
+    }
+    __syncthreads();
+    if (threadIdx.x < kWarpGroup) {
+      cutlass::arch::warpgroup_reg_dealloc<40>();
+      const int warp = threadIdx.x / 32;
+      if (threadIdx.x % 32 == 0) {
+        if (warp == 0) move_operands(p, at, barriers);
+        if (warp >= 2) move_results(p, at, barriers, warp - 2);
+      }
+    } else {
+      cutlass::arch::warpgroup_reg_alloc<232>();
+      consume(p, at, barriers, threadIdx.x / kWarpGroup - 1);
+    }
+  }
+};
+
+template <class T, int kAhead>
+__global__ void __launch_bounds__(kTailThreads, 1) tail_kernel(const __grid_constant__ TailParams p) {
+  Tail<T, kAhead>::run(p);
+}
+
+}  // namespace resnet_kernels::sm90

@@ -1,0 +1,25 @@
+// The end of a bottleneck of 64 channels for sm_90a, seen from the host.
+#pragma once
+
+#include <cuda.h>
+
+namespace resnet_kernels::sm90 {
+
+struct TailParams {
+  // x, residual, y, ahead as (N, H, W, channels); w (64, 9, 64), w3 (256, 64), w1 (ahead's channels, 256).
+  CUtensorMap x, w, w3, w1, residual, y, ahead;
+  const float *shift, *shift3, *shift1;
+  int tiles, pairs, W;  // pairs: of rows of an image
+};
+
+constexpr int kTailThreads = 384;
+constexpr int kTailJ = 64, kTailK = 256, kTailColumns = 56;  // channels inside and outside; columns of a row at most
+constexpr int kTailWeights = 9 * 64 * 128, kTailWeights3 = kTailK * 128;
+constexpr int kTailHalo = 4 * (kTailColumns + 2) * 128, kTailBuffer = kTailColumns * 128;
+
+constexpr int tail_shared_bytes(int ahead) {
+  return kTailWeights + kTailWeights3 + ahead * kTailK * 2 + kTailHalo + 4 * kTailBuffer + 128 + 1024;
+}
+static_assert(tail_shared_bytes(128) <= 227 * 1024);
+
+}  // namespace resnet_kernels::sm90

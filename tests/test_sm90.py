@@ -1,0 +1,271 @@
+"""The CUDA C++ kernels for Hopper: what was built, read without a GPU; and, on one, their results."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import resnet_kernels as rk
+from resnet_kernels.backends import extension, sm90
+from resnet_kernels.backends.contract import Call, Geometry, wide
+from resnet_kernels.testing import assert_matches
+
+NHWC = torch.channels_last
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Bytes of shared memory that a block may have on sm_90.
+SHARED = 227 << 10
+
+
+@pytest.fixture(scope="module")
+def library():
+    found, reason = sm90.load()
+    if found is None:
+        module, _ = extension.load()
+        built = module is not None and module.build_info()["cuda"] and "9.0a" in module.build_info()["archs"]
+        assert not built, f"built for 9.0a, but {reason}"
+        pytest.skip(reason)
+    return Path(found._name)
+
+
+def cuobjdump(library, *options):
+    tool = shutil.which("cuobjdump")
+    if tool is None:
+        triton = pytest.importorskip("triton", reason="cuobjdump comes with CUDA or with triton; neither is here")
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([tool, *options, library], capture_output=True, text=True, check=True).stdout
+
+
+def test_tiles_are_those_that_were_built(library):
+    assert sm90.load()[0].resnet_kernels_sm90_tiles().decode().split() == list(sm90.TILES)
+
+
+def test_kernels_have_no_stack_and_the_registers_that_three_warp_groups_can_have(library):
+    resources = r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)"
+    usage = re.findall(resources, cuobjdump(library, "-res-usage"))
+    kinds = [re.search(r"(conv_act|tail|stem)_kernel", name)[1] for name, *_ in usage]
+    assert {kind: kinds.count(kind) for kind in kinds} == {"conv_act": 2 * len(sm90.TILES), "tail": 4, "stem": 2}
+    # 65536 for 384 threads; the warp groups that multiply take more from the one that moves.
+    assert all((int(reg), stack, local) == (168, "0", "0") for _, reg, stack, local in usage)
+
+
+def test_kernels_multiply_by_wgmma_move_by_the_copy_engine_and_keep_nan(library):
+    functions = re.split(r"Function : ", cuobjdump(library, "-sass"))[1:]
+    assert len(functions) == 2 * len(sm90.TILES) + 4 + 2
+    for sass in functions:
+        name = sass.split()[0]
+        assert "HGMMA" in sass and "HMMA." not in sass, name
+        assert "UTMALDG" in sass and "UTMASTG" in sass, name
+        assert "LDL" not in sass and "STL" not in sass, name
+        # fmaxf would make NaN a zero.
+        assert not re.search(r"FMNMX(?!\.NAN)", sass), name
+        # Products that ptxas serializes are awaited one by one.
+        products, waits = len(re.findall(r"HGMMA", sass)), len(re.findall(r"WARPGROUP\.DEPBAR", sass))
+        assert products >= 2 * waits, name
+
+
+def test_shared_memory_fits():
+    for tile in sm90.TILES.values():
+        ring = tile.stages * (tile.positions + tile.channels) * 128
+        # A buffer of the result per warp group.
+        results = 2 * tile.channels * tile.positions * (2 if tile.stages > 3 and tile.positions < 256 else 1)
+        assert ring + results + 1280 <= SHARED
+
+
+def test_what_cannot_run_is_told_before_it_is_launched(monkeypatch):
+    cuda = torch.device("cuda")
+
+    def why_not(shape=(64, 64, 1, 1), geometry=None, dtype=torch.bfloat16, device=cuda, needs=("conv",)):
+        weights = ((shape, geometry or Geometry()),)
+        return sm90.why_not(Call(device, dtype, frozenset(needs), weights))
+
+    monkeypatch.setattr(sm90, "why_not_here", lambda device, dtype: None)
+    assert why_not() is None and why_not((256, 64, 3, 3), Geometry(2, 1)) is None
+    assert "expected bfloat16, float16, got torch.float32" in why_not(dtype=torch.float32)
+    assert "expected tensors on cuda, got cpu" in why_not(device=torch.device("cpu"))
+    assert "not implemented here: lazy" in why_not(needs=("conv", "lazy"))
+    assert "expected one group, got 2" in why_not((64, 32, 3, 3), Geometry(1, 1, 1, 2))
+    assert "expected channels in multiples of 8, got 12 and 64" in why_not((64, 12, 1, 1))
+    assert "stride up to 8" in why_not((64, 64, 3, 3), Geometry(9, 1))
+    assert "reach of the filter" in why_not((64, 64, 3, 3), Geometry(1, 64, 64))
+
+
+def test_a_missing_library_is_a_reason(monkeypatch, tmp_path):
+    monkeypatch.setattr(sm90, "__file__", str(tmp_path / "backends" / "sm90.py"))
+    assert "were not built" in sm90.load.__wrapped__()[1]
+    (tmp_path / "_sm90.so").write_text("no library")
+    assert "do not load" in sm90.load.__wrapped__()[1]
+
+
+def test_the_stem_tells_what_it_cannot_take():
+    stem, g = (64, 3, 7, 7), Geometry(2, 3)
+    assert sm90.why_not_stem(stem, g, 224) is None
+    assert "even image width up to 224, got 225" in sm90.why_not_stem(stem, g, 225)
+    assert "even image width up to 224, got 226" in sm90.why_not_stem(stem, g, 226)
+    assert "7x7 convolution of stride 2" in sm90.why_not_stem((64, 3, 3, 3), Geometry(2, 1), 224)
+
+
+def draw(*sizes, dtype, scale=1.0):
+    t = (torch.randn(sizes, device="cuda") * scale).to(dtype)
+    return t.contiguous(memory_format=NHWC) if len(sizes) == 4 else t
+
+
+def krsc(weight):
+    return weight.permute(0, 2, 3, 1).contiguous()
+
+
+def chain(x, weight, g, scale=None, shift=None, second=None, residual=None, relu=False):
+    """What a user would write, every result rounded to x's dtype."""
+    per_channel = [None if t is None else t.to(wide(x.dtype))[:, None, None] for t in (scale, shift)]
+    t = F.conv2d(x, weight, None, *g)
+    if per_channel[0] is not None:
+        t = (t * per_channel[0]).to(x.dtype)
+    if per_channel[1] is not None:
+        t = (t + per_channel[1]).to(x.dtype)
+    if second is not None:
+        t = t + F.conv2d(*second)
+    if residual is not None:
+        t = t + residual
+    return torch.relu(t) if relu else t
+
+
+# x (N, C, H, W), K, filter, geometry, what is added: odd sizes, tails of tiles, slices of channels that are not full.
+CONVS = {
+    "1x1": ((5, 64, 7, 7), 136, 1, Geometry(), "residual relu"),
+    "1x1-one-pixel": ((3, 8, 1, 1), 8, 1, Geometry(), "shift"),
+    "1x1-wide": ((2, 264, 9, 5), 512, 1, Geometry(), "shift residual relu"),
+    "1x1-two": ((3, 64, 13, 13), 256, 1, Geometry(), "second shift relu"),
+    "1x1-two-odd": ((2, 72, 5, 11), 80, 1, Geometry(), "second residual"),
+    "3x3": ((3, 40, 9, 9), 72, 3, Geometry(1, 1), "scale shift relu"),
+    "3x3-down": ((2, 72, 11, 10), 64, 3, Geometry(2, 1), "shift residual relu"),
+    "3x3-dilated": ((2, 64, 12, 9), 128, 3, Geometry(1, 2, 2), "scale shift"),
+    "3x3-no-padding": ((1, 192, 6, 5), 320, 3, Geometry(), "residual"),
+    "5x5": ((2, 16, 13, 7), 24, 5, Geometry(1, 2), "shift relu"),
+    "2x2-stride-3": ((2, 128, 10, 8), 64, 2, Geometry(3, 0), ""),
+    "many-tiles": ((64, 64, 28, 28), 256, 3, Geometry(1, 1), "shift residual relu"),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("name", CONVS)
+@pytest.mark.parametrize("tile", sm90.TILES)
+def test_conv_act(tile, name, dtype, poisoned):
+    sizes, K, R, g, what = CONVS[name]
+    x, weight = draw(*sizes, dtype=dtype), draw(K, sizes[1], R, R, dtype=dtype, scale=(sizes[1] * R * R) ** -0.5)
+    P, Q = (g.output_size(n, R) for n in sizes[2:])
+    scale, shift = (torch.randn(K, device="cuda") if part in what else None for part in ("scale", "shift"))
+    residual = draw(sizes[0], K, P, Q, dtype=dtype) if "residual" in what else None
+    second = None
+    if "second" in what:
+        # A view: what a projection of stride 2 samples.
+        x2, weight2 = draw(sizes[0], 136, 2 * P, 2 * Q, dtype=dtype), draw(K, 136, 1, 1, dtype=dtype, scale=0.1)
+        second = (x2[:, :, ::2, ::2], weight2)
+    y = torch.empty(sizes[0], K, P, Q, device="cuda", dtype=dtype).to(memory_format=NHWC)
+    packed = None if second is None else (second[0], krsc(second[1]))
+    run = (x, krsc(weight), y, g, tile, scale, shift, packed, residual, "relu" in what)
+    sm90.conv_act(*run)
+    eager = chain(x, weight, g, scale, shift, second, residual, "relu" in what)
+    double = [None if t is None else t.double() for t in (scale, shift)]
+    exact = chain(
+        x.double(), weight.double(), g, *double, second and tuple(t.double() for t in second),
+        None if residual is None else residual.double(), "relu" in what,
+    )  # fmt: skip
+    assert_matches(y, eager, exact, weight[0].numel())
+    first = y.clone()
+    sm90.conv_act(*run)
+    assert torch.equal(y, first), "another result the second time"
+
+
+@pytest.mark.gpu
+def test_conv_act_reads_views_and_keeps_nan():
+    whole = draw(4, 64, 20, 24, dtype=torch.bfloat16)
+    whole[1, 5, 6, 8] = float("nan")
+    x, weight = whole[1:3, :, 2:17, 4::2], draw(128, 64, 3, 3, dtype=torch.bfloat16, scale=0.04)
+    y = torch.empty(2, 128, 15, 10, device="cuda", dtype=x.dtype).to(memory_format=NHWC)
+    shift = torch.randn(128, device="cuda")
+    sm90.conv_act(x, krsc(weight), y, Geometry(1, 1), "turn128x128", shift=shift, relu=True)
+    eager = chain(x, weight, Geometry(1, 1), shift=shift, relu=True)
+    exact = chain(x.double(), weight.double(), Geometry(1, 1), shift=shift.double(), relu=True)
+    assert torch.equal(y.isnan(), exact.isnan()) and y.isnan().any()
+    assert_matches(y, eager, exact, 576)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("ahead", sm90.TAIL_AHEAD)
+@pytest.mark.parametrize("N, H, W", [(3, 56, 56), (2, 5, 7), (1, 1, 1), (40, 15, 56)])
+def test_tail(N, H, W, ahead, dtype, poisoned):
+    x, residual = torch.relu(draw(N, 64, H, W, dtype=dtype)), draw(N, 256, H, W, dtype=dtype)
+    if W > 8:
+        x[0, 3, 2, 8] = float("nan")
+    shapes = [(64, 64, 3, 3), (256, 64, 1, 1), (ahead, 256, 1, 1)]
+    weights = [draw(*s, dtype=dtype, scale=(s[1] * s[2] * s[3]) ** -0.5) for s in shapes]
+    shifts = [torch.randn(s[0], device="cuda") for s in shapes]
+    y, after = (torch.empty(N, K, H, W, device="cuda", dtype=dtype).to(memory_format=NHWC) for K in (256, ahead))
+    run = (x, tuple(map(krsc, weights)), tuple(shifts), residual, y, after)
+    sm90.tail(*run)
+
+    def plain(x, residual, weights, shifts):
+        h = chain(x, weights[0], Geometry(1, 1), shift=shifts[0], relu=True)
+        t = chain(h, weights[1], Geometry(), shift=shifts[1], residual=residual, relu=True)
+        return t, chain(t, weights[2], Geometry(), shift=shifts[2], relu=True)
+
+    eager = plain(x, residual, weights, shifts)
+    exact = plain(x.double(), residual.double(), [w.double() for w in weights], [s.double() for s in shifts])
+    for got, e, d in zip((y, after), eager, exact, strict=True):
+        assert torch.equal(got.isnan(), d.isnan())
+        assert_matches(got, e, d, 576)
+    first = y.clone(), after.clone()
+    sm90.tail(*run)
+    assert torch.equal(y.nan_to_num(), first[0].nan_to_num()) and torch.equal(after.nan_to_num(), first[1].nan_to_num())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("N, H, W", [(3, 224, 224), (2, 50, 38), (1, 7, 2), (5, 65, 222), (40, 33, 64)])
+def test_stem(N, H, W, dtype, poisoned):
+    image, weight = draw(N, 3, H, W, dtype=dtype), draw(64, 3, 7, 7, dtype=dtype, scale=147**-0.5)
+    if H > 8:
+        image[0, 1, 5, 4] = float("nan")
+    shift = torch.randn(64, device="cuda")
+    x = torch.zeros(N, 4, H, W, device="cuda", dtype=dtype).to(memory_format=NHWC)
+    x[:, :3] = image
+    packed = torch.full((64, 7, 8, 4), float("nan"), device="cuda", dtype=dtype)
+    packed[:, :, :7] = F.pad(weight, (0, 0, 0, 0, 0, 1)).permute(0, 2, 3, 1)
+
+    def plain(image, weight, shift):
+        return F.max_pool2d(chain(image, weight, Geometry(2, 3), shift=shift, relu=True), 3, 2, 1)
+
+    exact = plain(image.double(), weight.double(), shift.double())
+    y = torch.empty(exact.shape, device="cuda", dtype=dtype).to(memory_format=NHWC)
+    sm90.stem(x, packed.flatten(2), shift, y)
+    assert torch.equal(y.isnan(), exact.isnan())
+    assert_matches(y, plain(image, weight, shift), exact, 147)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block", ["bottleneck", "projection"])
+def test_the_backend_by_name_runs_blocks(block):
+    from torchvision.models import resnet
+
+    down = torch.nn.Sequential(torch.nn.Conv2d(64, 256, 1, 2, bias=False), torch.nn.BatchNorm2d(256))
+    module = resnet.Bottleneck(64, 64, 2, down) if block == "projection" else resnet.Bottleneck(256, 64)
+    module = module.cuda().eval().bfloat16()
+    x = draw(3, 64 if block == "projection" else 256, 13, 15, dtype=torch.bfloat16)
+    with torch.no_grad():
+        eager, exact = module(x), module.double()(x.double())
+        module.bfloat16()
+        with rk.use_backend("sm90"):
+            y = rk.replace_blocks(module)(x)
+    assert_matches(y, eager, exact, 576)
+
+
+@pytest.mark.gpu
+def test_a_launch_that_fails_is_named():
+    x, w = draw(1, 64, 3, 3, dtype=torch.bfloat16), draw(64, 1, 1, 64, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="sm90 conv_act: no tensor map of y"):
+        sm90.conv_act(x, w, torch.empty_like(x)[:, 1:], Geometry(), "turn128x64")
