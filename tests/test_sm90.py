@@ -46,15 +46,15 @@ def test_tiles_are_those_that_were_built(library):
 def test_kernels_have_no_stack_and_the_registers_that_three_warp_groups_can_have(library):
     resources = r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)"
     usage = re.findall(resources, cuobjdump(library, "-res-usage"))
-    kinds = [re.search(r"(conv_act|tail|stem)_kernel", name)[1] for name, *_ in usage]
-    assert {kind: kinds.count(kind) for kind in kinds} == {"conv_act": 2 * len(sm90.TILES), "tail": 4, "stem": 2}
+    kinds = [re.search(r"(conv_act|tail|pair|stem)_kernel", name)[1] for name, *_ in usage]
+    assert {kind: kinds.count(kind) for kind in kinds} == {"conv_act": 2 * len(sm90.TILES), "tail": 4, "pair": 6, "stem": 2}
     # 65536 for 384 threads; the warp groups that multiply take more from the one that moves.
     assert all((int(reg), stack, local) == (168, "0", "0") for _, reg, stack, local in usage)
 
 
 def test_kernels_multiply_by_wgmma_move_by_the_copy_engine_and_keep_nan(library):
     functions = re.split(r"Function : ", cuobjdump(library, "-sass"))[1:]
-    assert len(functions) == 2 * len(sm90.TILES) + 4 + 2
+    assert len(functions) == 2 * len(sm90.TILES) + 4 + 6 + 2
     for sass in functions:
         name = sass.split()[0]
         assert "HGMMA" in sass and "HMMA." not in sass, name

@@ -42,6 +42,17 @@ struct ResnetKernelsTail {
 };
 const char* resnet_kernels_sm90_tail(const ResnetKernelsTail*, void* stream);
 
+// The last convolution of a bottleneck and the first of the next: y = relu(x w3^T + shift3 + residual), rounded, ahead =
+// relu(y w1^T + shift1). x (M, J), residual and y (M, K), ahead (M, ahead_channels), w3 (K, J), w1 (ahead_channels, K);
+// all contiguous; J and ahead_channels 128 and 128, 128 and 256, or 256 and 256; K in multiples of 64.
+struct ResnetKernelsPair {
+  const void *x, *w3, *w1, *residual;
+  void *y, *ahead;
+  const float *shift3, *shift1;
+  int32_t M, J, K, ahead_channels, half, multiprocessors;
+};
+const char* resnet_kernels_sm90_pair(const ResnetKernelsPair*, void* stream);
+
 // Names of conv_act's tiles, separated by spaces, in the order of their numbers.
 const char* resnet_kernels_sm90_tiles();
 }

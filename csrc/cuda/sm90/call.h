@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstdlib>
 #include <exception>
 #include <stdexcept>
 #include <string>
@@ -18,7 +19,14 @@ void run(const void* kernel, int blocks, int threads, int bytes, Params& params,
   if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
     throw std::runtime_error("no " + std::to_string(bytes) + " bytes of shared memory: " + cudaGetErrorString(error));
   void* arguments[] = {&params};
-  if (const auto error = cudaLaunchKernel(kernel, dim3(blocks), dim3(threads), arguments, bytes, stream))
+  // Its blocks may begin before the kernel ahead of it in the stream has ended: they wait themselves.
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks), config.blockDim = dim3(threads), config.dynamicSmemBytes = bytes;
+  config.stream = stream, config.attrs = &early, config.numAttrs = std::getenv("NO_PDL") ? 0 : 1;
+  if (const auto error = cudaLaunchKernelExC(&config, kernel, arguments))
     throw std::runtime_error(std::string("the launch failed: ") + cudaGetErrorString(error));
 }
 

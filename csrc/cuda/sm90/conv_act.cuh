@@ -45,6 +45,7 @@ struct ConvAct {
 
   static __device__ void move_operands(const ConvParams& p, uint32_t ring, Barriers& barriers) {
     Ring<kStages> at;
+    await_previous();
     for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
       const int k0 = tile % p.k_tiles * kColumns, m0 = tile / p.k_tiles * kPositions;
       const int q = m0 % p.Q, row = m0 / p.Q, i = row % p.P, n = row / p.P;
@@ -79,6 +80,7 @@ struct ConvAct {
   static __device__ void move_results(const ConvParams& p, uint32_t buffer, Barriers& barriers, int group) {
     uint64_t* const loaded = &barriers.loaded[group];
     uint32_t phase = 0;
+    await_previous();
     for (int tile = first_tile(group); tile < p.tiles; tile = next_tile(tile)) {
       const int k0 = tile % p.k_tiles * kColumns;
       const int m0 = tile / p.k_tiles * kPositions + (kInTurn ? 0 : group * kRows);
@@ -202,6 +204,7 @@ struct ConvAct {
       Barrier::arrive(&barriers.turn[0]);
     }
     __syncthreads();
+    let_next_begin();
     if (threadIdx.x < kWarpGroup) {
       cutlass::arch::warpgroup_reg_dealloc<40>();
       const int warp = threadIdx.x / 32;

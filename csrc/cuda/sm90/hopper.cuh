@@ -67,6 +67,7 @@ struct ProductOfRegisters;
 RESNET_KERNELS_PRODUCT(64)
 RESNET_KERNELS_PRODUCT(112)
 RESNET_KERNELS_PRODUCT(128)
+RESNET_KERNELS_PRODUCT(256)
 #undef RESNET_KERNELS_PRODUCT
 
 template <class T, int kColumns, size_t... I>
@@ -106,6 +107,11 @@ __device__ inline void keep(float (&d)[kColumns]) {
 #pragma unroll
   for (float& v : d) cute::warpgroup_fence_operand(v);
 }
+
+// Kernels of ours that follow each other overlap: the next one's blocks may begin where one of this has ended, and wait
+// before they touch what this or an earlier one writes or reads.
+__device__ inline void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
+__device__ inline void await_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // NaN stays NaN: written as a selection and not as fmaxf, which would make it 0.
 __device__ inline float relu(float v) { return v <= 0.f ? 0.f : v; }

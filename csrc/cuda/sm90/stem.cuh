@@ -49,6 +49,7 @@ struct Stem {
 
   static __device__ void move_rows(const StemParams& p, uint32_t ring, uint64_t* full, uint64_t* empty, int group) {
     Ring<kStemStages> at;
+    await_previous();
     for (int index = first_strip(group); index < p.images * p.strips; index += 2 * gridDim.x) {
       const Strip strip(p, index);
       // A convolution row sees 7 input rows, of which the last is in the fourth stage.
@@ -188,6 +189,7 @@ struct Stem {
       cutlass::arch::fence_barrier_init();
     }
     __syncthreads();
+    let_next_begin();
     if (threadIdx.x < kWarpGroup) {
       cutlass::arch::warpgroup_reg_dealloc<40>();
       const int warp = threadIdx.x / 32;

@@ -17,7 +17,7 @@
 // Moves: x once (each row twice from L2), residual once, y and ahead once; the weights once per multiprocessor.
 #pragma once
 
-#include "cuda/sm90/hopper.cuh"
+#include "cuda/sm90/handover.cuh"
 #include "cuda/sm90/tail.h"
 
 namespace resnet_kernels::sm90 {
@@ -30,7 +30,7 @@ struct Tail {
 
   struct Barriers {
     uint64_t weights, full, empty;
-    uint64_t loaded[2][2], ready[2][2];  // of a warp group's buffer: it holds the residual, or is free; it holds results
+    StepBarriers steps[2];  // of the warp groups
   };
   static_assert(sizeof(Barriers) <= 128);
 
@@ -42,7 +42,6 @@ struct Tail {
           w1(w3 + kTailWeights3),
           halo(w1 + kParts * kPartBytes),
           buffers(halo + kTailHalo) {}
-    __device__ uint32_t buffer(int group, int i) const { return buffers + (2 * group + i) * kTailBuffer; }
     __device__ uint32_t end() const { return buffers + 4 * kTailBuffer; }
   };
 
@@ -59,6 +58,7 @@ struct Tail {
       cute::SM90_TMA_LOAD_2D::copy(&p.w1, &barriers.weights, kNoHint, pointer(at.w1 + part * kPartBytes), part * 64, 0);
     }
     uint32_t phase = 1;
+    await_previous();
     for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
       Barrier::wait(&barriers.empty, phase);
       phase ^= 1;
@@ -68,71 +68,35 @@ struct Tail {
     }
   }
 
-  // Step n of a warp group, over all its tiles, uses buffer n % 2.
-  static __device__ void move_results(const TailParams& p, const Shared& at, Barriers& barriers, int group) {
+  static __device__ void move_results(const TailParams& p, uint32_t buffers, StepBarriers& barriers, int group) {
     const int tiles = (p.tiles - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) / gridDim.x;
-    auto place = [&](int step, int& k, int& h, int& n) {
+    auto of = [&](int step, auto use) {
       const int tile = blockIdx.x + step / kSteps * gridDim.x;
-      k = step % kSteps * kSlice, h = tile % p.pairs * 2 + group, n = tile / p.pairs;
+      use(step % kSteps * kSlice, tile % p.pairs * 2 + group, tile / p.pairs, buffers + step % 2 * kTailBuffer);
     };
-    auto load = [&](int step) {
-      if (step >= tiles * kSteps) return;
-      int k, h, n;
-      place(step, k, h, n);
-      uint64_t* const loaded = &barriers.loaded[group][step % 2];
-      if (k < kTailK) {
-        BytesBarrier::arrive_and_expect_tx(loaded, p.W * kRow);
-        cute::SM90_TMA_LOAD_4D::copy(&p.residual, loaded, kOnce, pointer(at.buffer(group, step % 2)), k, 0, h, n);
-      } else {
-        Barrier::arrive(loaded);
-      }
+    auto load = [&](int step, uint64_t* loaded) {
+      of(step, [&](int k, int h, int n, uint32_t buffer) {
+        if (k < kTailK) {
+          BytesBarrier::arrive_and_expect_tx(loaded, p.W * kRow);
+          cute::SM90_TMA_LOAD_4D::copy(&p.residual, loaded, kOnce, pointer(buffer), k, 0, h, n);
+        } else {
+          Barrier::arrive(loaded);
+        }
+      });
     };
-    load(0);
-    load(1);
-    for (int step = 0; step < tiles * kSteps; ++step) {
-      int k, h, n;
-      place(step, k, h, n);
-      Barrier::wait(&barriers.ready[group][step % 2], step / 2 % 2);
-      const bool ahead = k >= kTailK;
-      cute::SM90_TMA_STORE_4D::copy(ahead ? &p.ahead : &p.y, pointer(at.buffer(group, step % 2)),
-                                    ahead ? k - kTailK : k, 0, h, n);
-      cute::tma_store_arrive();
-      cute::tma_store_wait<0>();  // the buffer has been read
-      load(step + 2);
-    }
-    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-  }
-
-  // Accumulators (64 positions x 64 channels) to the operand of a product that sums over these channels.
-  static __device__ void pack(uint32_t (&a)[4][4], int i, int half, float2 v) {
-    a[i / 2][i % 2 * 2 + half] = Pair<T>::narrow(v);
-  }
-
-  // Where the thread's channels 8 * i + ... of a position lie in a buffer.
-  static __device__ uint32_t place(uint32_t buffer, int row, int i) {
-    return buffer + row * kRow + ((i ^ row % 8) * 16) + threadIdx.x % 4 * 4;
-  }
-
-  static __device__ float2 shifted(const float (&d)[32], int i, int half, float2 shift) {
-    return {d[4 * i + 2 * half] + shift.x, d[4 * i + 2 * half + 1] + shift.y};
+    auto store = [&](int step) {
+      of(step, [&](int k, int h, int n, uint32_t buffer) {
+        const bool ahead = k >= kTailK;
+        cute::SM90_TMA_STORE_4D::copy(ahead ? &p.ahead : &p.y, pointer(buffer), ahead ? k - kTailK : k, 0, h, n);
+      });
+    };
+    await_previous();
+    move_steps(tiles * kSteps, barriers, load, store);
   }
 
   static __device__ void consume(const TailParams& p, const Shared& at, Barriers& barriers, int group) {
-    const int t = threadIdx.x % kWarpGroup, row = 16 * (t / 32) + t % 32 / 4, pitch = p.W + 2;
-    auto channel = [&](const float* shift, int i) {
-      return __ldg(reinterpret_cast<const float2*>(shift + 8 * i + 2 * (t % 4)));
-    };
-    int step = 0;
-    // The step's buffer when it may be written, and when it has been.
-    auto buffer = [&] {
-      Barrier::wait(&barriers.loaded[group][step % 2], step / 2 % 2);
-      return at.buffer(group, step % 2);
-    };
-    auto written = [&] {
-      cutlass::arch::fence_view_async_shared();
-      Barrier::arrive(&barriers.ready[group][step % 2]);
-      ++step;
-    };
+    const int pitch = p.W + 2;
+    Steps steps(barriers.steps[group], at.buffers + 2 * group * kTailBuffer, kTailBuffer);
     Barrier::wait(&barriers.weights, 0);
     uint32_t phase = 0;
 #pragma unroll 1
@@ -153,13 +117,13 @@ struct Tail {
       end_products();
       await_products<0>();
       keep(d);
-      if (t == 0) Barrier::arrive(&barriers.empty);
+      if (threadIdx.x % kWarpGroup == 0) Barrier::arrive(&barriers.empty);
       uint32_t h[4][4];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const float2 shift = channel(p.shift, i);
+        const float2 shift = channels(p.shift, i);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) pack(h, i, half, relu(shifted(d, i, half, shift)));
+        for (int half = 0; half < 2; ++half) hand_over<T>(h, i, half, relu(shifted(d, i, half, shift)));
       }
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
@@ -171,25 +135,9 @@ struct Tail {
         end_products();
         await_products<0>();
         keep(d);
-        const uint32_t to = buffer();
         uint32_t y[4][4];
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const float2 shift = channel(p.shift3 + part * 64, i);
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            float2 v = shifted(d, i, half, shift);
-            const uint32_t address = place(to, row + 8 * half, i);
-            const bool kept = row + 8 * half < p.W;
-            if (kept) {
-              const float2 r = Pair<T>::widen(load_shared(address));
-              v.x += r.x, v.y += r.y;
-            }
-            pack(y, i, half, relu(v));
-            if (kept) store_shared(address, y[i / 2][i % 2 * 2 + half]);
-          }
-        }
-        written();
+        finish_part<T>(d, p.shift3 + part * kSlice, steps.buffer(), p.W, y);
+        steps.next();
         const uint64_t b1 = swizzled_matrix(at.w1 + part * kPartBytes);
         keep(ahead);
         begin_products();
@@ -199,20 +147,7 @@ struct Tail {
       }
       await_products<0>();
       keep(ahead);
-#pragma unroll
-      for (int part = 0; part < kAhead / kSlice; ++part) {
-        const uint32_t to = buffer();
-        const float(&d1)[32] = reinterpret_cast<const float(&)[32]>(ahead[32 * part]);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const float2 shift = channel(p.shift1 + part * 64, i);
-#pragma unroll
-          for (int half = 0; half < 2; ++half)
-            if (row + 8 * half < p.W)
-              store_shared(place(to, row + 8 * half, i), Pair<T>::narrow(relu(shifted(d1, i, half, shift))));
-        }
-        written();
-      }
+      finish_last<T, kAhead>(ahead, p.shift1, p.W, steps);
     }
   }
 
@@ -225,19 +160,17 @@ struct Tail {
       Barrier::init(&barriers.weights, 1);
       Barrier::init(&barriers.full, 1);
       Barrier::init(&barriers.empty, 2);
-      for (int i = 0; i < 4; ++i) {
-        Barrier::init(&barriers.loaded[i / 2][i % 2], 1);
-        Barrier::init(&barriers.ready[i / 2][i % 2], kWarpGroup);
-      }
+      for (StepBarriers& steps : barriers.steps) steps.init();
       cutlass::arch::fence_barrier_init();
     }
     __syncthreads();
+    let_next_begin();
     if (threadIdx.x < kWarpGroup) {
       cutlass::arch::warpgroup_reg_dealloc<40>();
       const int warp = threadIdx.x / 32;
       if (threadIdx.x % 32 == 0) {
         if (warp == 0) move_operands(p, at, barriers);
-        if (warp >= 2) move_results(p, at, barriers, warp - 2);
+        if (warp >= 2) move_results(p, at.buffers + 2 * (warp - 2) * kTailBuffer, barriers.steps[warp - 2], warp - 2);
       }
     } else {
       cutlass::arch::warpgroup_reg_alloc<232>();

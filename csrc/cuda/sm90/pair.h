@@ -1,0 +1,28 @@
+// The last convolution of a bottleneck with the first of the next for sm_90a, seen from the host.
+#pragma once
+
+#include <cuda.h>
+
+namespace resnet_kernels::sm90 {
+
+struct PairParams {
+  CUtensorMap x, residual, y, ahead;  // (M, channels)
+  CUtensorMap w3, w1;                 // (K, J) and (ahead's channels, K)
+  const float *shift3, *shift1;
+  int tiles, parts;  // of 128 positions; of 64 channels of y
+};
+
+// Channels inside and of the next block's first convolution; buffers of x; slots of the weights' ring.
+struct PairShape {
+  int inside, ahead, tiles, slots;
+};
+
+constexpr int kPairThreads = 384, kPairRows = 128, kPairBuffer = 64 * 128;
+
+constexpr int pair_tile_bytes(PairShape s) { return kPairRows * s.inside * 2; }
+constexpr int pair_slot_bytes(PairShape s) { return 64 * 2 * (s.inside > s.ahead ? s.inside : s.ahead); }
+constexpr int pair_shared_bytes(PairShape s) {
+  return s.tiles * pair_tile_bytes(s) + s.slots * pair_slot_bytes(s) + 4 * kPairBuffer + 256 + 1024;
+}
+
+}  // namespace resnet_kernels::sm90
