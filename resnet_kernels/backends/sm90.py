@@ -2,7 +2,8 @@
 their plan and what was measured.
 
     conv_act  a convolution with scale, shift, a second 1x1 product, residual and ReLU
-    tail      a bottleneck's 3x3 and last 1x1, and the next block's first convolution, of 64 channels
+    pair      a bottleneck's last 1x1 and the next block's first convolution
+    tail      a bottleneck's 3x3 with these two, of 64 channels
     stem      a ResNet's 7x7 convolution with shift, ReLU and max pooling
 
 As a backend of its own it is chosen by name; the Triton backend takes single kernels from here where they are faster.
@@ -32,12 +33,13 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Of conv_act: output positions and channels that a block computes at a time, and steps of 64 input channels in
-    flight."""
+    """Of conv_act: output positions and channels that a block computes at a time, steps of 64 input channels in flight,
+    and how many blocks share what they read of the weight."""
 
     positions: int
     channels: int
     stages: int
+    blocks: int = 1
 
 
 # As csrc/cuda/sm90/conv_act_tiles.h has them, in order. "turn": two warp groups with a tile each, one multiplies while
@@ -45,10 +47,10 @@ class Tile:
 TILES = {
     "turn128x128": Tile(128, 128, 4),
     "turn128x64": Tile(128, 64, 6),
-    "turn64x256": Tile(64, 256, 4),
-    "both128x128": Tile(256, 128, 3),
     "both64x256": Tile(128, 256, 3),
-    "both128x64": Tile(256, 64, 4),
+    "shared_turn128x128": Tile(128, 128, 4, 2),
+    "shared_both128x128": Tile(256, 128, 3, 2),
+    "shared_both64x256": Tile(128, 256, 3, 2),
 }
 
 
@@ -83,6 +85,15 @@ class _Tail(ctypes.Structure):
     ]
 
 
+class _Pair(ctypes.Structure):
+    """ResnetKernelsPair."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in "x w3 w1 residual y ahead shift3 shift1".split()),
+        *((name, ctypes.c_int32) for name in "M J K ahead_channels half multiprocessors".split()),
+    ]
+
+
 @functools.cache
 def load() -> tuple[Any, str | None]:
     """(the library, None), or (None, why there is none)."""
@@ -96,7 +107,7 @@ def load() -> tuple[Any, str | None]:
         library = ctypes.CDLL(str(built[0]))
     except OSError as error:
         return None, f"the kernels for sm_90a do not load: {error}"
-    for name in ("conv_act", "tail", "stem"):
+    for name in ("conv_act", "pair", "tail", "stem"):
         function = getattr(library, f"resnet_kernels_sm90_{name}")
         function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_char_p
     library.resnet_kernels_sm90_tiles.restype = ctypes.c_char_p
@@ -225,6 +236,41 @@ def conv_act(
     if x2 is not None:
         call.x2_strides, call.C2 = nhwc_strides(x2), x2.shape[1]
     _run("conv_act", call, x.device)
+
+
+# What `pair` is built for: channels inside, and of the next block's first convolution. Outside are multiples of 64.
+PAIRS = ((128, 128), (128, 256), (256, 256))
+
+
+def pair(
+    x: Tensor,
+    weights: tuple[Tensor, Tensor],
+    shifts: tuple[Tensor, Tensor],
+    residual: Tensor,
+    y: Tensor,
+    ahead: Tensor,
+) -> None:
+    """y = relu(x w3^T + shift3 + residual), ahead = relu(y w1^T + shift1); sums in fp32, y and ahead rounded.
+
+    x: (N, J, H, W). weights: w3 (K, 1, 1, J), w1 (J1, 1, 1, K), contiguous, (J, J1) in `PAIRS`. shifts: fp32. residual,
+    y: (N, K, H, W); ahead: (N, J1, H, W). Maps channels_last. y and ahead are to be written.
+    """
+    N, J, H, W = x.shape
+    call = _Pair(
+        x=_pointer(x),
+        residual=_pointer(residual),
+        y=_pointer(y),
+        ahead=_pointer(ahead),
+        M=N * H * W,
+        J=J,
+        K=y.shape[1],
+        ahead_channels=ahead.shape[1],
+        half=x.dtype == torch.float16,
+        multiprocessors=_multiprocessors(x.device),
+    )
+    call.w3, call.w1 = map(_pointer, weights)
+    call.shift3, call.shift1 = map(_pointer, shifts)
+    _run("pair", call, x.device)
 
 
 # What `tail` is built for: channels inside, outside and of the next block's first convolution; columns of a map.

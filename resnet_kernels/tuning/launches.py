@@ -26,12 +26,14 @@ Problem = Convolution | Tail
 
 
 def problems_of(launches: Iterable[Launch]) -> Iterator[Problem]:
-    """What the recorded launches compute; a tail's convolutions by themselves before it, which it is compared with."""
+    """What the recorded launches compute, or might compute together; a tail's convolutions by themselves before it, which
+    it is compared with."""
     for launch in launches:
-        if isinstance(launch.problem, Tail):
-            yield from launch.problem.parts
-        if launch.problem is not None:  # a pass and a stem have one way only
-            yield launch.problem
+        for problem in (launch.problem, launch.within):
+            if isinstance(problem, Tail):
+                yield from problem.parts
+            if problem is not None:  # a pass and a stem have one way only
+                yield problem
 
 
 def materialize(problem: Problem, device: torch.device) -> Problem:

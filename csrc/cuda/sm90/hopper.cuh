@@ -6,6 +6,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 #include <cute/arch/mma_sm90_gmma.hpp>
@@ -51,6 +52,7 @@ struct Product;
   template <>                                                                                                        \
   struct Product<__half, N> : cute::SM90::GMMA::MMA_64x##N##x16_F32F16F16_SS<Major::K, Major::K> {};
 RESNET_KERNELS_PRODUCT(64)
+RESNET_KERNELS_PRODUCT(112)
 RESNET_KERNELS_PRODUCT(128)
 RESNET_KERNELS_PRODUCT(256)
 #undef RESNET_KERNELS_PRODUCT
@@ -65,7 +67,6 @@ struct ProductOfRegisters;
   template <>                                                                                                        \
   struct ProductOfRegisters<__half, N> : cute::SM90::GMMA::MMA_64x##N##x16_F32F16F16_RS<Major::K, Major::K> {};
 RESNET_KERNELS_PRODUCT(64)
-RESNET_KERNELS_PRODUCT(112)
 RESNET_KERNELS_PRODUCT(128)
 RESNET_KERNELS_PRODUCT(256)
 #undef RESNET_KERNELS_PRODUCT
@@ -102,19 +103,73 @@ template <int kLeft>
 __device__ inline void await_products() {
   cute::warpgroup_wait<kLeft>();
 }
-template <int kColumns>
-__device__ inline void keep(float (&d)[kColumns]) {
-#pragma unroll
-  for (float& v : d) cute::warpgroup_fence_operand(v);
+// Accumulators that products still write, or have just written, as the compiler is to see them. A fold and not a loop:
+// what is indexed before loops are unrolled may end on the stack.
+template <size_t... I, int kValues>
+__device__ __forceinline__ void keep(float (&d)[kValues], std::index_sequence<I...>) {
+  (cute::warpgroup_fence_operand(d[I]), ...);
 }
+template <int kValues>
+__device__ __forceinline__ void keep(float (&d)[kValues]) {
+  keep(d, std::make_index_sequence<kValues>{});
+}
+
+// kBlocks blocks, one a multiprocessor, that share what the copy engine brings to all of them: it reads L2 once. Their
+// barriers lie at the same place in each.
+template <int kBlocks>
+struct Cluster {
+  static constexpr uint64_t kNoHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+  static constexpr uint16_t kAll = (1 << kBlocks) - 1;
+
+  static __device__ int rank() { return kBlocks == 1 ? 0 : cute::block_rank_in_cluster(); }
+  // Among the grid's clusters.
+  static __device__ int index() { return blockIdx.x / kBlocks; }
+  static __device__ int count() { return gridDim.x / kBlocks; }
+  // All threads of all its blocks, and what they wrote.
+  static __device__ void sync() {
+    if constexpr (kBlocks == 1) {
+      __syncthreads();
+    } else {
+      __syncwarp();
+      cute::cluster_sync();
+    }
+  }
+  // At every block's barrier.
+  static __device__ void arrive(uint64_t* barrier) {
+    if constexpr (kBlocks == 1)
+      Barrier::arrive(barrier);
+    else
+      for (int block = 0; block < kBlocks; ++block) Barrier::arrive(barrier, block, 1);
+  }
+  // A box to the same place in every block, whose barriers hear of it.
+  static __device__ void bring(const CUtensorMap& map, uint64_t* barrier, uint32_t to, int c0, int c1) {
+    void* const place = __cvta_shared_to_generic(to);
+    if constexpr (kBlocks == 1)
+      cute::SM90_TMA_LOAD_2D::copy(&map, barrier, kNoHint, place, c0, c1);
+    else
+      cute::SM90_TMA_LOAD_MULTICAST_2D::copy(&map, barrier, kAll, kNoHint, place, c0, c1);
+  }
+  static __device__ void bring(const CUtensorMap& map, uint64_t* barrier, uint32_t to, int c0, int c1, int c2) {
+    void* const place = __cvta_shared_to_generic(to);
+    if constexpr (kBlocks == 1)
+      cute::SM90_TMA_LOAD_3D::copy(&map, barrier, kNoHint, place, c0, c1, c2);
+    else
+      cute::SM90_TMA_LOAD_MULTICAST_3D::copy(&map, barrier, kAll, kNoHint, place, c0, c1, c2);
+  }
+};
 
 // Kernels of ours that follow each other overlap: the next one's blocks may begin where one of this has ended, and wait
 // before they touch what this or an earlier one writes or reads.
 __device__ inline void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
 __device__ inline void await_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
-// NaN stays NaN: written as a selection and not as fmaxf, which would make it 0.
-__device__ inline float relu(float v) { return v <= 0.f ? 0.f : v; }
+// NaN wins; fmaxf would drop it.
+__device__ inline float max_nan(float a, float b) {
+  float m;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(m) : "f"(a), "f"(b));
+  return m;
+}
+__device__ inline float relu(float v) { return max_nan(v, 0.f); }
 
 __device__ inline float2 relu(float2 v) { return {relu(v.x), relu(v.y)}; }
 
@@ -138,6 +193,12 @@ struct Pair<__nv_bfloat16> {
     return reinterpret_cast<const uint32_t&>(pair);
   }
   __device__ static float2 widen(uint32_t v) { return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(v)); }
+  __device__ static uint32_t max_nan(uint32_t a, uint32_t b) {
+    uint32_t m;
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(m) : "r"(a), "r"(b));
+    return m;
+  }
+  static constexpr uint32_t kMinusInfinity = 0xFF80;
 };
 template <>
 struct Pair<__half> {
@@ -147,6 +208,12 @@ struct Pair<__half> {
     return reinterpret_cast<const uint32_t&>(pair);
   }
   __device__ static float2 widen(uint32_t v) { return __half22float2(reinterpret_cast<const __half2&>(v)); }
+  __device__ static uint32_t max_nan(uint32_t a, uint32_t b) {
+    uint32_t m;
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(m) : "r"(a), "r"(b));
+    return m;
+  }
+  static constexpr uint32_t kMinusInfinity = 0xFC00;
 };
 
 // Of a ring of kStages buffers: which one step n uses, and the parity of the phase of its barriers.

@@ -14,14 +14,14 @@ void launch(const ResnetKernelsStem& c, cudaStream_t stream) {
   p.P = output_size(c.H, 7, 2, 3, 1), p.Q = output_size(c.W, 7, 2, 3, 1);
   p.PP = output_size(p.P, 3, 2, 1, 1), p.PQ = output_size(p.Q, 3, 2, 1, 1);
   if (p.Q > kStemColumns) throw std::runtime_error("expected an image of at most 224 columns");
-  p.images = c.N, p.strips = (p.PP + kStemRows - 1) / kStemRows, p.w = c.w, p.shift = c.shift;
+  p.images = c.N, p.w = c.w, p.shift = c.shift;
   p.x = row_map("x", c.x, c.N, c.H, c.W, kStemCopyBytes / 4);
   p.y = tiled_map<3>("y", c.half, c.y, {kStemChannels, p.PQ, int64_t{c.N} * p.PP},
                      {kStemChannels, int64_t{kStemChannels} * p.PQ}, {64, kStemColumns / 2, 1});
-  const int pairs = (p.images * p.strips + 1) / 2, blocks = pairs < c.multiprocessors ? pairs : c.multiprocessors;
+  const int64_t blocks = (int64_t{c.N} * p.PP + kStemGroups - 1) / kStemGroups;
   const void* kernel = c.half ? reinterpret_cast<const void*>(&stem_kernel<__half>)
                               : reinterpret_cast<const void*>(&stem_kernel<__nv_bfloat16>);
-  run(kernel, blocks, kStemThreads, kStemSharedBytes, p, stream);
+  run(kernel, blocks, 1, c.multiprocessors, kStemThreads, kStemSharedBytes, p, stream);
 }
 
 }  // namespace

@@ -7,11 +7,12 @@
 // 16 bytes later. So a row of the filter (a zero weight and 7 pixels) is two products, whose operand is the input row as
 // it is in memory, from 4 pixels left of the image: a brick begins at a multiple of 16 bytes.
 //
-// D (64 channels x 112 columns) = w x: weights in registers, the whole time. A warp group goes down a strip of an image,
-// two convolution rows for each pooled row, whose maximum with the row before it is in registers; columns meet by one
-// shuffle. One warp per warp group brings input rows, two at a time, each once per strip.
+// D (64 channels x 112 columns) = w x, from shared memory both. Each of three warp groups has so many pooled rows of all
+// images and goes down them, two convolution rows for each: what one multiplies while the others pool. Rows meet in
+// registers, packed in pairs of columns, columns by one shuffle. One warp per warp group brings input rows, two at a time,
+// each once but where a warp group begins.
 //
-// Moves: x once (and 7 rows twice per strip, from L2), y once.
+// Moves: x once (and 7 rows twice per warp group, from L2), y once.
 #pragma once
 
 #include "cuda/sm90/hopper.cuh"
@@ -19,39 +20,39 @@
 
 namespace resnet_kernels::sm90 {
 
-// NaN wins.
-__device__ inline float max_nan(float a, float b) {
-  float m;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(m) : "f"(a), "f"(b));
-  return m;
-}
-
 template <class T>
 struct Stem {
   static constexpr int kValues = kStemColumns / 2;  // of D that a thread holds
-  static constexpr int kProducts = 14;              // 7 rows of the filter, 8 pixels of 4 channels, by 16
-
+  static constexpr int kPairs = kValues / 2;
   struct Barriers {
-    uint64_t full[2][kStemStages], empty[2][kStemStages];
+    uint64_t full[kStemGroups][kStemStages], empty[kStemGroups][kStemStages];
   };
-  static_assert(sizeof(Barriers) <= 256);
+  static_assert(sizeof(Barriers) <= kStemBarrierBytes);
 
+  // Pooled rows of one image that a warp group goes down.
   struct Strip {
-    int n, first, rows;  // image, pooled rows
-    __device__ Strip(const StemParams& p, int index) : n(index / p.strips), first(index % p.strips * kStemRows) {
-      rows = min(kStemRows, p.PP - first);
-    }
+    int n, first, rows;
     // Convolution rows 2 * first - 1 and on: one more than two for each pooled row.
     __device__ int steps() const { return 2 * rows + 1; }
   };
 
-  static __device__ int first_strip(int group) { return 2 * blockIdx.x + group; }
+  template <class Use>
+  static __device__ void for_each_strip(const StemParams& p, int group, Use use) {
+    const int64_t rows = int64_t{p.images} * p.PP, part = blockIdx.x * kStemGroups + group;
+    const int64_t parts = int64_t{gridDim.x} * kStemGroups, end = rows * (part + 1) / parts;
+    for (int64_t row = rows * part / parts; row < end;) {
+      const int first = static_cast<int>(row % p.PP);
+      const int64_t left = end - row;
+      const Strip strip{static_cast<int>(row / p.PP), first, static_cast<int>(left < p.PP - first ? left : p.PP - first)};
+      use(strip);
+      row += strip.rows;
+    }
+  }
 
   static __device__ void move_rows(const StemParams& p, uint32_t ring, uint64_t* full, uint64_t* empty, int group) {
     Ring<kStemStages> at;
     await_previous();
-    for (int index = first_strip(group); index < p.images * p.strips; index += 2 * gridDim.x) {
-      const Strip strip(p, index);
+    for_each_strip(p, group, [&](const Strip& strip) {
       // A convolution row sees 7 input rows, of which the last is in the fourth stage.
       for (int stage = 0; stage < strip.steps() + 3; ++stage) {
         Barrier::wait(&empty[at.slot], at.phase ^ 1);
@@ -64,7 +65,7 @@ struct Stem {
                                        -2 * 4 + part % 2 * (kStemCopyBytes / 4), h + part / 2, strip.n);
         at.advance();
       }
-    }
+    });
   }
 
   // Bricks 16 bytes apart along the pixels, 128 along the columns.
@@ -72,95 +73,112 @@ struct Stem {
     return uint64_t{128 / 16} << 32 | uint64_t{1} << 16 | (address & 0x3FFFF) >> 4;
   }
 
+  // (64, 7, 8, 4) into rows of 64 of its 224 values, swizzled; each filter row's last pixel, a zero, goes first.
+  static __device__ void bring_weights(const T* w, uint32_t to) {
+    for (int i = threadIdx.x - kWarpGroup; i < kStemChannels * 7 * 8; i += kStemGroups * kWarpGroup) {
+      const int k = i / 56, pixel = i % 56, value = 4 * pixel;
+      uint2 v{0, 0};
+      if (pixel % 8) v = __ldg(reinterpret_cast<const uint2*>(w + k * 224 + value - 4));
+      const uint32_t row = to + value / 64 * (kStemChannels * kRow) + k * kRow;
+      const uint32_t address = row + (value % 64 / 8 ^ k % 8) * 16 + value % 8 * 2;
+      asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(address), "r"(v.x), "r"(v.y) : "memory");
+    }
+    cutlass::arch::fence_view_async_shared();
+    cutlass::arch::NamedBarrier::arrive_and_wait(kStemGroups * kWarpGroup, kStemGroups);
+  }
+
   // The convolution's row whose first input rows are in the stage `at`.
-  static __device__ void convolve(float (&d)[kValues], const uint32_t (&w)[kProducts][4], uint32_t ring,
-                                  const Ring<kStemStages>& at) {
+  static __device__ __forceinline__ void convolve(float (&d)[kValues], uint32_t w, uint32_t ring, const Ring<kStemStages>& at) {
     keep(d);
     begin_products();
 #pragma unroll
     for (int r = 0; r < 7; ++r) {
       const int slot = (at.slot + r / 2) % kStemStages;
       const uint64_t b = columns(ring + slot * kStemStageBytes + r % 2 * kStemRowBytes);
+      const uint64_t a = swizzled_matrix(w + r / 2 * (kStemChannels * kRow)) + r % 2 * 2 * kNextProduct;
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        multiply<T, kStemColumns>(d, w[2 * r + half], b + half * kNextProduct, r > 0 || half > 0);
+        multiply<T, kStemColumns>(d, a + half * kNextProduct, b + half * kNextProduct, r > 0 || half > 0);
     }
     end_products();
     await_products<0>();
     keep(d);
   }
 
-  // Into the buffer, (PQ, 64) swizzled: the maximum of rows m and d, and of columns 2q - 1 to 2q + 1; shift, ReLU.
-  static __device__ void pool(const float (&m)[kValues], const float (&d)[kValues], bool below, const StemParams& p,
-                              const float (&shift)[2], uint32_t buffer) {
+  // Rounded pairs of columns, [2 * i + the channel's half], -inf outside the map.
+  static __device__ __forceinline__ void round(uint32_t (&v)[kPairs], const float (&d)[kValues], const float (&shift)[2], int Q) {
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j)
+      v[j] = Pair<T>::narrow(float2{d[2 * j] + shift[j % 2], d[2 * j + 1] + shift[j % 2]});
+    if (Q < kStemColumns)
+#pragma unroll
+      for (int j = 0; j < kPairs; ++j) {
+        const int column = j / 2 * 8 + threadIdx.x % 4 * 2;
+        if (column >= Q) v[j] = v[j] & 0xFFFF0000 | Pair<T>::kMinusInfinity;
+        if (column + 1 >= Q) v[j] = v[j] & 0xFFFF | Pair<T>::kMinusInfinity << 16;
+      }
+  }
+
+  static __device__ __forceinline__ void raise(uint32_t (&m)[kPairs], const uint32_t (&v)[kPairs]) {
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) m[j] = Pair<T>::max_nan(m[j], v[j]);
+  }
+
+  // Into the buffer, (PQ, 64) swizzled: of columns 2q - 1 to 2q + 1 the maximum, and ReLU.
+  static __device__ __forceinline__ void pool(const uint32_t (&m)[kPairs], uint32_t buffer) {
     const int t = threadIdx.x % kWarpGroup, lane = t % 32, q4 = lane % 4;
+    uint32_t before = Pair<T>::kMinusInfinity * 0x10001;  // columns 8 * i - 1 of both channels, in the last lane of four
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float before = -INFINITY;  // column 8 * i - 1, in the last lane of four
+    for (int i = 0; i < kStemColumns / 8; ++i) {
+      const uint32_t even = __byte_perm(m[2 * i], m[2 * i + 1], 0x5410), odd = __byte_perm(m[2 * i], m[2 * i + 1], 0x7632);
+      const uint32_t left = __shfl_sync(~0u, q4 == 3 ? before : odd, (lane & ~3) | ((lane + 3) & 3));
+      before = odd;
+      const uint32_t y = Pair<T>::max_nan(Pair<T>::max_nan(even, odd), Pair<T>::max_nan(left, 0));
+      const int q = 4 * i + q4;
 #pragma unroll
-      for (int i = 0; i < kStemColumns / 8; ++i) {
-        float v[2];
-#pragma unroll
-        for (int odd = 0; odd < 2; ++odd) {
-          const int j = 4 * i + 2 * half + odd;
-          v[odd] = below ? max_nan(m[j], d[j]) : m[j];
-          if (8 * i + 2 * q4 + odd >= p.Q) v[odd] = -INFINITY;
-        }
-        const float left = __shfl_sync(~0u, q4 == 3 ? before : v[1], (lane & ~3) | ((lane + 3) & 3));
-        before = v[1];
-        const float y = relu(max_nan(max_nan(v[0], v[1]), left) + shift[half]);
-        const int q = 4 * i + q4, k = 16 * (t / 32) + lane / 4 + 8 * half;
+      for (int half = 0; half < 2; ++half) {
+        const int k = 16 * (t / 32) + lane / 4 + 8 * half;
         const uint32_t address = buffer + q * kRow + ((k / 8 ^ q % 8) * 16) + k % 8 * 2;
-        asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(Pair<T>::narrow(y)) : "memory");
+        asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(static_cast<uint16_t>(y >> 16 * half)) : "memory");
       }
     }
   }
 
-  static __device__ void consume(const StemParams& p, uint32_t ring, uint32_t buffer, uint64_t* full, uint64_t* empty,
-                                 int group) {
-    const int t = threadIdx.x % kWarpGroup, lane = t % 32, k = 16 * (t / 32) + lane / 4;
-    uint32_t w[kProducts][4];
-#pragma unroll
-    for (int i = 0; i < kProducts; ++i)
-#pragma unroll
-      for (int part = 0; part < 4; ++part) {
-        const int row = k + part % 2 * 8, column = 16 * i + part / 2 * 8 + 2 * (lane % 4);
-        const T* const taps = static_cast<const T*>(p.w) + row * 224 + column - 4;
-        w[i][part] = column % 32 < 4 ? 0 : __ldg(reinterpret_cast<const uint32_t*>(taps));
-      }
+  static __device__ void consume(const StemParams& p, uint32_t w, uint32_t ring, uint32_t buffer, uint64_t* full,
+                                 uint64_t* empty, int group) {
+    const int t = threadIdx.x % kWarpGroup, k = 16 * (t / 32) + t % 32 / 4;
+    bring_weights(static_cast<const T*>(p.w), w);
     const float shift[2] = {p.shift[k], p.shift[k + 8]};
-    Ring<kStemStages> at;
+    Ring<kStemStages> first, last;  // stages of the next row
+    last.advance(3);
     auto release = [&] {
-      if (t == 0) Barrier::arrive(&empty[at.slot]);
-      at.advance();
+      if (t == 0) Barrier::arrive(&empty[first.slot]);
+      first.advance();
+      last.advance();
     };
-    for (int index = first_strip(group); index < p.images * p.strips; index += 2 * gridDim.x) {
-      const Strip strip(p, index);
-      float m[kValues], d[kValues];
-      auto row = [&](float(&to)[kValues], int stages) {
-        for (int stage = 0; stage < stages; ++stage) {
-          auto ahead = at;
-          ahead.advance(4 - stages + stage);
-          Barrier::wait(&full[ahead.slot], ahead.phase);
-        }
-        convolve(to, w, ring, at);
+    for_each_strip(p, group, [&](const Strip& strip) {
+      uint32_t m[kPairs], v[kPairs];
+      auto row = [&] {
+        float d[kValues];
+        Barrier::wait(&full[last.slot], last.phase);
+        convolve(d, w, ring, first);
         release();
+        round(v, d, shift, p.Q);
       };
-      row(m, 4);
-      if (strip.first == 0)
+      for (auto at = first; at.slot != last.slot; at.advance()) Barrier::wait(&full[at.slot], at.phase);
+      row();
 #pragma unroll
-        for (float& v : m) v = -INFINITY;
+      for (int j = 0; j < kPairs; ++j) m[j] = strip.first > 0 ? v[j] : Pair<T>::kMinusInfinity * 0x10001;
 #pragma unroll 1
       for (int i = 0; i < strip.rows; ++i) {
-        row(d, 1);
-#pragma unroll
-        for (int j = 0; j < kValues; ++j) m[j] = max_nan(m[j], d[j]);
-        row(d, 1);
         const int pooled = strip.first + i;
-        // The buffer is free when what it held has been read.
-        if (t == 0) cute::tma_store_wait<0>();
+        row();
+        raise(m, v);
+        row();
+        if (2 * pooled + 1 < p.P) raise(m, v);
+        if (t == 0) cute::tma_store_wait<0>();  // what the buffer held has been read
         cutlass::arch::NamedBarrier::arrive_and_wait(kWarpGroup, group);
-        pool(m, d, 2 * pooled + 1 < p.P, p, shift, buffer);
+        pool(m, buffer);
         cutlass::arch::fence_view_async_shared();
         cutlass::arch::NamedBarrier::arrive_and_wait(kWarpGroup, group);
         if (t == 0) {
@@ -168,20 +186,20 @@ struct Stem {
           cute::tma_store_arrive();
         }
 #pragma unroll
-        for (int j = 0; j < kValues; ++j) m[j] = d[j];
+        for (int j = 0; j < kPairs; ++j) m[j] = v[j];
       }
       for (int stage = 0; stage < 3; ++stage) release();
-    }
+    });
     if (t == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
   }
 
   static __device__ void run(const StemParams& p) {
     extern __shared__ uint8_t memory[];
     const uint32_t base = cute::cast_smem_ptr_to_uint(memory), buffers = (base + 1023) / 1024 * 1024;
-    const uint32_t rings = buffers + 2 * kStemBufferBytes;
-    Barriers& barriers = *reinterpret_cast<Barriers*>(memory + (rings + 2 * kStemStages * kStemStageBytes - base));
+    const uint32_t w = buffers + kStemGroups * kStemBufferBytes, rings = w + kStemWeightBytes;
+    Barriers& barriers = *reinterpret_cast<Barriers*>(memory + (rings + kStemGroups * kStemStages * kStemStageBytes - base));
     if (threadIdx.x == 0) {
-      for (int group = 0; group < 2; ++group)
+      for (int group = 0; group < kStemGroups; ++group)
         for (int i = 0; i < kStemStages; ++i) {
           Barrier::init(&barriers.full[group][i], 1);
           Barrier::init(&barriers.empty[group][i], 1);
@@ -191,14 +209,14 @@ struct Stem {
     __syncthreads();
     let_next_begin();
     if (threadIdx.x < kWarpGroup) {
-      cutlass::arch::warpgroup_reg_dealloc<40>();
+      cutlass::arch::warpgroup_reg_dealloc<32>();
       const int warp = threadIdx.x / 32;
-      if (threadIdx.x % 32 == 0 && warp < 2)
+      if (threadIdx.x % 32 == 0 && warp < kStemGroups)
         move_rows(p, rings + warp * kStemStages * kStemStageBytes, barriers.full[warp], barriers.empty[warp], warp);
     } else {
-      cutlass::arch::warpgroup_reg_alloc<232>();
+      cutlass::arch::warpgroup_reg_alloc<160>();
       const int group = threadIdx.x / kWarpGroup - 1;
-      consume(p, rings + group * kStemStages * kStemStageBytes, buffers + group * kStemBufferBytes,
+      consume(p, w, rings + group * kStemStages * kStemStageBytes, buffers + group * kStemBufferBytes,
               barriers.full[group], barriers.empty[group], group);
     }
   }

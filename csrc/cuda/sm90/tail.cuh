@@ -26,13 +26,14 @@ template <class T, int kAhead>
 struct Tail {
   static constexpr int kParts = kTailK / kSlice;                // of y
   static constexpr int kSteps = kParts + kAhead / kSlice;       // through the buffers, per row
+  static constexpr int kBuffers = tail_buffers(kAhead);         // of a warp group
   static constexpr int kTapBytes = 64 * kRow, kPartBytes = kAhead * kRow;
 
   struct Barriers {
     uint64_t weights, full, empty;
-    StepBarriers steps[2];  // of the warp groups
+    StepBarriers<kBuffers> steps[2];  // of the warp groups
   };
-  static_assert(sizeof(Barriers) <= 128);
+  static_assert(sizeof(Barriers) <= 256);
 
   struct Shared {
     uint32_t w, w3, w1, halo, buffers;
@@ -42,7 +43,8 @@ struct Tail {
           w1(w3 + kTailWeights3),
           halo(w1 + kParts * kPartBytes),
           buffers(halo + kTailHalo) {}
-    __device__ uint32_t end() const { return buffers + 4 * kTailBuffer; }
+    __device__ uint32_t of(int group) const { return buffers + group * kBuffers * kTailBuffer; }
+    __device__ uint32_t end() const { return of(2); }
   };
 
   static constexpr uint64_t kNoHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
@@ -68,26 +70,32 @@ struct Tail {
     }
   }
 
-  static __device__ void move_results(const TailParams& p, uint32_t buffers, StepBarriers& barriers, int group) {
+  static __device__ void move_results(const TailParams& p, uint32_t buffers,
+                                      StepBarriers<kBuffers>& barriers, int group) {
     const int tiles = (p.tiles - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) / gridDim.x;
     auto of = [&](int step, auto use) {
       const int tile = blockIdx.x + step / kSteps * gridDim.x;
-      use(step % kSteps * kSlice, tile % p.pairs * 2 + group, tile / p.pairs, buffers + step % 2 * kTailBuffer);
+      use(step % kSteps * kSlice, tile % p.pairs * 2 + group, tile / p.pairs);
     };
-    auto load = [&](int step, uint64_t* loaded) {
-      of(step, [&](int k, int h, int n, uint32_t buffer) {
+    auto load = [&](int step, int buffer, uint64_t* loaded) {
+      of(step, [&](int k, int h, int n) {
         if (k < kTailK) {
+          if (k == 0 && step + kSteps < tiles * kSteps)  // the next row into L2, in one run
+            of(step + kSteps, [&](int, int h, int n) {
+              for (int i = 0; i < kParts; ++i) cute::SM90_TMA_LOAD_4D::PREFETCH::copy(&p.residual, i * kSlice, 0, h, n);
+            });
           BytesBarrier::arrive_and_expect_tx(loaded, p.W * kRow);
-          cute::SM90_TMA_LOAD_4D::copy(&p.residual, loaded, kOnce, pointer(buffer), k, 0, h, n);
+          cute::SM90_TMA_LOAD_4D::copy(&p.residual, loaded, kOnce, pointer(buffers + buffer * kTailBuffer), k, 0, h, n);
         } else {
           Barrier::arrive(loaded);
         }
       });
     };
-    auto store = [&](int step) {
-      of(step, [&](int k, int h, int n, uint32_t buffer) {
+    auto store = [&](int step, int buffer) {
+      of(step, [&](int k, int h, int n) {
         const bool ahead = k >= kTailK;
-        cute::SM90_TMA_STORE_4D::copy(ahead ? &p.ahead : &p.y, pointer(buffer), ahead ? k - kTailK : k, 0, h, n);
+        cute::SM90_TMA_STORE_4D::copy(ahead ? &p.ahead : &p.y, pointer(buffers + buffer * kTailBuffer),
+                                      ahead ? k - kTailK : k, 0, h, n);
       });
     };
     await_previous();
@@ -96,7 +104,7 @@ struct Tail {
 
   static __device__ void consume(const TailParams& p, const Shared& at, Barriers& barriers, int group) {
     const int pitch = p.W + 2;
-    Steps steps(barriers.steps[group], at.buffers + 2 * group * kTailBuffer, kTailBuffer);
+    Steps<kBuffers, kTailBuffer> steps(barriers.steps[group], at.of(group));
     Barrier::wait(&barriers.weights, 0);
     uint32_t phase = 0;
 #pragma unroll 1
@@ -105,6 +113,7 @@ struct Tail {
       phase ^= 1;
       float d[32], ahead[kAhead / 2];
       keep(d);
+      const Shift inner(p.shift);
       begin_products();
 #pragma unroll
       for (int tap = 0; tap < 9; ++tap) {
@@ -120,14 +129,13 @@ struct Tail {
       if (threadIdx.x % kWarpGroup == 0) Barrier::arrive(&barriers.empty);
       uint32_t h[4][4];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float2 shift = channels(p.shift, i);
+      for (int i = 0; i < 8; ++i)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) hand_over<T>(h, i, half, relu(shifted(d, i, half, shift)));
-      }
+        for (int half = 0; half < 2; ++half) hand_over<T>(h, i, half, relu(shifted(d, i, half, inner.of[i])));
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
         const uint64_t b = swizzled_matrix(at.w3 + part * kTapBytes);
+        const Shift shift(p.shift3 + part * kSlice);
         keep(d);
         begin_products();
 #pragma unroll
@@ -136,7 +144,7 @@ struct Tail {
         await_products<0>();
         keep(d);
         uint32_t y[4][4];
-        finish_part<T>(d, p.shift3 + part * kSlice, steps.buffer(), p.W, y);
+        finish_part<T>(d, shift, steps.buffer(), p.W, y);
         steps.next();
         const uint64_t b1 = swizzled_matrix(at.w1 + part * kPartBytes);
         keep(ahead);
@@ -160,7 +168,7 @@ struct Tail {
       Barrier::init(&barriers.weights, 1);
       Barrier::init(&barriers.full, 1);
       Barrier::init(&barriers.empty, 2);
-      for (StepBarriers& steps : barriers.steps) steps.init();
+      for (auto& steps : barriers.steps) steps.init();
       cutlass::arch::fence_barrier_init();
     }
     __syncthreads();
@@ -170,7 +178,7 @@ struct Tail {
       const int warp = threadIdx.x / 32;
       if (threadIdx.x % 32 == 0) {
         if (warp == 0) move_operands(p, at, barriers);
-        if (warp >= 2) move_results(p, at.buffers + 2 * (warp - 2) * kTailBuffer, barriers.steps[warp - 2], warp - 2);
+        if (warp >= 2) move_results(p, at.of(warp - 2), barriers.steps[warp - 2], warp - 2);
       }
     } else {
       cutlass::arch::warpgroup_reg_alloc<232>();

@@ -17,9 +17,13 @@ constexpr int kTailJ = 64, kTailK = 256, kTailColumns = 56;  // channels inside 
 constexpr int kTailWeights = 9 * 64 * 128, kTailWeights3 = kTailK * 128;
 constexpr int kTailHalo = 4 * (kTailColumns + 2) * 128, kTailBuffer = kTailColumns * 128;
 
+// Per warp group: as many as fit.
+constexpr int tail_buffers(int ahead) { return ahead == 64 ? 4 : 2; }
+
 constexpr int tail_shared_bytes(int ahead) {
-  return kTailWeights + kTailWeights3 + ahead * kTailK * 2 + kTailHalo + 4 * kTailBuffer + 128 + 1024;
+  return kTailWeights + kTailWeights3 + ahead * kTailK * 2 + kTailHalo + 2 * tail_buffers(ahead) * kTailBuffer + 256 +
+         1024;
 }
-static_assert(tail_shared_bytes(128) <= 227 * 1024);
+static_assert(tail_shared_bytes(64) <= 227 * 1024 && tail_shared_bytes(128) <= 227 * 1024);
 
 }  // namespace resnet_kernels::sm90

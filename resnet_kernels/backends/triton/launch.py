@@ -46,7 +46,8 @@ class Work(NamedTuple):
 @dataclasses.dataclass(frozen=True, eq=False)
 class Launch:
     """kernel[grid](**arguments, **options). refused: kernels that were preferred, and why they were not taken. problem:
-    what it computes, as what chose it was given it: another launch may compute the same."""
+    what it computes, as what chose it was given it: another launch may compute the same. within: a larger problem that
+    it begins, which one launch might compute."""
 
     kernel: Any
     grid: int
@@ -56,6 +57,7 @@ class Launch:
     work: Work
     refused: dict[str, str] = dataclasses.field(default_factory=dict)
     problem: Any = None
+    within: Any = None
 
     @property
     def device(self) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -64,20 +65,67 @@ def _dense(t: Tensor) -> bool:
 def launch(c: Convolution, kernel: str, y: Tensor) -> Native:
     """y: (N, K, P, Q) channels_last, to be written. Only where `why_not` is None."""
     config = KERNELS[kernel]
+    name = kernel.removeprefix("conv_act ")
     tiles = math.ceil(c.rows / config.BLOCK_M) * math.ceil(c.weight.shape[0] / config.BLOCK_N)
     arguments = dict(
         x=c.x,
         weight=c.weight,
         y=y,
         geometry=c.geometry,
-        tile=kernel.removeprefix("conv_act "),
+        tile=name,
         scale=c.scale,
         shift=c.shift,
         second=c.second,
         residual=c.residual,
         relu=c.relu,
     )
-    return Native(sm90.conv_act, tiles, arguments, config.options, str(c), c.work(config, tiles))
+    work = c.work(config, tiles)
+    # Blocks that share the weight's part of what is copied read it once.
+    weights = (work.copied - nbytes(c.residual)) * config.BLOCK_N // (config.BLOCK_M + config.BLOCK_N)
+    work = work._replace(copied=work.copied - weights + weights // sm90.TILES[name].blocks)
+    return Native(sm90.conv_act, tiles, arguments, config.options, str(c), work)
+
+
+PAIR = "conv3x3, then sm90 pair"
+
+
+def why_not_pair(t: Tail, arch: int) -> str | None:
+    """Why sm90's pair cannot run a tail's last two convolutions, or None."""
+    _, last, following = t.parts
+    reason = _why_not_here(t.first.x, arch)
+    if reason:
+        return reason
+    K, R, S, J = last.weight.shape
+    J1 = following.weight.shape[0]
+    if (J, J1) not in sm90.PAIRS or K % 64:
+        return f"expected channels {sm90.PAIRS} and multiples of 64 between, got {(J, J1)} and {K}"
+    return _why_not_links((last, following), last)
+
+
+def _why_not_links(products: Sequence[Convolution], last: Convolution) -> str | None:
+    """What 1x1 convolutions behind each other have in common. last: the one with the residual."""
+    if any(c.weight.shape[1:3] != (1, 1) or c.geometry != Geometry() for c in products):
+        return "expected 1x1 convolutions of stride 1"
+    if not all(c.relu and c.shift is not None and c.scale is None for c in products):
+        return "expected ReLU, shifts, and scales in the weights"
+    if last.second or last.residual is None or last.residual.shape[1] != last.weight.shape[0]:
+        return "expected a residual of as many channels, and no projection"
+    if not _dense(last.residual) or not sm90.aligned(last.residual):
+        return "expected a contiguous residual"
+    return None
+
+
+def pair_launch(t: Tail, h: Tensor, y: Tensor, ahead: Tensor) -> Native:
+    """h: what the 3x3 made; y and ahead are to be written. Only where `why_not_pair` is None."""
+    _, last, following = t.parts
+    weights, shifts = (last.weight, following.weight), (last.shift, following.shift)
+    arguments = dict(x=h, weights=weights, shifts=shifts, residual=last.residual, y=y, ahead=ahead)
+    tiles = math.ceil(last.rows / 128)
+    moved = nbytes(h, *weights, last.residual, y, ahead)
+    flops = last.flops + following.flops
+    copied = nbytes(h, last.residual) + nbytes(*weights) * math.ceil(tiles / 2)
+    work = Work(moved, flops, copied, flops * tiles * 128 // last.rows)
+    return Native(sm90.pair, tiles, arguments, {"num_warps": WARPS}, f"{last} > {following}", work, problem=t)
 
 
 TAIL = "sm90 tail"
@@ -95,17 +143,15 @@ def why_not_tail(t: Tail, arch: int) -> str | None:
     expected = [(J, 3, 3, J), (K, 1, 1, J), (following.weight.shape[0], 1, 1, K)]
     if shapes != expected or following.weight.shape[0] not in sm90.TAIL_AHEAD:
         return f"expected {J} channels inside, {K} outside and {sm90.TAIL_AHEAD} ahead"
-    if [c.geometry for c in t.parts] != [Geometry(padding=1), Geometry(), Geometry()]:
-        return "expected strides of 1"
-    if not all(c.relu and c.shift is not None and c.scale is None for c in t.parts):
-        return "expected ReLU, shifts, and scales in the weights"
-    if first.lazy or first.second or last.second or first.residual is not None or last.residual is None:
-        return "expected a residual at the end alone"
+    if first.geometry != Geometry(padding=1) or first.shift is None or first.scale is not None or not first.relu:
+        return "expected a 3x3 of stride 1 with shift and ReLU, and its scale in the weight"
+    if first.lazy or first.second or first.residual is not None:
+        return "expected a plain 3x3"
     if W > sm90.MOST_TAIL_COLUMNS:
         return f"expected a map of at most {sm90.MOST_TAIL_COLUMNS} columns, got {W}"
-    if not all(_dense(m) and sm90.aligned(m) for m in (first.x, last.residual)):
-        return "expected contiguous maps"
-    return None
+    if not (_dense(first.x) and sm90.aligned(first.x)):
+        return "expected a contiguous map"
+    return _why_not_links((last, following), last)
 
 
 def tail_launch(t: Tail, y: Tensor, ahead: Tensor) -> Native:

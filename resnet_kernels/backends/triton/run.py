@@ -30,7 +30,7 @@ JOINED = 32
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A way that may run a convolution or a tail, with its configuration (None: separate kernels), or why not."""
+    """A way that may run a convolution or a tail, with its configuration (None: of several kernels), or why not."""
 
     kernel: str
     config: Config | None
@@ -51,6 +51,8 @@ def _measured_first(rows: list[Choice], device: torch.device, problem: Convoluti
 
 def judge(problem: Convolution | Tail, kernel: str, config: Config | None) -> Choice:
     """Whether the kernel may run the problem so."""
+    if config is None and kernel == native.PAIR and isinstance(problem, Tail):
+        return Choice(kernel, config, native.why_not_pair(problem, arch_of(problem.first.x.device)))
     if config is None:
         known = kernel == SEPARATE and isinstance(problem, Tail)
         return Choice(kernel, config, None if known else f"unknown: {kernel}")
@@ -115,7 +117,7 @@ def candidates(problem: Convolution | Tail) -> Iterator[Choice]:
         first = problem.first
         rows = tail_choices(problem)
         found = configs.tail_candidates(arch_of(first.x.device), first.x.element_size(), first.weight.shape[0])
-        more = [(TAIL, config) for config in found] + [(native.TAIL, native.TAIL_CONFIG)]
+        more = [(native.TAIL, native.TAIL_CONFIG), (native.PAIR, None), *((TAIL, config) for config in found)]
     else:
         rows, size = choices(problem), size_of(problem)
         more = [("boxes", config) for config in configs.box_candidates(size)]
@@ -163,12 +165,13 @@ def launch_of(
     return dataclasses.replace(made, problem=problem, refused=refused or {})
 
 
-def convolve(c: Convolution, refused: dict[str, str] | None = None) -> Tensor:
-    """refused: what was considered instead, for the record."""
+def convolve(c: Convolution, refused: dict[str, str] | None = None, within: Tail | None = None) -> Tensor:
+    """refused: what was considered instead, and within: what it begins, for the record."""
     y = _empty(c, c.x.device)
     if y.numel():
         choice, others = _first_possible(choices(c))
-        submit(launch_of(c, choice, y, None, (refused or {}) | others))
+        made = launch_of(c, choice, y, None, (refused or {}) | others)
+        submit(dataclasses.replace(made, within=within))
     return y
 
 
@@ -347,6 +350,7 @@ def _run_block(
         last = dataclasses.replace(chain[-1], residual=x[:, :, ::s, ::s])
     h = x
     refused: dict[str, str] = {}
+    within: Tail | None = None
     for i, c in enumerate(chain[:-1]):
         if i == 0 and ahead is not None:
             h = ahead
@@ -358,13 +362,18 @@ def _run_block(
             choice, refused = _first_possible(tail_choices(t))
             if choice.kernel != SEPARATE:
                 return _tail(t, choice, refused)
-        h = convolve(c, refused)
+            within = t
+        h = convolve(c, refused, within)
     return convolve(_given(last, h), refused), None
 
 
 def _tail(t: Tail, choice: Choice, refused: dict[str, str]) -> tuple[Tensor, Tensor]:
     y, ahead = (_empty(c, t.first.x.device) for c in t.parts[1:])
-    if y.numel():
+    if choice.kernel == native.PAIR:
+        h = convolve(t.first, refused)
+        if y.numel():
+            submit(native.pair_launch(t, h, y, ahead))
+    elif y.numel():
         submit(launch_of(t, choice, y, ahead, refused))
     return y, ahead
 
