@@ -33,24 +33,20 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Of conv_act: output positions and channels that a block computes at a time, steps of 64 input channels in flight,
-    and how many blocks share what they read of the weight."""
+    """Of conv_act: output positions and channels that a block computes at a time, and steps of 64 input channels in
+    flight."""
 
     positions: int
     channels: int
     stages: int
-    blocks: int = 1
 
 
 # As csrc/cuda/sm90/conv_act_tiles.h has them, in order. "turn": two warp groups with a tile each, one multiplies while
 # the other stores; "both": they share one.
 TILES = {
-    "turn128x128": Tile(128, 128, 4),
-    "turn128x64": Tile(128, 64, 6),
+    "turn128x128": Tile(128, 128, 5),
+    "turn128x64": Tile(128, 64, 8),
     "both64x256": Tile(128, 256, 3),
-    "shared_turn128x128": Tile(128, 128, 4, 2),
-    "shared_both128x128": Tile(256, 128, 3, 2),
-    "shared_both64x256": Tile(128, 256, 3, 2),
 }
 
 

@@ -26,7 +26,7 @@ Problem = Convolution | Tail
 
 
 def problems_of(launches: Iterable[Launch]) -> Iterator[Problem]:
-    """What the recorded launches compute, or might compute together; a tail's convolutions by themselves before it, which
+    """What the recorded launches compute, or might compute together; before a tail its convolutions, which
     it is compared with."""
     for launch in launches:
         for problem in (launch.problem, launch.within):

@@ -15,23 +15,21 @@ inline int output_size(int size, int kernel, int stride, int padding, int dilati
   return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
 }
 
-// tiles: that clusters of `together` blocks take in turn; no more clusters than there are, or the GPU holds.
+// tiles: that blocks take in turn, at most one block a multiprocessor.
 template <class Params>
-void run(const void* kernel, int64_t tiles, int together, int multiprocessors, int threads, int bytes, Params& params,
+void run(const void* kernel, int64_t tiles, int multiprocessors, int threads, int bytes, Params& params,
          cudaStream_t stream) {
-  const int clusters = static_cast<int>(std::min<int64_t>(tiles, multiprocessors / together));
   if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
     throw std::runtime_error("no " + std::to_string(bytes) + " bytes of shared memory: " + cudaGetErrorString(error));
   void* arguments[] = {&params};
   // Its blocks may begin before the kernel ahead of it in the stream has ended: they wait themselves.
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(together), 1, 1};
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(clusters * together), config.blockDim = dim3(threads), config.dynamicSmemBytes = bytes;
-  config.stream = stream, config.attrs = attributes, config.numAttrs = 2;
+  config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(tiles, multiprocessors))), config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = bytes,
+  config.stream = stream, config.attrs = &early, config.numAttrs = 1;
   if (const auto error = cudaLaunchKernelExC(&config, kernel, arguments))
     throw std::runtime_error(std::string("the launch failed: ") + cudaGetErrorString(error));
 }

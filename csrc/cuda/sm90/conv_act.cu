@@ -20,21 +20,21 @@ ConvParams parameters(const ResnetKernelsConv& c, TileShape t) {
   p.P = output_size(c.H, c.R, c.stride, c.padding, c.dilation);
   p.Q = output_size(c.W, c.S, c.stride, c.padding, c.dilation);
   p.M = c.N * p.P * p.Q, p.K = c.K;
-  const int positions = t.positions(), together = positions * t.blocks;
+  const int positions = t.positions();
   p.k_tiles = (c.K + t.columns - 1) / t.columns;
-  p.tiles = (p.M + together - 1) / together * p.k_tiles;
+  p.tiles = (p.M + positions - 1) / positions * p.k_tiles;
   p.stride = c.stride, p.padding = c.padding, p.dilation = c.dilation;
   p.S = c.S, p.taps = c.R * c.S, p.slices = slices(c.C);
   p.scale = c.scale, p.shift = c.shift, p.relu = c.relu, p.residual_there = c.residual;
   const bool half = c.half;
   p.x = im2col_map("x", half, c.x, {c.N, c.H, c.W, c.C}, {c.x_strides[0], c.x_strides[1], c.x_strides[2]}, c.stride,
                    c.padding, c.dilation * (c.S - 1), c.dilation * (c.R - 1), positions);
-  p.w = tiled_map<3>("w", half, c.w, {c.C, p.taps, c.K}, {c.C, int64_t{c.C} * p.taps}, {64, 1, t.columns / t.blocks});
+  p.w = tiled_map<3>("w", half, c.w, {c.C, p.taps, c.K}, {c.C, int64_t{c.C} * p.taps}, {64, 1, t.columns});
   if (c.x2) {
     p.slices2 = slices(c.C2);
     p.x2 = im2col_map("x2", half, c.x2, {c.N, p.P, p.Q, c.C2}, {c.x2_strides[0], c.x2_strides[1], c.x2_strides[2]}, 1,
                       0, 0, 0, positions);
-    p.w2 = tiled_map<3>("w2", half, c.w2, {c.C2, 1, c.K}, {c.C2, c.C2}, {64, 1, t.columns / t.blocks});
+    p.w2 = tiled_map<3>("w2", half, c.w2, {c.C2, 1, c.K}, {c.C2, c.C2}, {64, 1, t.columns});
   }
   if (c.residual) p.residual = tiled_map<2>("residual", half, c.residual, {c.K, p.M}, {c.K}, {64, t.rows});
   p.y = tiled_map<2>("y", half, c.y, {c.K, p.M}, {c.K}, {64, t.rows});
@@ -45,8 +45,7 @@ void launch(const ResnetKernelsConv& c, cudaStream_t stream) {
   if (c.tile < 0 || c.tile >= static_cast<int>(std::size(kTiles))) throw std::runtime_error("there is no tile " + std::to_string(c.tile));
   const ConvTile& tile = kTiles[c.tile];
   ConvParams p = parameters(c, tile.shape);
-  run(tile.kernel(c.half), p.tiles, tile.shape.blocks, c.multiprocessors, kConvThreads, shared_bytes(tile.shape), p,
-      stream);
+  run(tile.kernel(c.half), p.tiles, c.multiprocessors, kConvThreads, shared_bytes(tile.shape), p, stream);
 }
 
 }  // namespace

@@ -11,13 +11,11 @@
 //   consumers         wgmma from shared memory, accumulators in registers; then scale, shift, residual, ReLU, rounding
 //                     once, in place in the buffer.
 //
-// Blocks of a cluster have tiles of the same output channels, and bring each other a part of w: L2 is read less.
-//
 // In turn (TileShape), a warp group begins its products when the other has begun its last, so tensor cores and stores
 // overlap; the turn is also what keeps a warp group from looking at a barrier two phases ahead.
 //
 // Moves: x once per tap and per tile of output channels from L2, once from device memory; w once per tile of positions
-// from L2, or per cluster's; residual, y once.
+// from L2; residual, y once.
 #pragma once
 
 #include "cuda/sm90/conv_act_tiles.h"
@@ -25,9 +23,9 @@
 
 namespace resnet_kernels::sm90 {
 
-template <class T, int kRows, int kColumns, int kStages, bool kInTurn, int kBlocks>
+template <class T, int kRows, int kColumns, int kStages, bool kInTurn>
 struct ConvAct {
-  static constexpr TileShape kShape{kRows, kColumns, kStages, kInTurn, kBlocks};
+  static constexpr TileShape kShape{kRows, kColumns, kStages, kInTurn};
   static constexpr int kPositions = kShape.positions();
   static constexpr int kABytes = kPositions * kRow, kBBytes = kColumns * kRow, kStageBytes = kABytes + kBBytes;
   static constexpr int kChunkBytes = kRows * kRow, kBufferBytes = kColumns / kSlice * kChunkBytes;
@@ -42,22 +40,15 @@ struct ConvAct {
   static_assert(sizeof(Barriers) <= 256);
   static_assert(shared_bytes(kShape) <= 227 * 1024);
 
-  using Blocks = Cluster<kBlocks>;
-
   // Which tiles a warp group has: every one of the block's, or every other.
-  static __device__ int first_tile(int group) { return Blocks::index() + (kInTurn ? group * Blocks::count() : 0); }
-  static __device__ int next_tile(int tile) { return tile + (kInTurn ? 2 : 1) * Blocks::count(); }
-  // Its output positions begin at.
-  static __device__ int first_position(const ConvParams& p, int tile) {
-    return (tile / p.k_tiles * kBlocks + Blocks::rank()) * kPositions;
-  }
+  static __device__ int first_tile(int group) { return blockIdx.x + (kInTurn ? group * gridDim.x : 0); }
+  static __device__ int next_tile(int tile) { return tile + (kInTurn ? 2 : 1) * gridDim.x; }
 
   static __device__ void move_operands(const ConvParams& p, uint32_t ring, Barriers& barriers) {
     Ring<kStages> at;
     await_previous();
-    const int share = Blocks::rank() * (kColumns / kBlocks);  // of w's rows, that this block brings to all
-    for (int tile = Blocks::index(); tile < p.tiles; tile += Blocks::count()) {
-      const int k0 = tile % p.k_tiles * kColumns, m0 = first_position(p, tile);
+    for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
+      const int k0 = tile % p.k_tiles * kColumns, m0 = tile / p.k_tiles * kPositions;
       const int q = m0 % p.Q, row = m0 / p.Q, i = row % p.P, n = row / p.P;
       auto bring = [&](const CUtensorMap& x, const CUtensorMap& w, int stride, int padding, int c, int r, int s,
                        int tap) {
@@ -66,7 +57,7 @@ struct ConvAct {
         BytesBarrier::arrive_and_expect_tx(full, kStageBytes);
         const uint32_t a = ring + at.slot * kStageBytes;
         im2col(x, full, a, c, q * stride - padding, i * stride - padding, n, s, r);
-        Blocks::bring(w, full, a + kABytes + share * kRow, c, tap, k0 + share);
+        cute::SM90_TMA_LOAD_3D::copy(&w, full, kNoHint, pointer(a + kABytes), c, tap, k0);
         at.advance();
       };
       for (int slice = 0; slice < p.slices; ++slice)
@@ -81,16 +72,13 @@ struct ConvAct {
     cute::SM90_TMA_LOAD_IM2COL_4D::copy(&map, barrier, pointer(to), c, w, h, n, static_cast<uint16_t>(s),
                                         static_cast<uint16_t>(r));
   }
-  static constexpr uint64_t kNoHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
-  static __device__ void* pointer(uint32_t address) { return __cvta_shared_to_generic(address); }
-
   static __device__ void move_results(const ConvParams& p, uint32_t buffer, Barriers& barriers, int group) {
     uint64_t* const loaded = &barriers.loaded[group];
     uint32_t phase = 0;
     await_previous();
     for (int tile = first_tile(group); tile < p.tiles; tile = next_tile(tile)) {
       const int k0 = tile % p.k_tiles * kColumns;
-      const int m0 = first_position(p, tile) + (kInTurn ? 0 : group * kRows);
+      const int m0 = tile / p.k_tiles * kPositions + (kInTurn ? 0 : group * kRows);
       if (p.residual_there) {
         BytesBarrier::arrive_and_expect_tx(loaded, kBufferBytes);
 #pragma unroll 1
@@ -133,7 +121,7 @@ struct ConvAct {
       end_products();
       if (step > 0) {
         await_products<1>();
-        if (threadIdx.x % kWarpGroup == 0) Blocks::arrive(&barriers.empty[released]);
+        if (threadIdx.x % kWarpGroup == 0) Barrier::arrive(&barriers.empty[released]);
       }
       released = at.slot;
       at.advance();
@@ -145,7 +133,7 @@ struct ConvAct {
     await_products<0>();
 #pragma unroll
     for (auto& part : d) keep(part);
-    if (threadIdx.x % kWarpGroup == 0) Blocks::arrive(&barriers.empty[released]);
+    if (threadIdx.x % kWarpGroup == 0) Barrier::arrive(&barriers.empty[released]);
   }
 
   static __device__ void finish(const ConvParams& p, float (&d)[kParts][kColumns / 2], uint32_t buffer, int k0) {
@@ -200,7 +188,7 @@ struct ConvAct {
     if (threadIdx.x == 0) {
       for (int i = 0; i < kStages; ++i) {
         Barrier::init(&barriers.full[i], 1);
-        Barrier::init(&barriers.empty[i], (kInTurn ? 1 : 2) * kBlocks);
+        Barrier::init(&barriers.empty[i], kInTurn ? 1 : 2);
       }
       for (int group = 0; group < 2; ++group) {
         Barrier::init(&barriers.turn[group], 1);
@@ -210,7 +198,7 @@ struct ConvAct {
       cutlass::arch::fence_barrier_init();
       Barrier::arrive(&barriers.turn[0]);
     }
-    Blocks::sync();
+    __syncthreads();
     let_next_begin();
     if (threadIdx.x < kWarpGroup) {
       cutlass::arch::warpgroup_reg_dealloc<40>();
@@ -224,19 +212,17 @@ struct ConvAct {
       const int group = threadIdx.x / kWarpGroup - 1;
       consume(p, ring, buffers + group * kBufferBytes, barriers, group);
     }
-    // What it shares may still be on its way to the other block, and the other's arrivals to this one.
-    if constexpr (kBlocks > 1) Blocks::sync();
   }
 };
 
-template <class T, int kRows, int kColumns, int kStages, bool kInTurn, int kBlocks>
+template <class T, int kRows, int kColumns, int kStages, bool kInTurn>
 __global__ void __launch_bounds__(kConvThreads, 1) conv_act_kernel(const __grid_constant__ ConvParams p) {
-  ConvAct<T, kRows, kColumns, kStages, kInTurn, kBlocks>::run(p);
+  ConvAct<T, kRows, kColumns, kStages, kInTurn>::run(p);
 }
 
 template <class T, const TileShape& t>
 const void* conv_act_pointer() {
-  return reinterpret_cast<const void*>(&conv_act_kernel<T, t.rows, t.columns, t.stages, t.in_turn, t.blocks>);
+  return reinterpret_cast<const void*>(&conv_act_kernel<T, t.rows, t.columns, t.stages, t.in_turn>);
 }
 
 // What a tile's file consists of.

@@ -13,7 +13,7 @@ struct ConvParams {
   CUtensorMap x, w, x2, w2, residual, y;
   const float* scale;  // null: 1
   const float* shift;  // null: 0
-  int tiles, k_tiles;  // of all blocks that share w; of output channels
+  int tiles, k_tiles;  // in all; of output channels
   int M, K, P, Q;
   int stride, padding, dilation, S, taps, slices;
   int slices2;  // of the second product; 0: there is none
@@ -22,11 +22,9 @@ struct ConvParams {
 
 // A kernel's tile of kRows positions per warp group x kColumns output channels. In turn: each of the two consumer warp
 // groups has tiles of its own, one multiplies while the other stores; else both share a tile of 2 * kRows positions.
-// So many blocks share what they read of w, each with tiles of other positions.
 struct TileShape {
   int rows, columns, stages;
   bool in_turn;
-  int blocks;
 
   constexpr int positions() const { return rows * (in_turn ? 1 : 2); }
 };

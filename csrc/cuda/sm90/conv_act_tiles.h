@@ -5,14 +5,11 @@
 
 namespace resnet_kernels::sm90 {
 
-// Positions per warp group, output channels, stages, in turn, blocks that share w.
-#define RESNET_KERNELS_TILES(X)              \
-  X(turn128x128, 128, 128, 4, true, 1)       \
-  X(turn128x64, 128, 64, 6, true, 1)         \
-  X(both64x256, 64, 256, 3, false, 1)        \
-  X(shared_turn128x128, 128, 128, 4, true, 2) \
-  X(shared_both128x128, 128, 128, 3, false, 2) \
-  X(shared_both64x256, 64, 256, 3, false, 2)
+// Positions per warp group, output channels, stages, in turn.
+#define RESNET_KERNELS_TILES(X)     \
+  X(turn128x128, 128, 128, 5, true) \
+  X(turn128x64, 128, 64, 8, true)   \
+  X(both64x256, 64, 256, 3, false)
 
 #define X(NAME, ...)                                 \
   namespace tiles {                                  \

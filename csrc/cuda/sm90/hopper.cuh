@@ -6,7 +6,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 #include <cute/arch/mma_sm90_gmma.hpp>
@@ -28,6 +27,13 @@ constexpr int kWarpGroup = 128;
 // Bytes of a row in shared memory: 64 channels of 16 bits, which is what a swizzle of 128 bytes spans.
 constexpr int kRow = 128;
 constexpr int kSlice = 64;
+
+// Of the copy engine's L2 accesses: nothing in particular, or what is read once.
+constexpr uint64_t kNoHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+constexpr uint64_t kOnce = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
+
+// What cute's copies take, of an address in shared memory.
+__device__ inline void* pointer(uint32_t address) { return __cvta_shared_to_generic(address); }
 
 // A matrix of rows of 128 bytes in shared memory, swizzled as the copy engine writes it: 16-byte chunk j of row r lies
 // in place j ^ (r % 8), counted from a multiple of 1024 bytes. The matrix may begin at any row.
@@ -113,50 +119,6 @@ template <int kValues>
 __device__ __forceinline__ void keep(float (&d)[kValues]) {
   keep(d, std::make_index_sequence<kValues>{});
 }
-
-// kBlocks blocks, one a multiprocessor, that share what the copy engine brings to all of them: it reads L2 once. Their
-// barriers lie at the same place in each.
-template <int kBlocks>
-struct Cluster {
-  static constexpr uint64_t kNoHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
-  static constexpr uint16_t kAll = (1 << kBlocks) - 1;
-
-  static __device__ int rank() { return kBlocks == 1 ? 0 : cute::block_rank_in_cluster(); }
-  // Among the grid's clusters.
-  static __device__ int index() { return blockIdx.x / kBlocks; }
-  static __device__ int count() { return gridDim.x / kBlocks; }
-  // All threads of all its blocks, and what they wrote.
-  static __device__ void sync() {
-    if constexpr (kBlocks == 1) {
-      __syncthreads();
-    } else {
-      __syncwarp();
-      cute::cluster_sync();
-    }
-  }
-  // At every block's barrier.
-  static __device__ void arrive(uint64_t* barrier) {
-    if constexpr (kBlocks == 1)
-      Barrier::arrive(barrier);
-    else
-      for (int block = 0; block < kBlocks; ++block) Barrier::arrive(barrier, block, 1);
-  }
-  // A box to the same place in every block, whose barriers hear of it.
-  static __device__ void bring(const CUtensorMap& map, uint64_t* barrier, uint32_t to, int c0, int c1) {
-    void* const place = __cvta_shared_to_generic(to);
-    if constexpr (kBlocks == 1)
-      cute::SM90_TMA_LOAD_2D::copy(&map, barrier, kNoHint, place, c0, c1);
-    else
-      cute::SM90_TMA_LOAD_MULTICAST_2D::copy(&map, barrier, kAll, kNoHint, place, c0, c1);
-  }
-  static __device__ void bring(const CUtensorMap& map, uint64_t* barrier, uint32_t to, int c0, int c1, int c2) {
-    void* const place = __cvta_shared_to_generic(to);
-    if constexpr (kBlocks == 1)
-      cute::SM90_TMA_LOAD_3D::copy(&map, barrier, kNoHint, place, c0, c1, c2);
-    else
-      cute::SM90_TMA_LOAD_MULTICAST_3D::copy(&map, barrier, kAll, kNoHint, place, c0, c1, c2);
-  }
-};
 
 // Kernels of ours that follow each other overlap: the next one's blocks may begin where one of this has ended, and wait
 // before they touch what this or an earlier one writes or reads.

@@ -31,7 +31,7 @@ void launch(const ResnetKernelsPair& c, cudaStream_t stream) {
   const Kernel k = find(c.J, c.ahead_channels);
   if (c.K % 64) throw std::runtime_error("expected channels outside in multiples of 64");
   PairParams p{};
-  p.tiles = (c.M + kPairBlocks * kPairRows - 1) / (kPairBlocks * kPairRows), p.parts = c.K / 64;
+  p.tiles = (c.M + kPairRows - 1) / kPairRows, p.parts = c.K / 64;
   p.shift3 = c.shift3, p.shift1 = c.shift1;
   auto map = [&](const char* what, const void* data, int64_t channels, int64_t rows, int box) {
     return tiled_map<2>(what, c.half, data, {channels, rows}, {channels}, {64, box});
@@ -40,10 +40,9 @@ void launch(const ResnetKernelsPair& c, cudaStream_t stream) {
   p.residual = map("residual", c.residual, c.K, c.M, 64);
   p.y = map("y", c.y, c.K, c.M, 64);
   p.ahead = map("ahead", c.ahead, c.ahead_channels, c.M, 64);
-  p.w3 = map("w3", c.w3, c.J, c.K, 64 / kPairBlocks);
-  p.w1 = map("w1", c.w1, c.K, c.ahead_channels, c.ahead_channels / kPairBlocks);
-  run(c.half ? k.fp16 : k.bf16, p.tiles, kPairBlocks, c.multiprocessors, kPairThreads, pair_shared_bytes(k.shape), p,
-      stream);
+  p.w3 = map("w3", c.w3, c.J, c.K, 64);
+  p.w1 = map("w1", c.w1, c.K, c.ahead_channels, c.ahead_channels);
+  run(c.half ? k.fp16 : k.bf16, p.tiles, c.multiprocessors, kPairThreads, pair_shared_bytes(k.shape), p, stream);
 }
 
 }  // namespace

@@ -6,10 +6,9 @@
 // A block has 128 positions at a time, 64 for each of two warp groups, with all channels of x in shared memory and of
 // ahead in accumulators. It makes y 64 channels at a time, each the second product's operand straight from registers. The
 // weights that this takes, for part n of y those that make it (64 x J) and those that it is multiplied by (J1 x 64),
-// follow each other through a ring, the same for both warp groups: items 2n and 2n + 1. Two blocks share them, each brings
-// a half to both.
+// follow each other through a ring, the same for both warp groups: items 2n and 2n + 1.
 //
-// Moves: x, residual once, y, ahead once; all weights once per 256 positions from L2. y is not read again but as the next
+// Moves: x, residual once, y, ahead once; all weights once per 128 positions from L2. y is not read again but as the next
 // residual.
 #pragma once
 
@@ -24,10 +23,6 @@ struct TwoConvs {
   static_assert(pair_shared_bytes(kShape) <= 227 * 1024);
   static constexpr int kTileBytes = pair_tile_bytes(kShape), kSlotBytes = pair_slot_bytes(kShape);
   static constexpr int kSliceBytes = kPairRows * kRow;
-  using Blocks = Cluster<kPairBlocks>;
-
-  static __device__ int first_position(int tile) { return (tile * kPairBlocks + Blocks::rank()) * kPairRows; }
-
   struct Barriers {
     uint64_t full[kTiles], empty[kTiles];        // of x
     uint64_t brought[kSlots], multiplied[kSlots];  // of weights
@@ -35,21 +30,17 @@ struct TwoConvs {
   };
   static_assert(sizeof(Barriers) <= 256);
 
-  static constexpr uint64_t kOnce = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
-  static __device__ void* pointer(uint32_t address) { return __cvta_shared_to_generic(address); }
-
   static __device__ void move_operands(const PairParams& p, uint32_t tiles, uint32_t slots, Barriers& barriers) {
     Ring<kTiles> at;
     Ring<kSlots> item;
-    const int rank = Blocks::rank();
     await_previous();
-    for (int tile = Blocks::index(); tile < p.tiles; tile += Blocks::count()) {
+    for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
       Barrier::wait(&barriers.empty[at.slot], at.phase ^ 1);
       BytesBarrier::arrive_and_expect_tx(&barriers.full[at.slot], kTileBytes);
       for (int i = 0; i < kInside / kSlice; ++i)
         cute::SM90_TMA_LOAD_2D::copy(&p.x, &barriers.full[at.slot], kOnce,
                                      pointer(tiles + at.slot * kTileBytes + i * kSliceBytes), i * kSlice,
-                                     first_position(tile));
+                                     tile * kPairRows);
       at.advance();
       auto bring = [&](int bytes, auto copy) {
         Barrier::wait(&barriers.multiplied[item.slot], item.phase ^ 1);
@@ -60,12 +51,10 @@ struct TwoConvs {
       for (int part = 0; part < p.parts; ++part) {
         bring(kInside * kRow, [&](uint64_t* brought, uint32_t slot) {
           for (int i = 0; i < kInside / kSlice; ++i)
-            Blocks::bring(p.w3, brought, slot + (i * 64 + rank * (64 / kPairBlocks)) * kRow, i * kSlice,
-                          part * 64 + rank * (64 / kPairBlocks));
+            cute::SM90_TMA_LOAD_2D::copy(&p.w3, brought, kNoHint, pointer(slot + i * 64 * kRow), i * kSlice, part * 64);
         });
         bring(kAhead * kRow, [&](uint64_t* brought, uint32_t slot) {
-          Blocks::bring(p.w1, brought, slot + rank * (kAhead / kPairBlocks) * kRow, part * 64,
-                        rank * (kAhead / kPairBlocks));
+          cute::SM90_TMA_LOAD_2D::copy(&p.w1, brought, kNoHint, pointer(slot), part * 64, 0);
         });
       }
     }
@@ -73,18 +62,15 @@ struct TwoConvs {
 
   static __device__ void move_results(const PairParams& p, uint32_t buffers,
                                       StepBarriers<kBuffers>& barriers, int group) {
-    const int tiles = (p.tiles - Blocks::index() + Blocks::count() - 1) / Blocks::count();
+    const int tiles = (p.tiles - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) / gridDim.x;
     const int steps = p.parts + kAhead / kSlice;
     auto of = [&](int step, auto use) {
-      const int tile = Blocks::index() + step / steps * Blocks::count();
-      use(step % steps, first_position(tile) + group * 64);
+      const int tile = blockIdx.x + step / steps * gridDim.x;
+      use(step % steps, tile * kPairRows + group * 64);
     };
     auto load = [&](int step, int buffer, uint64_t* loaded) {
       of(step, [&](int part, int m) {
         if (part < p.parts) {
-          // All of a tile's into L2 together: device memory is read in runs, not in the 128 bytes of a part.
-          if (part == 0)
-            for (int i = 0; i < p.parts; ++i) cute::SM90_TMA_LOAD_2D::PREFETCH::copy(&p.residual, i * kSlice, m);
           BytesBarrier::arrive_and_expect_tx(loaded, kPairBuffer);
           cute::SM90_TMA_LOAD_2D::copy(&p.residual, loaded, kOnce, pointer(buffers + buffer * kPairBuffer),
                                        part * kSlice, m);
@@ -110,10 +96,10 @@ struct TwoConvs {
     Ring<kTiles> at;
     Ring<kSlots> item;
     auto release = [&](uint64_t& barrier) {
-      if (threadIdx.x % kWarpGroup == 0) Blocks::arrive(&barrier);
+      if (threadIdx.x % kWarpGroup == 0) Barrier::arrive(&barrier);
     };
 #pragma unroll 1
-    for (int tile = Blocks::index(); tile < p.tiles; tile += Blocks::count()) {
+    for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
       float ahead[kAhead / 2];
       Barrier::wait(&barriers.full[at.slot], at.phase);
       const uint64_t x = swizzled_matrix(tiles + at.slot * kTileBytes + group * 64 * kRow);
@@ -137,7 +123,7 @@ struct TwoConvs {
         keep(d);
         release(barriers.multiplied[item.slot]);
         if (part > 0) release(barriers.multiplied[held]);
-        if (part == p.parts - 1 && threadIdx.x % kWarpGroup == 0) Barrier::arrive(&barriers.empty[at.slot]);
+        if (part == p.parts - 1) release(barriers.empty[at.slot]);
         item.advance();
         uint32_t y[4][4];
         finish_part<T>(d, shift, steps.buffer(), 64, y);
@@ -172,12 +158,12 @@ struct TwoConvs {
       }
       for (int i = 0; i < kSlots; ++i) {
         Barrier::init(&barriers.brought[i], 1);
-        Barrier::init(&barriers.multiplied[i], 2 * kPairBlocks);
+        Barrier::init(&barriers.multiplied[i], 2);
       }
       for (auto& steps : barriers.steps) steps.init();
       cutlass::arch::fence_barrier_init();
     }
-    Blocks::sync();
+    __syncthreads();
     let_next_begin();
     if (threadIdx.x < kWarpGroup) {
       cutlass::arch::warpgroup_reg_dealloc<40>();
@@ -191,7 +177,6 @@ struct TwoConvs {
       const int group = threadIdx.x / kWarpGroup - 1;
       consume(p, tiles, slots, buffers + group * kBuffers * kPairBuffer, barriers, group);
     }
-    Blocks::sync();  // what it shares may still be on its way, and the other's arrivals
   }
 };
 

@@ -9,7 +9,7 @@ struct PairParams {
   CUtensorMap x, residual, y, ahead;  // (M, channels)
   CUtensorMap w3, w1;                 // (K, J) and (ahead's channels, K)
   const float *shift3, *shift1;
-  int tiles, parts;  // of kPairBlocks * 128 positions; of 64 channels of y
+  int tiles, parts;  // of 128 positions; of 64 channels of y
 };
 
 // Channels inside and of the next block's first convolution; buffers of x; slots of the weights' ring; buffers of a warp
@@ -18,8 +18,6 @@ struct PairShape {
   int inside, ahead, tiles, slots, buffers;
 };
 
-// Blocks that share what they read of the weights.
-constexpr int kPairBlocks = 2;
 constexpr int kPairThreads = 384, kPairRows = 128, kPairBuffer = 64 * 128;
 
 constexpr int pair_tile_bytes(PairShape s) { return kPairRows * s.inside * 2; }

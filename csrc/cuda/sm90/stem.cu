@@ -21,7 +21,7 @@ void launch(const ResnetKernelsStem& c, cudaStream_t stream) {
   const int64_t blocks = (int64_t{c.N} * p.PP + kStemGroups - 1) / kStemGroups;
   const void* kernel = c.half ? reinterpret_cast<const void*>(&stem_kernel<__half>)
                               : reinterpret_cast<const void*>(&stem_kernel<__nv_bfloat16>);
-  run(kernel, blocks, 1, c.multiprocessors, kStemThreads, kStemSharedBytes, p, stream);
+  run(kernel, blocks, c.multiprocessors, kStemThreads, kStemSharedBytes, p, stream);
 }
 
 }  // namespace

@@ -60,8 +60,7 @@ struct Stem {
         const int h = 2 * (2 * strip.first - 1) - 3 + 2 * stage;
         for (int part = 0; part < 4; ++part)
           cute::SM90_TMA_LOAD_3D::copy(&p.x, &full[at.slot],
-                                       static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST),
-                                       __cvta_shared_to_generic(ring + at.slot * kStemStageBytes + part * kStemCopyBytes),
+                                       kOnce, pointer(ring + at.slot * kStemStageBytes + part * kStemCopyBytes),
                                        -2 * 4 + part % 2 * (kStemCopyBytes / 4), h + part / 2, strip.n);
         at.advance();
       }
@@ -182,7 +181,7 @@ struct Stem {
         cutlass::arch::fence_view_async_shared();
         cutlass::arch::NamedBarrier::arrive_and_wait(kWarpGroup, group);
         if (t == 0) {
-          cute::SM90_TMA_STORE_3D::copy(&p.y, __cvta_shared_to_generic(buffer), 0, 0, strip.n * p.PP + pooled);
+          cute::SM90_TMA_STORE_3D::copy(&p.y, pointer(buffer), 0, 0, strip.n * p.PP + pooled);
           cute::tma_store_arrive();
         }
 #pragma unroll

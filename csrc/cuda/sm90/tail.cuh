@@ -47,10 +47,6 @@ struct Tail {
     __device__ uint32_t end() const { return of(2); }
   };
 
-  static constexpr uint64_t kNoHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
-  static constexpr uint64_t kOnce = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
-  static __device__ void* pointer(uint32_t address) { return __cvta_shared_to_generic(address); }
-
   static __device__ void move_operands(const TailParams& p, const Shared& at, Barriers& barriers) {
     BytesBarrier::arrive_and_expect_tx(&barriers.weights, kTailWeights + kTailWeights3 + kParts * kPartBytes);
     for (int tap = 0; tap < 9; ++tap)
@@ -80,10 +76,6 @@ struct Tail {
     auto load = [&](int step, int buffer, uint64_t* loaded) {
       of(step, [&](int k, int h, int n) {
         if (k < kTailK) {
-          if (k == 0 && step + kSteps < tiles * kSteps)  // the next row into L2, in one run
-            of(step + kSteps, [&](int, int h, int n) {
-              for (int i = 0; i < kParts; ++i) cute::SM90_TMA_LOAD_4D::PREFETCH::copy(&p.residual, i * kSlice, 0, h, n);
-            });
           BytesBarrier::arrive_and_expect_tx(loaded, p.W * kRow);
           cute::SM90_TMA_LOAD_4D::copy(&p.residual, loaded, kOnce, pointer(buffers + buffer * kTailBuffer), k, 0, h, n);
         } else {

@@ -65,25 +65,20 @@ def _dense(t: Tensor) -> bool:
 def launch(c: Convolution, kernel: str, y: Tensor) -> Native:
     """y: (N, K, P, Q) channels_last, to be written. Only where `why_not` is None."""
     config = KERNELS[kernel]
-    name = kernel.removeprefix("conv_act ")
     tiles = math.ceil(c.rows / config.BLOCK_M) * math.ceil(c.weight.shape[0] / config.BLOCK_N)
     arguments = dict(
         x=c.x,
         weight=c.weight,
         y=y,
         geometry=c.geometry,
-        tile=name,
+        tile=kernel.removeprefix("conv_act "),
         scale=c.scale,
         shift=c.shift,
         second=c.second,
         residual=c.residual,
         relu=c.relu,
     )
-    work = c.work(config, tiles)
-    # Blocks that share the weight's part of what is copied read it once.
-    weights = (work.copied - nbytes(c.residual)) * config.BLOCK_N // (config.BLOCK_M + config.BLOCK_N)
-    work = work._replace(copied=work.copied - weights + weights // sm90.TILES[name].blocks)
-    return Native(sm90.conv_act, tiles, arguments, config.options, str(c), work)
+    return Native(sm90.conv_act, tiles, arguments, config.options, str(c), c.work(config, tiles))
 
 
 PAIR = "conv3x3, then sm90 pair"
@@ -123,7 +118,7 @@ def pair_launch(t: Tail, h: Tensor, y: Tensor, ahead: Tensor) -> Native:
     tiles = math.ceil(last.rows / 128)
     moved = nbytes(h, *weights, last.residual, y, ahead)
     flops = last.flops + following.flops
-    copied = nbytes(h, last.residual) + nbytes(*weights) * math.ceil(tiles / 2)
+    copied = nbytes(h, last.residual) + nbytes(*weights) * tiles
     work = Work(moved, flops, copied, flops * tiles * 128 // last.rows)
     return Native(sm90.pair, tiles, arguments, {"num_warps": WARPS}, f"{last} > {following}", work, problem=t)
 

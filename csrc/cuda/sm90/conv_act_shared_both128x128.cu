@@ -1,3 +1,0 @@
-#include "cuda/sm90/conv_act.cuh"
-
-RESNET_KERNELS_CONV_TILE(shared_both128x128)
