@@ -98,8 +98,10 @@ def check_conv(backend, device, dtype, name, with_residual, relu):
         residual = torch.randn_like(eager(x, weight, scale, shift, g, None, False)).contiguous(memory_format=NHWC)
     products = [Product(Operand(x), weight, g, scale)]
     epilogue = Epilogue(shift, None if residual is None else Operand(residual), relu)
-    call = call_of(products, epilogue)
-    assert backend.why_not(call) is None
+    reason = backend.why_not(call_of(products, epilogue))
+    if reason is not None and "was not built" in reason:
+        pytest.skip(reason)
+    assert reason is None
     before = None if residual is None else residual.clone()
     y, reduced = backend.conv(products, epilogue)
     assert reduced is None

@@ -37,6 +37,18 @@ def cuobjdump(library, *options):
     return subprocess.run([tool, *options, library], capture_output=True, text=True, check=True).stdout
 
 
+def test_indices_are_those_of_brute_force(tmp_path):
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    here = Path(__file__).parent
+    program = tmp_path / "hopper_index"
+    source, include = here / "hopper_index.cpp", here.parent / "csrc"
+    subprocess.run([compiler, "-std=c++17", f"-I{include}", str(source), "-o", str(program)], check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 def test_tiles_are_those_that_were_built(library):
     assert sm90.load()[0].resnet_kernels_sm90_tiles().decode().split() == list(sm90.TILES)
 

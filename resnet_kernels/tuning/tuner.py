@@ -371,11 +371,16 @@ def _what(key: str) -> str:
     return key.split(": ", 1)[1]
 
 
-def _tune_launch(problem: Any, device: torch.device, prune: Callable[[], dict[str, Any]], store: Store) -> Measured:
+def _tune_launch(
+    problem: Any, device: torch.device, prune: Callable[[], dict[str, Any]], store: Store
+) -> Measured | None:
     from . import launches
 
     key, found = problem.key, prune()[problem.key]
     default, out, named = found.default, dict(found.out), {launches.name(choice): choice for choice in found.choices}
+    if list(named) == [default] and not out:
+        store(measured.Table({}, {key: {"launch": key, **launches.row(named[default])}}))
+        return None
     if default in named:
         row = {"launch": key, **launches.row(named[default]), "unfinished": True}
         store(measured.Table({}, {key: row}))

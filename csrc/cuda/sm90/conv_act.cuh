@@ -49,14 +49,14 @@ struct ConvAct {
     await_previous();
     for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
       const int k0 = tile % p.k_tiles * kColumns, m0 = tile / p.k_tiles * kPositions;
-      const int q = m0 % p.Q, row = m0 / p.Q, i = row % p.P, n = row / p.P;
+      const Position at0(m0, p.P, p.Q);
       auto bring = [&](const CUtensorMap& x, const CUtensorMap& w, int stride, int padding, int c, int r, int s,
                        int tap) {
         Barrier::wait(&barriers.empty[at.slot], at.phase ^ 1);
         uint64_t* const full = &barriers.full[at.slot];
         BytesBarrier::arrive_and_expect_tx(full, kStageBytes);
         const uint32_t a = ring + at.slot * kStageBytes;
-        im2col(x, full, a, c, q * stride - padding, i * stride - padding, n, s, r);
+        im2col(x, full, a, c, at0.q * stride - padding, at0.i * stride - padding, at0.n, s, r);
         cute::SM90_TMA_LOAD_3D::copy(&w, full, kNoHint, pointer(a + kABytes), c, tap, k0);
         at.advance();
       };
@@ -150,8 +150,7 @@ struct ConvAct {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int row = 64 * part + 16 * (t / 32) + t % 32 / 4 + 8 * half;
-          const uint32_t address =
-              buffer + i / 8 * kChunkBytes + row * kRow + ((i % 8 ^ row % 8) * 16) + t % 4 * 4;
+          const uint32_t address = buffer + i / 8 * kChunkBytes + swizzled(row, i % 8) + t % 4 * 4;
           float2 v{fmaf(a.x, d[part][4 * i + 2 * half], b.x), fmaf(a.y, d[part][4 * i + 2 * half + 1], b.y)};
           if (p.residual_there) {
             const float2 r = Pair<T>::widen(load_shared(address));

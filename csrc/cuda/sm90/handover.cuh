@@ -14,20 +14,17 @@ __device__ inline void hand_over(uint32_t (&a)[4][4], int i, int half, float2 v)
 }
 
 // The thread's first row of 64, the other is 8 further.
-__device__ inline int first_row() {
-  const int t = threadIdx.x % kWarpGroup;
-  return 16 * (t / 32) + t % 32 / 4;
-}
+__device__ inline int first_row() { return accumulator_row(threadIdx.x % kWarpGroup, 0); }
 
 // Where in a buffer of 64 channels a row the thread's channels of eight number i lie. `row` from `first_row_at`.
 __device__ inline uint32_t first_row_at(uint32_t buffer) {
-  return buffer + first_row() * kRow + first_row() % 8 * 16 + threadIdx.x % 4 * 4;
+  return buffer + swizzled(first_row(), 0) + threadIdx.x % 4 * 4;
 }
 __device__ inline uint32_t place(uint32_t row, int i, int half) { return (row ^ i * 16) + half * 8 * kRow; }
 
 // Of a vector over channels: the thread's of eight number i.
 __device__ inline float2 channels(const float* v, int i) {
-  return __ldg(reinterpret_cast<const float2*>(v + 8 * i + 2 * (threadIdx.x % 4)));
+  return __ldg(reinterpret_cast<const float2*>(v + 8 * i + accumulator_column(threadIdx.x)));
 }
 
 __device__ inline float2 shifted(const float (&d)[32], int i, int half, float2 shift) {

@@ -18,16 +18,14 @@
 #include <type_traits>
 #include <utility>
 
+#include "cuda/sm90/index.h"
+
 namespace resnet_kernels::sm90 {
 
 using Barrier = cutlass::arch::ClusterBarrier;
 using BytesBarrier = cutlass::arch::ClusterTransactionBarrier;
 
 constexpr int kWarpGroup = 128;
-// Bytes of a row in shared memory: 64 channels of 16 bits, which is what a swizzle of 128 bytes spans.
-constexpr int kRow = 128;
-constexpr int kSlice = 64;
-
 // Of the copy engine's L2 accesses: nothing in particular, or what is read once.
 constexpr uint64_t kNoHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
 constexpr uint64_t kOnce = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
@@ -176,19 +174,6 @@ struct Pair<__half> {
     return m;
   }
   static constexpr uint32_t kMinusInfinity = 0xFC00;
-};
-
-// Of a ring of kStages buffers: which one step n uses, and the parity of the phase of its barriers.
-template <int kStages>
-struct Ring {
-  int slot = 0;
-  uint32_t phase = 0;
-  __device__ void advance(int steps = 1) {
-    slot += steps;
-    // Both at once: steps may pass several rounds.
-    phase ^= (slot / kStages) & 1;
-    slot %= kStages;
-  }
 };
 
 }  // namespace resnet_kernels::sm90

@@ -109,7 +109,7 @@ struct Tail {
       begin_products();
 #pragma unroll
       for (int tap = 0; tap < 9; ++tap) {
-        const uint64_t a = swizzled_matrix(at.halo + ((group + tap / 3) * pitch + tap % 3) * kRow);
+        const uint64_t a = swizzled_matrix(at.halo + tap_column(group, tap, pitch) * kRow);
         const uint64_t b = swizzled_matrix(at.w + tap * kTapBytes);
 #pragma unroll
         for (int k = 0; k < 4; ++k)

@@ -1,0 +1,52 @@
+// Which element lies where: what the kernels for sm_90a compute of indices, on the host as well, where tests run it.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define RESNET_KERNELS_BOTH __host__ __device__
+#else
+#define RESNET_KERNELS_BOTH
+#endif
+
+namespace resnet_kernels::sm90 {
+
+// Bytes of a row in shared memory: 64 channels of 16 bits, which is what a swizzle of 128 bytes spans.
+constexpr int kRow = 128;
+constexpr int kSlice = 64;
+
+// Where the copy engine puts 16-byte chunk j of a row, in bytes from a multiple of 1024.
+RESNET_KERNELS_BOTH constexpr uint32_t swizzled(int row, int j) { return row * kRow + ((j ^ row % 8) * 16); }
+
+// Of a ring of kStages buffers: which one step n uses, and the parity of the phase of its barriers.
+template <int kStages>
+struct Ring {
+  int slot = 0;
+  uint32_t phase = 0;
+  RESNET_KERNELS_BOTH void advance(int steps = 1) {
+    slot += steps;
+    // Both at once: steps may pass several rounds.
+    phase ^= (slot / kStages) & 1;
+    slot %= kStages;
+  }
+};
+
+// Thread t of a warp group holds of 64 rows of accumulators number `half` (0, 1) of two, and of each eight columns two.
+RESNET_KERNELS_BOTH constexpr int accumulator_row(unsigned t, int half) { return 16 * (t / 32) + t % 32 / 4 + 8 * half; }
+RESNET_KERNELS_BOTH constexpr unsigned accumulator_column(unsigned t) { return 2 * (t % 4); }
+
+// Output position m, counted over columns, rows, images.
+struct Position {
+  int n, i, q;
+  RESNET_KERNELS_BOTH Position(int m, int P, int Q) {
+    const int row = m / Q;
+    q = m % Q, i = row % P, n = row / P;
+  }
+};
+
+// Where what a tap (r, s) of a 3x3 sees of an output row begins, where input rows lie `pitch` columns after each other.
+RESNET_KERNELS_BOTH constexpr int tap_column(int output_row, int tap, int pitch) {
+  return (output_row + tap / 3) * pitch + tap % 3;
+}
+
+}  // namespace resnet_kernels::sm90
