@@ -1,5 +1,6 @@
 """The CUDA C++ kernels for Hopper: what was built, read without a GPU; and, on one, their results."""
 
+import hashlib
 import re
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 
 import resnet_kernels as rk
 from resnet_kernels.backends import extension, sm90
@@ -51,6 +53,17 @@ def test_indices_are_those_of_brute_force(tmp_path):
 
 def test_tiles_are_those_that_were_built(library):
     assert sm90.load()[0].resnet_kernels_sm90_tiles().decode().split() == list(sm90.TILES)
+
+
+# Of csrc/cuda/sm90 without comments and spaces: what all tests marked gpu passed with, on an NVIDIA H200.
+PROVED = "63d778b54eb8b09f"
+
+
+def test_the_kernels_are_those_that_a_gpu_has_proved():
+    folder = Path(__file__).parent.parent / "csrc/cuda/sm90"
+    code = "".join(re.sub(r"//[^\n]*|\s", "", path.read_text()) for path in sorted(folder.iterdir()))
+    found = hashlib.sha256(code.encode()).hexdigest()[:16]
+    assert found == PROVED, "changed: prove them again (pytest -m gpu tests/test_sm90.py), measure, and note it here"
 
 
 def test_kernels_have_no_stack_and_the_registers_that_three_warp_groups_can_have(library):
@@ -280,6 +293,24 @@ def test_stem(N, H, W, dtype, poisoned):
 
 
 @pytest.mark.gpu
+def test_nan_in_an_image_spreads_one_pooled_column_further_at_most():
+    image, weight = draw(1, 3, 40, 60, dtype=torch.bfloat16), draw(64, 3, 7, 7, dtype=torch.bfloat16, scale=0.1)
+    image[0, 1, 20, 30] = float("nan")
+    shift = torch.randn(64, device="cuda")
+    x = torch.zeros(1, 4, 40, 60, device="cuda", dtype=image.dtype).to(memory_format=NHWC)
+    x[:, :3] = image
+    packed = F.pad(weight, (0, 1, 0, 0, 0, 1)).permute(0, 2, 3, 1).contiguous()
+    exact = F.max_pool2d(
+        chain(image.double(), weight.double(), Geometry(2, 3), shift=shift.double(), relu=True), 3, 2, 1
+    )
+    y = torch.empty(exact.shape, device="cuda", dtype=image.dtype).to(memory_format=NHWC)
+    sm90.stem(x, packed.flatten(2), shift, y)
+    due = exact.isnan()
+    more = due | F.pad(due, (1, 0))[..., :-1]
+    assert (y.isnan() | ~due).all() and (~y.isnan() | more).all()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("block", ["bottleneck", "projection"])
 def test_the_backend_by_name_runs_blocks(block):
     from torchvision.models import resnet
@@ -303,3 +334,49 @@ def test_a_launch_that_fails_is_named():
     x, w = draw(1, 64, 3, 3, dtype=torch.bfloat16), draw(64, 1, 1, 64, dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="sm90 conv_act: no tensor map of y"):
         sm90.conv_act(x, w, torch.empty_like(x)[:, 1:], Geometry(), "turn128x64")
+
+
+def launched(monkeypatch, batch, model="resnet50", dtype=torch.bfloat16, arch=90):
+    """What a frozen model would launch on a Hopper GPU, as far as metadata tell."""
+    pytest.importorskip("triton", reason="the plan is the Triton backend's")
+    from resnet_kernels.backends.triton import native, run
+    from resnet_kernels.roofline import launches_of
+
+    monkeypatch.setattr(native, "_why_not_here", lambda t, arch: None if arch == 90 else "expected sm_90")
+    monkeypatch.setattr(run, "gpu_of", lambda device: torch.device("cuda"))
+    images = torch.empty(batch, 3, 224, 224, dtype=dtype)
+    return launches_of(getattr(torchvision.models, model)().eval().to(dtype), images, arch)
+
+
+def test_a_frozen_resnet50_runs_by_these_kernels_where_they_were_faster(monkeypatch):
+    names = [launch.name for launch in launched(monkeypatch, 256)]
+    # Tails of the first stage, pairs of the second and third; large 3x3 and long 1x1 stay Triton's.
+    assert names.count("stem") == 1 and names.count("tail") == 2 and names.count("pair") == 3 + 4
+    assert names.count("conv_act") >= 12 and set(names) <= {"stem", "tail", "pair", "conv_act", "conv_box", "bn_pass"}
+    by_triton = {launch.what for launch in launched(monkeypatch, 256) if launch.name == "conv_box"}
+    assert by_triton == {
+        "3x3 128->128 28x28",
+        "3x3 128->128 56x56 /2",
+        "3x3 256->256 14x14",
+        "3x3 256->256 28x28 /2",
+        "1x1 1024->256 14x14",
+        "1x1 1024->512 14x14",
+    }
+
+
+def test_small_batches_and_other_gpus_stay_with_triton(monkeypatch):
+    assert {launch.name for launch in launched(monkeypatch, 1)} <= {"stem", "conv_box", "conv_gather"}
+    ours = {"stem", "tail", "pair", "conv_act"}
+    assert not ours & {launch.name for launch in launched(monkeypatch, 256, arch=100)}
+    with monkeypatch.context() as m:
+        assert not ours - {"stem"} & {launch.name for launch in launched(m, 256, dtype=torch.float32)}
+
+
+def test_what_runs_there_moves_what_was_planned(monkeypatch):
+    launches = launched(monkeypatch, 256)
+    # By Triton alone 37 MB (docs/kernels.md): the tails of 128 channels are two kernels, others share more.
+    assert 30e6 < sum(launch.work.bytes for launch in launches) / 256 < 40e6
+    # No less is done than the convolutions are, and not twice.
+    flops = sum(launch.work.flops for launch in launches) / 256
+    assert 8.0e9 < flops < 8.4e9
+    assert all(launch.work.issued >= launch.work.flops * 0.99 for launch in launches)

@@ -16,7 +16,7 @@ import resnet_kernels as rk
 from resnet_kernels.backends import aten, measured, select
 from resnet_kernels.backends.contract import Call, Geometry
 from resnet_kernels.backends.measured import Table
-from resnet_kernels.backends.triton import ahead, configs, launch, run
+from resnet_kernels.backends.triton import ahead, configs, launch, native, run
 from resnet_kernels.backends.triton.configs import Config
 from resnet_kernels.backends.triton.launch import assume_arch, recording
 from resnet_kernels.backends.triton.tail import Tail
@@ -156,9 +156,13 @@ def test_shipped_tables_are_of_these_kernels(path):
     assert holds_for["kernels"] == measured.kernels_digest(), "kernels changed: measure again, or take the table out"
     assert table.calls and table.launches
     for row in table.launches.values():
-        assert (row["config"] is None) == (row["kernel"] == run.SEPARATE)
-        assert row["config"] is None or configs.parse(row["config"])
-        assert row["kernel"] in ("boxes", "gather", run.TAIL, run.SEPARATE)
+        assert (row["config"] is None) == (row["kernel"] in (run.SEPARATE, native.PAIR))
+        config = None if row["config"] is None else configs.parse(row["config"])
+        built = {native.TAIL: native.TAIL_CONFIG, **native.KERNELS}
+        if row["kernel"] in built:
+            assert config == built[row["kernel"]]
+        else:
+            assert row["kernel"] in ("boxes", "gather", run.TAIL, run.SEPARATE, native.PAIR)
 
 
 def test_the_digest_is_the_kernels_code_and_not_its_comments(tmp_path, monkeypatch):

@@ -324,7 +324,8 @@ def stem(x: Tensor, packed: Tensor, shift: Tensor, y: Tensor) -> None:
     """y = max_pool3x3/2(relu(conv7x7/2(x, w) + shift)), the sums in fp32, rounded once.
 
     x: (N, 4, H, W) channels_last, zeros behind the image's channels. packed: (64, 7, 32), of each row of the filter 7
-    pixels of 4 channels, then what is not looked at. shift: fp32. y: (N, 64, P, Q) channels_last, to be written.
+    pixels of 4 channels, then what is not looked at. shift: fp32. y: (N, 64, P, Q) channels_last, to be written. A NaN
+    or an infinity in the image may make one more column of y NaN, right of those it belongs to.
     """
     N, _, H, W = x.shape
     call = _Stem(
@@ -366,7 +367,7 @@ def pack(weight: Tensor, scale: Tensor | None, geometry: Geometry, size: Sequenc
     return Packed(krsc if krsc.data_ptr() % 16 == 0 else krsc.clone(), scale, shape)
 
 
-def tile_for(M: int, K: int) -> str:
+def tile_for(K: int) -> str:
     """Of those measured on an H200 the one that was fastest or nearly so for most convolutions of ResNets."""
     return "turn128x64" if K <= 64 else "turn128x128"
 
@@ -399,6 +400,5 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
         residual = residual.contiguous(memory_format=torch.channels_last)
     scale, shift = (None if t is None else t.float().contiguous() for t in (p.scale, epilogue.shift))
     if y.numel():
-        tile = tile_for(y.numel() // sizes[1], sizes[1])
-        conv_act(x, p.weight, y, first.geometry, tile, scale, shift, second, residual, epilogue.relu)
+        conv_act(x, p.weight, y, first.geometry, tile_for(sizes[1]), scale, shift, second, residual, epilogue.relu)
     return y, None

@@ -5,8 +5,8 @@
 
 extern "C" {
 
-// y = relu(scale * conv(x, w) + conv1x1(x2, w2) + shift + residual), of bf16 or, if half, fp16; M = N*P*Q. x (N, H, W, C)
-// and x2 (N, P, Q, C2) may be views, of strides in elements; w (K, R, S, C), w2 (K, C2), residual and y (M, K) are
+// y = relu(scale * conv(x, w) + conv1x1(x2, w2) + shift + residual), of bf16 or, if half, fp16; M = N*P*Q. x (N, H, W,
+// C) and x2 (N, P, Q, C2) may be views, of strides in elements; w (K, R, S, C), w2 (K, C2), residual and y (M, K) are
 // contiguous. Null: there is none. tile: its number in resnet_kernels_sm90_tiles.
 struct ResnetKernelsConv {
   const void *x, *w, *x2, *w2, *residual;
@@ -21,8 +21,8 @@ struct ResnetKernelsConv {
 // call.
 const char* resnet_kernels_sm90_conv_act(const ResnetKernelsConv*, void* stream);
 
-// y = max_pool3x3/2(relu(conv7x7/2(x, w) + shift)); x (N, H, W, 4), y (N, PP, PQ, 64), w (64, 7, 8, 4), its last column not
-// looked at; all contiguous, W even and at most 224.
+// y = max_pool3x3/2(relu(conv7x7/2(x, w) + shift)); x (N, H, W, 4), y (N, PP, PQ, 64), w (64, 7, 8, 4), its last column
+// not looked at; all contiguous, W even and at most 224.
 struct ResnetKernelsStem {
   const void *x, *w;
   void* y;
@@ -32,8 +32,8 @@ struct ResnetKernelsStem {
 const char* resnet_kernels_sm90_stem(const ResnetKernelsStem*, void* stream);
 
 // The end of a bottleneck and the beginning of the next: h = relu(conv3x3(x, w) + shift), y = relu(h w3^T + shift3 +
-// residual), ahead = relu(y w1^T + shift1), h and y rounded. x (N, H, W, 64), residual and y (N, H, W, 256), ahead of 64
-// or 128 channels; w (64, 3, 3, 64), w3 (256, 64), w1 (ahead_channels, 256); all contiguous, W at most 56.
+// residual), ahead = relu(y w1^T + shift1), h and y rounded. x (N, H, W, 64), residual and y (N, H, W, 256), ahead of
+// 64 or 128 channels; w (64, 3, 3, 64), w3 (256, 64), w1 (ahead_channels, 256); all contiguous, W at most 56.
 struct ResnetKernelsTail {
   const void *x, *w, *w3, *w1, *residual;
   void *y, *ahead;
@@ -42,9 +42,9 @@ struct ResnetKernelsTail {
 };
 const char* resnet_kernels_sm90_tail(const ResnetKernelsTail*, void* stream);
 
-// The last convolution of a bottleneck and the first of the next: y = relu(x w3^T + shift3 + residual), rounded, ahead =
-// relu(y w1^T + shift1). x (M, J), residual and y (M, K), ahead (M, ahead_channels), w3 (K, J), w1 (ahead_channels, K);
-// all contiguous; J and ahead_channels 128 and 128, 128 and 256, or 256 and 256; K in multiples of 64.
+// The last convolution of a bottleneck and the first of the next: y = relu(x w3^T + shift3 + residual), rounded, ahead
+// = relu(y w1^T + shift1). x (M, J), residual and y (M, K), ahead (M, ahead_channels), w3 (K, J), w1 (ahead_channels,
+// K); all contiguous; J and ahead_channels 128 and 128, 128 and 256, or 256 and 256; K in multiples of 64.
 struct ResnetKernelsPair {
   const void *x, *w3, *w1, *residual;
   void *y, *ahead;

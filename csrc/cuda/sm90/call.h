@@ -27,9 +27,9 @@ void run(const void* kernel, int64_t tiles, int multiprocessors, int threads, in
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(tiles, multiprocessors))), config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = bytes,
-  config.stream = stream, config.attrs = &early, config.numAttrs = 1;
+  config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(tiles, multiprocessors))),
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = bytes, config.stream = stream, config.attrs = &early, config.numAttrs = 1;
   if (const auto error = cudaLaunchKernelExC(&config, kernel, arguments))
     throw std::runtime_error(std::string("the launch failed: ") + cudaGetErrorString(error));
 }

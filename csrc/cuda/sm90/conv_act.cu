@@ -42,7 +42,8 @@ ConvParams parameters(const ResnetKernelsConv& c, TileShape t) {
 }
 
 void launch(const ResnetKernelsConv& c, cudaStream_t stream) {
-  if (c.tile < 0 || c.tile >= static_cast<int>(std::size(kTiles))) throw std::runtime_error("there is no tile " + std::to_string(c.tile));
+  if (c.tile < 0 || c.tile >= static_cast<int>(std::size(kTiles)))
+    throw std::runtime_error("there is no tile " + std::to_string(c.tile));
   const ConvTile& tile = kTiles[c.tile];
   ConvParams p = parameters(c, tile.shape);
   run(tile.kernel(c.half), p.tiles, c.multiprocessors, kConvThreads, shared_bytes(tile.shape), p, stream);
@@ -54,9 +55,8 @@ void launch(const ResnetKernelsConv& c, cudaStream_t stream) {
 extern "C" {
 
 const char* resnet_kernels_sm90_conv_act(const ResnetKernelsConv* call, void* stream) {
-  return resnet_kernels::sm90::told("sm90 conv_act", [&] {
-    resnet_kernels::sm90::launch(*call, static_cast<cudaStream_t>(stream));
-  });
+  return resnet_kernels::sm90::told("sm90 conv_act",
+                                    [&] { resnet_kernels::sm90::launch(*call, static_cast<cudaStream_t>(stream)); });
 }
 
 const char* resnet_kernels_sm90_tiles() {

@@ -1,8 +1,8 @@
 // y = relu(scale * conv(x, w) + conv1x1(x2, w2) + shift + residual) on channels_last tensors of 16 bits, for sm_90a: an
 // implicit matrix product of M = N*P*Q output positions by K output channels.
 //
-// One block per multiprocessor goes over tiles, output channels first, so that x is still in L2 for the next. Three warp
-// groups: one moves, two multiply.
+// One block per multiprocessor goes over tiles, output channels first, so that x is still in L2 for the next. Three
+// warp groups: one moves, two multiply.
 //
 //   mover, warp 0     brings slices of 64 channels of x and w into a ring, taps inside slices. x comes by im2col: the
 //                     copy engine walks the output positions of a tile over rows and images, outside the map are zeros.
@@ -49,14 +49,14 @@ struct ConvAct {
     await_previous();
     for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
       const int k0 = tile % p.k_tiles * kColumns, m0 = tile / p.k_tiles * kPositions;
-      const Position at0(m0, p.P, p.Q);
+      const Position first(m0, p.P, p.Q);
       auto bring = [&](const CUtensorMap& x, const CUtensorMap& w, int stride, int padding, int c, int r, int s,
                        int tap) {
         Barrier::wait(&barriers.empty[at.slot], at.phase ^ 1);
         uint64_t* const full = &barriers.full[at.slot];
         BytesBarrier::arrive_and_expect_tx(full, kStageBytes);
         const uint32_t a = ring + at.slot * kStageBytes;
-        im2col(x, full, a, c, at0.q * stride - padding, at0.i * stride - padding, at0.n, s, r);
+        im2col(x, full, a, c, first.q * stride - padding, first.i * stride - padding, first.n, s, r);
         cute::SM90_TMA_LOAD_3D::copy(&w, full, kNoHint, pointer(a + kABytes), c, tap, k0);
         at.advance();
       };
@@ -72,6 +72,7 @@ struct ConvAct {
     cute::SM90_TMA_LOAD_IM2COL_4D::copy(&map, barrier, pointer(to), c, w, h, n, static_cast<uint16_t>(s),
                                         static_cast<uint16_t>(r));
   }
+
   static __device__ void move_results(const ConvParams& p, uint32_t buffer, Barriers& barriers, int group) {
     uint64_t* const loaded = &barriers.loaded[group];
     uint32_t phase = 0;
@@ -83,8 +84,8 @@ struct ConvAct {
         BytesBarrier::arrive_and_expect_tx(loaded, kBufferBytes);
 #pragma unroll 1
         for (int i = 0; i < kColumns / kSlice; ++i)
-          cute::SM90_TMA_LOAD_2D::copy(&p.residual, loaded, kNoHint, pointer(buffer + i * kChunkBytes),
-                                       k0 + i * kSlice, m0);
+          cute::SM90_TMA_LOAD_2D::copy(&p.residual, loaded, kNoHint, pointer(buffer + i * kChunkBytes), k0 + i * kSlice,
+                                       m0);
       } else {
         Barrier::arrive(loaded);
       }
@@ -225,10 +226,10 @@ const void* conv_act_pointer() {
 }
 
 // What a tile's file consists of.
-#define RESNET_KERNELS_CONV_TILE(NAME)                                                       \
-  namespace resnet_kernels::sm90 {                                                           \
-  const void* NAME##_bf16() { return conv_act_pointer<__nv_bfloat16, tiles::NAME>(); }       \
-  const void* NAME##_fp16() { return conv_act_pointer<__half, tiles::NAME>(); }              \
+#define RESNET_KERNELS_CONV_TILE(NAME)                                                 \
+  namespace resnet_kernels::sm90 {                                                     \
+  const void* NAME##_bf16() { return conv_act_pointer<__nv_bfloat16, tiles::NAME>(); } \
+  const void* NAME##_fp16() { return conv_act_pointer<__half, tiles::NAME>(); }        \
   }
 
 }  // namespace resnet_kernels::sm90

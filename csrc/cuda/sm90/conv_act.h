@@ -31,7 +31,8 @@ struct TileShape {
 
 constexpr int kConvThreads = 384;
 
-// Bytes of shared memory: operands' ring, a buffer of the tile's results per warp group, barriers, and what aligns them.
+// Bytes of shared memory: operands' ring, a buffer of the tile's results per warp group, barriers, and what aligns
+// them.
 constexpr int shared_bytes(TileShape t) {
   return t.stages * (t.positions() + t.columns) * 128 + 2 * t.rows * t.columns * 2 + 256 + 1024;
 }

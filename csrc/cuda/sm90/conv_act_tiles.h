@@ -11,11 +11,11 @@ namespace resnet_kernels::sm90 {
   X(turn128x64, 128, 64, 8, true)   \
   X(both64x256, 64, 256, 3, false)
 
-#define X(NAME, ...)                                 \
-  namespace tiles {                                  \
-  inline constexpr TileShape NAME{__VA_ARGS__};             \
-  }                                                  \
-  const void* NAME##_bf16();                         \
+#define X(NAME, ...)                            \
+  namespace tiles {                             \
+  inline constexpr TileShape NAME{__VA_ARGS__}; \
+  }                                             \
+  const void* NAME##_bf16();                    \
   const void* NAME##_fp16();
 RESNET_KERNELS_TILES(X)
 #undef X

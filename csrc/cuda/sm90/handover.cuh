@@ -124,7 +124,7 @@ __device__ inline void finish_last(const float (&d)[kColumns / 2], const float* 
   for (int part = 0; part < kColumns / kSlice; ++part) {
     const Shift s(shift + part * kSlice);
     const uint32_t at = first_row_at(steps.buffer());
-    const float(&d1)[32] = reinterpret_cast<const float(&)[32]>(d[32 * part]);
+    const float (&d1)[32] = reinterpret_cast<const float (&)[32]>(d[32 * part]);
 #pragma unroll
     for (int half = 0; half < 2; ++half)
       if (first_row() + 8 * half < rows)

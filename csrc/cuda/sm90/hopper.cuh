@@ -1,5 +1,5 @@
-// What the sm_90a kernels share: tensor-core products by descriptors, barriers, bulk copies. CUTLASS's headers spell the
-// instructions; here are the few conventions of ours.
+// What the sm_90a kernels share: tensor-core products by descriptors, barriers, bulk copies. CUTLASS's headers spell
+// the instructions; here are the few conventions of ours.
 #pragma once
 
 #include <cuda.h>
@@ -50,10 +50,10 @@ using cute::SM90::GMMA::ScaleOut;
 template <class T, int kColumns>
 struct Product;
 
-#define RESNET_KERNELS_PRODUCT(N)                                                                                    \
-  template <>                                                                                                        \
-  struct Product<__nv_bfloat16, N> : cute::SM90::GMMA::MMA_64x##N##x16_F32BF16BF16_SS<Major::K, Major::K> {};        \
-  template <>                                                                                                        \
+#define RESNET_KERNELS_PRODUCT(N)                                                                             \
+  template <>                                                                                                 \
+  struct Product<__nv_bfloat16, N> : cute::SM90::GMMA::MMA_64x##N##x16_F32BF16BF16_SS<Major::K, Major::K> {}; \
+  template <>                                                                                                 \
   struct Product<__half, N> : cute::SM90::GMMA::MMA_64x##N##x16_F32F16F16_SS<Major::K, Major::K> {};
 RESNET_KERNELS_PRODUCT(64)
 RESNET_KERNELS_PRODUCT(112)
@@ -64,11 +64,11 @@ RESNET_KERNELS_PRODUCT(256)
 template <class T, int kColumns>
 struct ProductOfRegisters;
 
-#define RESNET_KERNELS_PRODUCT(N)                                                                                    \
-  template <>                                                                                                        \
-  struct ProductOfRegisters<__nv_bfloat16, N>                                                                        \
-      : cute::SM90::GMMA::MMA_64x##N##x16_F32BF16BF16_RS<Major::K, Major::K> {};                                     \
-  template <>                                                                                                        \
+#define RESNET_KERNELS_PRODUCT(N)                                                                                      \
+  template <>                                                                                                          \
+  struct ProductOfRegisters<__nv_bfloat16, N> : cute::SM90::GMMA::MMA_64x##N##x16_F32BF16BF16_RS<Major::K, Major::K> { \
+  };                                                                                                                   \
+  template <>                                                                                                          \
   struct ProductOfRegisters<__half, N> : cute::SM90::GMMA::MMA_64x##N##x16_F32F16F16_RS<Major::K, Major::K> {};
 RESNET_KERNELS_PRODUCT(64)
 RESNET_KERNELS_PRODUCT(128)
@@ -88,14 +88,15 @@ __device__ inline void multiply(float (&d)[kColumns / 2], uint64_t a, uint64_t b
 }  // namespace detail
 
 // d (64 x kColumns) = a (64 x 16) b^T (kColumns x 16) [+ d], begun, not awaited. Thread t of the warp group holds of d
-// rows 16 * (t / 32) + t % 32 / 4 + {0, 8}, columns 8 * i + 2 * (t % 4) + {0, 1}: d[4 * i + 2 * (row's half) + column's].
+// rows 16 * (t / 32) + t % 32 / 4 + {0, 8}, columns 8 * i + 2 * (t % 4) + {0, 1}: d[4 * i + 2 * (row's half) +
+// column's].
 template <class T, int kColumns>
 __device__ inline void multiply(float (&d)[kColumns / 2], uint64_t a, uint64_t b, bool add) {
   detail::multiply<T, kColumns>(d, a, b, add, std::make_index_sequence<kColumns / 2>{});
 }
 
-// The same with a in registers: a[0] and a[1] the thread's rows of d, columns 2 * (t % 4) + {0, 1}; a[2], a[3] 8 further.
-// Nothing may write them before the product is done.
+// The same with a in registers: a[0] and a[1] the thread's rows of d, columns 2 * (t % 4) + {0, 1}; a[2], a[3] 8
+// further. Nothing may write them before the product is done.
 template <class T, int kColumns>
 __device__ inline void multiply(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b, bool add) {
   detail::multiply<T, kColumns>(d, a, b, add, std::make_index_sequence<kColumns / 2>{});

@@ -32,7 +32,9 @@ struct Ring {
 };
 
 // Thread t of a warp group holds of 64 rows of accumulators number `half` (0, 1) of two, and of each eight columns two.
-RESNET_KERNELS_BOTH constexpr int accumulator_row(unsigned t, int half) { return 16 * (t / 32) + t % 32 / 4 + 8 * half; }
+RESNET_KERNELS_BOTH constexpr int accumulator_row(unsigned t, int half) {
+  return 16 * (t / 32) + t % 32 / 4 + 8 * half;
+}
 RESNET_KERNELS_BOTH constexpr unsigned accumulator_column(unsigned t) { return 2 * (t % 4); }
 
 // Output position m, counted over columns, rows, images.

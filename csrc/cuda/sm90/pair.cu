@@ -24,7 +24,8 @@ Kernel kernel() {
 Kernel find(int inside, int ahead) {
   for (const Kernel& k : {kernel<128, 128, 2, 6, 4>(), kernel<128, 256, 1, 4, 4>(), kernel<256, 256, 1, 3, 4>()})
     if (k.shape.inside == inside && k.shape.ahead == ahead) return k;
-  throw std::runtime_error("there is none from " + std::to_string(inside) + " to " + std::to_string(ahead) + " channels");
+  throw std::runtime_error("there is none from " + std::to_string(inside) + " to " + std::to_string(ahead) +
+                           " channels");
 }
 
 void launch(const ResnetKernelsPair& c, cudaStream_t stream) {
@@ -49,7 +50,6 @@ void launch(const ResnetKernelsPair& c, cudaStream_t stream) {
 }  // namespace resnet_kernels::sm90
 
 extern "C" const char* resnet_kernels_sm90_pair(const ResnetKernelsPair* call, void* stream) {
-  return resnet_kernels::sm90::told("sm90 pair", [&] {
-    resnet_kernels::sm90::launch(*call, static_cast<cudaStream_t>(stream));
-  });
+  return resnet_kernels::sm90::told("sm90 pair",
+                                    [&] { resnet_kernels::sm90::launch(*call, static_cast<cudaStream_t>(stream)); });
 }

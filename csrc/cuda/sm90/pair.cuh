@@ -4,12 +4,12 @@
 //   ahead = relu(y w1^T + shift1)                       K channels to J1
 //
 // A block has 128 positions at a time, 64 for each of two warp groups, with all channels of x in shared memory and of
-// ahead in accumulators. It makes y 64 channels at a time, each the second product's operand straight from registers. The
-// weights that this takes, for part n of y those that make it (64 x J) and those that it is multiplied by (J1 x 64),
-// follow each other through a ring, the same for both warp groups: items 2n and 2n + 1.
+// ahead in accumulators. It makes y 64 channels at a time, each the second product's operand straight from registers.
+// The weights that this takes, for part n of y those that make it (64 x J) and those that it is multiplied by (J1 x
+// 64), follow each other through a ring, the same for both warp groups: items 2n and 2n + 1.
 //
-// Moves: x, residual once, y, ahead once; all weights once per 128 positions from L2. y is not read again but as the next
-// residual.
+// Moves: x, residual once, y, ahead once; all weights once per 128 positions from L2. y is not read again but as the
+// next residual.
 #pragma once
 
 #include "cuda/sm90/handover.cuh"
@@ -24,7 +24,7 @@ struct TwoConvs {
   static constexpr int kTileBytes = pair_tile_bytes(kShape), kSlotBytes = pair_slot_bytes(kShape);
   static constexpr int kSliceBytes = kPairRows * kRow;
   struct Barriers {
-    uint64_t full[kTiles], empty[kTiles];        // of x
+    uint64_t full[kTiles], empty[kTiles];          // of x
     uint64_t brought[kSlots], multiplied[kSlots];  // of weights
     StepBarriers<kBuffers> steps[2];
   };
@@ -60,8 +60,8 @@ struct TwoConvs {
     }
   }
 
-  static __device__ void move_results(const PairParams& p, uint32_t buffers,
-                                      StepBarriers<kBuffers>& barriers, int group) {
+  static __device__ void move_results(const PairParams& p, uint32_t buffers, StepBarriers<kBuffers>& barriers,
+                                      int group) {
     const int tiles = (p.tiles - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) / gridDim.x;
     const int steps = p.parts + kAhead / kSlice;
     auto of = [&](int step, auto use) {
@@ -116,8 +116,8 @@ struct TwoConvs {
         for (int i = 0; i < kInside / kSlice; ++i)
 #pragma unroll
           for (int k = 0; k < 4; ++k)
-            multiply<T, 64>(d, x + i * (kSliceBytes / 16) + k * kNextProduct, w3 + i * (64 * kRow / 16) + k * kNextProduct,
-                            i > 0 || k > 0);
+            multiply<T, 64>(d, x + i * (kSliceBytes / 16) + k * kNextProduct,
+                            w3 + i * (64 * kRow / 16) + k * kNextProduct, i > 0 || k > 0);
         end_products();
         await_products<0>();
         keep(d);
@@ -170,7 +170,8 @@ struct TwoConvs {
       const int warp = threadIdx.x / 32;
       if (threadIdx.x % 32 == 0) {
         if (warp == 0) move_operands(p, tiles, slots, barriers);
-        if (warp >= 2) move_results(p, buffers + (warp - 2) * kBuffers * kPairBuffer, barriers.steps[warp - 2], warp - 2);
+        if (warp >= 2)
+          move_results(p, buffers + (warp - 2) * kBuffers * kPairBuffer, barriers.steps[warp - 2], warp - 2);
       }
     } else {
       cutlass::arch::warpgroup_reg_alloc<232>();

@@ -12,8 +12,8 @@ struct PairParams {
   int tiles, parts;  // of 128 positions; of 64 channels of y
 };
 
-// Channels inside and of the next block's first convolution; buffers of x; slots of the weights' ring; buffers of a warp
-// group's results.
+// Channels inside and of the next block's first convolution; buffers of x; slots of the weights' ring; buffers of a
+// warp group's results.
 struct PairShape {
   int inside, ahead, tiles, slots, buffers;
 };

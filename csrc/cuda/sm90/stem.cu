@@ -28,7 +28,6 @@ void launch(const ResnetKernelsStem& c, cudaStream_t stream) {
 }  // namespace resnet_kernels::sm90
 
 extern "C" const char* resnet_kernels_sm90_stem(const ResnetKernelsStem* call, void* stream) {
-  return resnet_kernels::sm90::told("sm90 stem", [&] {
-    resnet_kernels::sm90::launch(*call, static_cast<cudaStream_t>(stream));
-  });
+  return resnet_kernels::sm90::told("sm90 stem",
+                                    [&] { resnet_kernels::sm90::launch(*call, static_cast<cudaStream_t>(stream)); });
 }

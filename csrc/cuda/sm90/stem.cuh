@@ -1,16 +1,17 @@
 // max_pool3x3/2(relu(conv7x7/2(x) + shift)) of an image with 4 channels in memory (the last zero in x or in w), for
 // sm_90a. The convolution's map, four times the result, never exists.
 //
-// wgmma makes im2col for nothing. Without swizzle a tile is made of bricks of 8 rows of 16 bytes, one after the other. A
-// pixel has 8 bytes and the convolution's stride is 2, so that next to each other in an input row, 16 bytes apart, lie
-// what successive output columns see: 8 output columns by 2 pixels are a brick, the next 2 pixels a brick that begins
-// 16 bytes later. So a row of the filter (a zero weight and 7 pixels) is two products, whose operand is the input row as
-// it is in memory, from 4 pixels left of the image: a brick begins at a multiple of 16 bytes.
+// wgmma makes im2col for nothing. Without swizzle a tile is made of bricks of 8 rows of 16 bytes, one after the other.
+// A pixel has 8 bytes and the convolution's stride is 2, so that next to each other in an input row, 16 bytes apart,
+// lie what successive output columns see: 8 output columns by 2 pixels are a brick, the next 2 pixels a brick that
+// begins 16 bytes later. So a row of the filter (a zero weight and 7 pixels) is two products, whose operand is the
+// input row as it is in memory, from 4 pixels left of the image: a brick begins at a multiple of 16 bytes. (NaN times a
+// zero weight is NaN: one in the image can reach a pooled column further than it should.)
 //
-// D (64 channels x 112 columns) = w x, from shared memory both. Each of three warp groups has so many pooled rows of all
-// images and goes down them, two convolution rows for each: what one multiplies while the others pool. Rows meet in
-// registers, packed in pairs of columns, columns by one shuffle. One warp per warp group brings input rows, two at a time,
-// each once but where a warp group begins.
+// D (64 channels x 112 columns) = w x, from shared memory both. Each of three warp groups has so many pooled rows of
+// all images and goes down them, two convolution rows for each: what one multiplies while the others pool. Rows meet in
+// registers, packed in pairs of columns, columns by one shuffle. One warp per warp group brings input rows, two at a
+// time, each once but where a warp group begins.
 //
 // Moves: x once (and 7 rows twice per warp group, from L2), y once.
 #pragma once
@@ -24,6 +25,7 @@ template <class T>
 struct Stem {
   static constexpr int kValues = kStemColumns / 2;  // of D that a thread holds
   static constexpr int kPairs = kValues / 2;
+
   struct Barriers {
     uint64_t full[kStemGroups][kStemStages], empty[kStemGroups][kStemStages];
   };
@@ -43,7 +45,8 @@ struct Stem {
     for (int64_t row = rows * part / parts; row < end;) {
       const int first = static_cast<int>(row % p.PP);
       const int64_t left = end - row;
-      const Strip strip{static_cast<int>(row / p.PP), first, static_cast<int>(left < p.PP - first ? left : p.PP - first)};
+      const Strip strip{static_cast<int>(row / p.PP), first,
+                        static_cast<int>(left < p.PP - first ? left : p.PP - first)};
       use(strip);
       row += strip.rows;
     }
@@ -59,8 +62,8 @@ struct Stem {
         BytesBarrier::arrive_and_expect_tx(&full[at.slot], kStemStageBytes);
         const int h = 2 * (2 * strip.first - 1) - 3 + 2 * stage;
         for (int part = 0; part < 4; ++part)
-          cute::SM90_TMA_LOAD_3D::copy(&p.x, &full[at.slot],
-                                       kOnce, pointer(ring + at.slot * kStemStageBytes + part * kStemCopyBytes),
+          cute::SM90_TMA_LOAD_3D::copy(&p.x, &full[at.slot], kOnce,
+                                       pointer(ring + at.slot * kStemStageBytes + part * kStemCopyBytes),
                                        -2 * 4 + part % 2 * (kStemCopyBytes / 4), h + part / 2, strip.n);
         at.advance();
       }
@@ -87,7 +90,8 @@ struct Stem {
   }
 
   // The convolution's row whose first input rows are in the stage `at`.
-  static __device__ __forceinline__ void convolve(float (&d)[kValues], uint32_t w, uint32_t ring, const Ring<kStemStages>& at) {
+  static __device__ __forceinline__ void convolve(float (&d)[kValues], uint32_t w, uint32_t ring,
+                                                  const Ring<kStemStages>& at) {
     keep(d);
     begin_products();
 #pragma unroll
@@ -105,7 +109,8 @@ struct Stem {
   }
 
   // Rounded pairs of columns, [2 * i + the channel's half], -inf outside the map.
-  static __device__ __forceinline__ void round(uint32_t (&v)[kPairs], const float (&d)[kValues], const float (&shift)[2], int Q) {
+  static __device__ __forceinline__ void round(uint32_t (&v)[kPairs], const float (&d)[kValues],
+                                               const float (&shift)[2], int Q) {
 #pragma unroll
     for (int j = 0; j < kPairs; ++j)
       v[j] = Pair<T>::narrow(float2{d[2 * j] + shift[j % 2], d[2 * j + 1] + shift[j % 2]});
@@ -126,10 +131,12 @@ struct Stem {
   // Into the buffer, (PQ, 64) swizzled: of columns 2q - 1 to 2q + 1 the maximum, and ReLU.
   static __device__ __forceinline__ void pool(const uint32_t (&m)[kPairs], uint32_t buffer) {
     const int t = threadIdx.x % kWarpGroup, lane = t % 32, q4 = lane % 4;
-    uint32_t before = Pair<T>::kMinusInfinity * 0x10001;  // columns 8 * i - 1 of both channels, in the last lane of four
+    // Columns 8 * i - 1 of both channels, in the last lane of four.
+    uint32_t before = Pair<T>::kMinusInfinity * 0x10001;
 #pragma unroll
     for (int i = 0; i < kStemColumns / 8; ++i) {
-      const uint32_t even = __byte_perm(m[2 * i], m[2 * i + 1], 0x5410), odd = __byte_perm(m[2 * i], m[2 * i + 1], 0x7632);
+      const uint32_t even = __byte_perm(m[2 * i], m[2 * i + 1], 0x5410);
+      const uint32_t odd = __byte_perm(m[2 * i], m[2 * i + 1], 0x7632);
       const uint32_t left = __shfl_sync(~0u, q4 == 3 ? before : odd, (lane & ~3) | ((lane + 3) & 3));
       before = odd;
       const uint32_t y = Pair<T>::max_nan(Pair<T>::max_nan(even, odd), Pair<T>::max_nan(left, 0));
@@ -196,7 +203,8 @@ struct Stem {
     extern __shared__ uint8_t memory[];
     const uint32_t base = cute::cast_smem_ptr_to_uint(memory), buffers = (base + 1023) / 1024 * 1024;
     const uint32_t w = buffers + kStemGroups * kStemBufferBytes, rings = w + kStemWeightBytes;
-    Barriers& barriers = *reinterpret_cast<Barriers*>(memory + (rings + kStemGroups * kStemStages * kStemStageBytes - base));
+    Barriers& barriers =
+        *reinterpret_cast<Barriers*>(memory + (rings + kStemGroups * kStemStages * kStemStageBytes - base));
     if (threadIdx.x == 0) {
       for (int group = 0; group < kStemGroups; ++group)
         for (int i = 0; i < kStemStages; ++i) {

@@ -22,8 +22,8 @@ constexpr int kStemStageBytes = 2 * kStemRowBytes;
 constexpr int kStemBufferBytes = kStemColumns / 2 * 128;
 constexpr int kStemWeightBytes = 4 * kStemChannels * 128;
 constexpr int kStemBarrierBytes = 512;
-constexpr int kStemSharedBytes = kStemGroups * (kStemStages * kStemStageBytes + kStemBufferBytes) + kStemWeightBytes +
-                                 kStemBarrierBytes + 1024;
+constexpr int kStemSharedBytes =
+    kStemGroups * (kStemStages * kStemStageBytes + kStemBufferBytes) + kStemWeightBytes + kStemBarrierBytes + 1024;
 static_assert(kStemSharedBytes <= 227 * 1024);
 
 }  // namespace resnet_kernels::sm90

@@ -35,15 +35,14 @@ void launch(const ResnetKernelsTail& c, cudaStream_t stream) {
   p.w = tiled_map<3>("w", c.half, c.w, {64, 9, 64}, {64, 9 * 64}, {64, 1, 64});
   p.w3 = tiled_map<2>("w3", c.half, c.w3, {64, kTailK}, {64}, {64, 64});
   p.w1 = tiled_map<2>("w1", c.half, c.w1, {kTailK, c.ahead_channels}, {kTailK}, {64, c.ahead_channels});
-  run(kernel(c.half, c.ahead_channels), p.tiles, c.multiprocessors, kTailThreads,
-      tail_shared_bytes(c.ahead_channels), p, stream);
+  run(kernel(c.half, c.ahead_channels), p.tiles, c.multiprocessors, kTailThreads, tail_shared_bytes(c.ahead_channels),
+      p, stream);
 }
 
 }  // namespace
 }  // namespace resnet_kernels::sm90
 
 extern "C" const char* resnet_kernels_sm90_tail(const ResnetKernelsTail* call, void* stream) {
-  return resnet_kernels::sm90::told("sm90 tail", [&] {
-    resnet_kernels::sm90::launch(*call, static_cast<cudaStream_t>(stream));
-  });
+  return resnet_kernels::sm90::told("sm90 tail",
+                                    [&] { resnet_kernels::sm90::launch(*call, static_cast<cudaStream_t>(stream)); });
 }

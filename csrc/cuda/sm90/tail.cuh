@@ -7,8 +7,8 @@
 // All weights stay in shared memory: one block per multiprocessor goes over pairs of rows. A pair's four input rows are
 // brought once, W + 2 columns each from column -1, zeros outside the map. In shared memory rows follow each other, so
 // what a tap sees of an output row is the same matrix, begun (W + 2) * r + s rows further on: the nine taps are nine
-// addresses. (A swizzled matrix may begin at any row: the swizzle goes by address.) A product makes 64 positions of a row,
-// of which W are kept.
+// addresses. (A swizzled matrix may begin at any row: the swizzle goes by address.) A product makes 64 positions of a
+// row, of which W are kept.
 //
 // Each of two warp groups has a row. h and each 64 channels of y are the next product's operand straight from the
 // registers of the last. Per warp group one warp brings the residual, 64 channels at a time, into one of two buffers
@@ -24,9 +24,9 @@ namespace resnet_kernels::sm90 {
 
 template <class T, int kAhead>
 struct Tail {
-  static constexpr int kParts = kTailK / kSlice;                // of y
-  static constexpr int kSteps = kParts + kAhead / kSlice;       // through the buffers, per row
-  static constexpr int kBuffers = tail_buffers(kAhead);         // of a warp group
+  static constexpr int kParts = kTailK / kSlice;           // of y
+  static constexpr int kSteps = kParts + kAhead / kSlice;  // through the buffers, per row
+  static constexpr int kBuffers = tail_buffers(kAhead);    // of a warp group
   static constexpr int kTapBytes = 64 * kRow, kPartBytes = kAhead * kRow;
 
   struct Barriers {
@@ -66,8 +66,8 @@ struct Tail {
     }
   }
 
-  static __device__ void move_results(const TailParams& p, uint32_t buffers,
-                                      StepBarriers<kBuffers>& barriers, int group) {
+  static __device__ void move_results(const TailParams& p, uint32_t buffers, StepBarriers<kBuffers>& barriers,
+                                      int group) {
     const int tiles = (p.tiles - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) / gridDim.x;
     auto of = [&](int step, auto use) {
       const int tile = blockIdx.x + step / kSteps * gridDim.x;
@@ -112,8 +112,7 @@ struct Tail {
         const uint64_t a = swizzled_matrix(at.halo + tap_column(group, tap, pitch) * kRow);
         const uint64_t b = swizzled_matrix(at.w + tap * kTapBytes);
 #pragma unroll
-        for (int k = 0; k < 4; ++k)
-          multiply<T, 64>(d, a + k * kNextProduct, b + k * kNextProduct, tap > 0 || k > 0);
+        for (int k = 0; k < 4; ++k) multiply<T, 64>(d, a + k * kNextProduct, b + k * kNextProduct, tap > 0 || k > 0);
       }
       end_products();
       await_products<0>();

@@ -52,7 +52,8 @@ CUtensorMap tiled_map(const char* what, bool half, const void* data, std::array<
   return map;
 }
 
-// x (N, H, W, C) as a filter of `reach` + 1 columns and rows sees it: one copy brings 64 channels of `positions` outputs.
+// x (N, H, W, C) as a filter of `reach` + 1 columns and rows sees it: one copy brings 64 channels of `positions`
+// outputs.
 inline CUtensorMap im2col_map(const char* what, bool half, const void* data, std::array<int64_t, 4> nhwc,
                               std::array<int64_t, 3> strides, int stride, int padding, int reach_w, int reach_h,
                               int positions) {

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import sm90
 from ..contract import Geometry
-from .configs import Config
+from .configs import Config, Size, for_boxes
 from .convolution import Convolution
 from .launch import Native, Work, gpu_of, listening, nbytes, nhwc_strides
 from .tail import Tail
@@ -60,6 +60,31 @@ def why_not(c: Convolution, arch: int) -> str | None:
 def _dense(t: Tensor) -> bool:
     N, C, H, W = t.shape
     return nhwc_strides(t) == (H * W * C, W * C, C)
+
+
+# Triton's widest tiles, for long sums, and the share of the multiprocessors that must have one in the last round: then
+# they are faster.
+WIDE, FULL_ROUND = 128 * 256, 0.85
+
+
+def preferred(s: Size) -> tuple[str, Config] | None:
+    """The tile of conv_act that a convolution should run by, if one: what was fastest on an H200 for ResNet-50 at batch
+    256 (docs/hopper.md), and fills the GPU."""
+    kernel = f"conv_act {sm90.tile_for(s.K)}"
+    config = KERNELS[kernel]
+    if s.arch != 90 or s.itemsize != 2 or s.tiles(config.BLOCK_M, config.BLOCK_N) < s.processors:
+        return None
+    boxes = for_boxes(s)
+    if boxes.BLOCK_M * boxes.BLOCK_N == WIDE:
+        tiles = s.tiles(boxes.BLOCK_M, boxes.BLOCK_N)
+        if tiles / (math.ceil(tiles / s.processors) * s.processors) >= FULL_ROUND:
+            return None
+    return kernel, config
+
+
+def preferred_tail(first: Convolution, processors: int) -> list[str]:
+    """Ways of a tail to be preferred to Triton's, likewise."""
+    return [TAIL, PAIR] if first.rows >= 128 * processors else []
 
 
 def launch(c: Convolution, kernel: str, y: Tensor) -> Native:

@@ -15,7 +15,17 @@ from ..contract import Block, Epilogue, Geometry, Operand, Packed, Pool, Product
 from . import boxes, configs, conv_pool, gather, native, passes, tail
 from .configs import Config
 from .convolution import Convolution, channels_last_strides
-from .launch import INTERPRETING, Launch, arch_of, expected_device, measured_choice, precision, processors_of, submit
+from .launch import (
+    INTERPRETING,
+    Launch,
+    arch_of,
+    expected_device,
+    gpu_of,
+    measured_choice,
+    precision,
+    processors_of,
+    submit,
+)
 from .tail import Tail
 
 __all__ = ["bn_pass", "conv", "pack", "pack_stem", "residual_blocks", "stem", "stem_channels", "why_not_here"]
@@ -98,7 +108,9 @@ def size_of(c: Convolution) -> configs.Size:
 def choices(c: Convolution) -> list[Choice]:
     """In order of preference; what was measured on this device first."""
     size = size_of(c)
-    rows = [judge(c, "boxes", configs.for_boxes(size)), judge(c, "gather", configs.for_gather(size))]
+    native_way = native.preferred(size) if gpu_of(c.x.device) else None
+    rows = [judge(c, *native_way)] if native_way else []
+    rows += [judge(c, "boxes", configs.for_boxes(size)), judge(c, "gather", configs.for_gather(size))]
     return _measured_first(rows, c.x.device, c)
 
 
@@ -107,7 +119,9 @@ def tail_choices(t: Tail) -> list[Choice]:
     first = t.first
     arch, processors = arch_of(first.x.device), processors_of(first.x.device)
     config = configs.for_tail(arch, first.x.element_size(), first.rows, first.weight.shape[0], processors)
-    rows = [judge(t, TAIL, config), judge(t, SEPARATE, None)]
+    ways = native.preferred_tail(first, processors) if gpu_of(first.x.device) else []
+    rows = [judge(t, way, native.TAIL_CONFIG if way == native.TAIL else None) for way in ways]
+    rows += [judge(t, TAIL, config), judge(t, SEPARATE, None)]
     return _measured_first(rows, first.x.device, t)
 
 
