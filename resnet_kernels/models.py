@@ -1,0 +1,278 @@
+"""The networks of the residual papers, on the blocks of `resnet_kernels.nn`.
+
+    resnet18 ... resnet152, resnext50_32x4d ..., wide_resnet50_2 ...   for ImageNet, torchvision's by default; with the
+                      original stride, or other shortcuts
+    plain18, plain34  the same without shortcuts
+    cifar_resnet, cifar_plain   6n + 2 layers for small images, with and without shortcuts
+    cifar_preactivation, preactivation_resnet200   with pre-activation, up to 1001 layers
+
+Papers: He et al. 2015 (arXiv 1512.03385), He et al. 2016 (1603.05027), Xie et al. 2016 (1611.05431), Zagoruyko and
+Komodakis 2016 (1605.07146). Nothing here loads weights; a state dict of torchvision's fits its namesake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet
+
+from .nn import BasicBlock, Bottleneck, PreactivationBasicBlock, PreactivationBottleneck, ResNet, make_shortcut
+
+__all__ = [
+    "CifarResNet",
+    "ImageNetResNet",
+    "PlainBlock",
+    "PreactivationResNet",
+    "cifar_plain",
+    "cifar_preactivation",
+    "cifar_resnet",
+    "plain18",
+    "plain34",
+    "preactivation_resnet200",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+]
+
+
+class PlainBlock(nn.Module):
+    """y = relu(bn2(conv2(relu(bn1(conv1(x)))))): a basic block without its shortcut, of torch's modules.
+
+    x: (N, inplanes, H, W) -> (N, planes, ceil(H/stride), ceil(W/stride)).
+    """
+
+    expansion = 1
+
+    def __init__(self, inplanes: int, planes: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inplanes, planes, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(h)))
+
+
+def _stage(
+    block: Callable[..., nn.Module],
+    inplanes: int,
+    planes: int,
+    blocks: int,
+    stride: int,
+    shortcut: str | None,
+    norm: Callable[[int], nn.Module] | None = nn.BatchNorm2d,
+    **width: Any,
+) -> nn.Sequential:
+    """Blocks one after the other, the first with the stride. shortcut: None for plain blocks. norm: a projection's."""
+    outputs = planes * block.expansion  # type: ignore[attr-defined]
+    made = []
+    for i in range(blocks):
+        s = stride if i == 0 else 1
+        if shortcut is None:
+            made.append(block(inplanes, planes, s))
+        else:
+            made.append(block(inplanes, planes, s, make_shortcut(shortcut, inplanes, outputs, s, norm), **width))
+        inplanes = outputs
+    return nn.Sequential(*made)
+
+
+class ImageNetResNet(ResNet):
+    """torchvision's ResNet with other shortcuts or strides.
+
+    y = fc(avgpool(layer4(...layer1(maxpool(relu(bn1(conv1(x)))))))), conv1 7x7/2, stages of 64, 128, 256, 512 planes.
+    The attributes and state dict of `torchvision.models.ResNet` (with option A without projections, with C with more).
+
+    Args:
+        block: `nn.BasicBlock`, `nn.Bottleneck` or `PlainBlock`.
+        layers: blocks per stage.
+        shortcut: "A" zero padding, "B" projection where the shape changes (torchvision's), "C" projection always.
+        original_stride: a bottleneck's stride stands on its first 1x1, as in the paper, and not on its 3x3, as in
+            torchvision and everywhere since ("v1.5").
+        groups, width_per_group: of ResNeXt and wide ResNets, as torchvision has them.
+    x: (N, 3, H, W) -> (N, num_classes).
+    """
+
+    def __init__(
+        self,
+        block: type[nn.Module],
+        layers: Sequence[int],
+        num_classes: int = 1000,
+        shortcut: str = "B",
+        original_stride: bool = False,
+        **options: Any,
+    ) -> None:
+        self.shortcut, self.original_stride = shortcut, original_stride
+        if shortcut not in ("A", "B", "C"):
+            raise ValueError(f"shortcut: expected 'A', 'B' or 'C', got {shortcut!r}")
+        super().__init__(block, list(layers), num_classes, **options)
+
+    def _make_layer(self, block: Any, planes: int, blocks: int, stride: int = 1, dilate: bool = False) -> nn.Sequential:
+        if dilate:
+            raise ValueError("expected no dilation; torchvision's constructor takes it, with rk.nn's blocks")
+        width = {} if block is PlainBlock else {"groups": self.groups, "base_width": self.base_width}
+        shortcut = None if block is PlainBlock else self.shortcut
+        inplanes: int = self.inplanes  # type: ignore[has-type]
+        stage = _stage(block, inplanes, planes, blocks, stride, shortcut, self._norm_layer, **width)
+        self.inplanes = planes * block.expansion
+        if self.original_stride:
+            for b in stage:
+                if isinstance(b, resnet.Bottleneck):
+                    b.conv1.stride, b.conv2.stride = b.conv2.stride, (1, 1)
+        return stage
+
+
+def _imagenet(block: type[nn.Module], layers: Sequence[int], **defaults: Any) -> Callable[..., ImageNetResNet]:
+    def make(num_classes: int = 1000, **options: Any) -> ImageNetResNet:
+        return ImageNetResNet(block, layers, num_classes, **{**defaults, **options})
+
+    kind = "plain" if block is PlainBlock else "bottleneck" if block is Bottleneck else "basic"
+    of = "".join(f", {name}={value}" for name, value in defaults.items())
+    make.__doc__ = f"An `ImageNetResNet` of {kind} blocks {tuple(layers)}{of}; options as its arguments."
+    return make
+
+
+resnet18 = _imagenet(BasicBlock, (2, 2, 2, 2))
+resnet34 = _imagenet(BasicBlock, (3, 4, 6, 3))
+resnet50 = _imagenet(Bottleneck, (3, 4, 6, 3))
+resnet101 = _imagenet(Bottleneck, (3, 4, 23, 3))
+resnet152 = _imagenet(Bottleneck, (3, 8, 36, 3))
+resnext50_32x4d = _imagenet(Bottleneck, (3, 4, 6, 3), groups=32, width_per_group=4)
+resnext101_32x8d = _imagenet(Bottleneck, (3, 4, 23, 3), groups=32, width_per_group=8)
+resnext101_64x4d = _imagenet(Bottleneck, (3, 4, 23, 3), groups=64, width_per_group=4)
+wide_resnet50_2 = _imagenet(Bottleneck, (3, 4, 6, 3), width_per_group=128)
+wide_resnet101_2 = _imagenet(Bottleneck, (3, 4, 23, 3), width_per_group=128)
+plain18 = _imagenet(PlainBlock, (2, 2, 2, 2))
+plain34 = _imagenet(PlainBlock, (3, 4, 6, 3))
+
+
+def _initialize(model: nn.Module) -> None:
+    """He et al. 2015 (arXiv 1502.01852), as torchvision does it."""
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _head(x: Tensor, fc: nn.Linear) -> Tensor:
+    return fc(torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1))
+
+
+class CifarResNet(nn.Module):
+    """The paper's networks for small images: y = fc(avgpool(layer3(layer2(layer1(relu(bn1(conv1(x)))))))), conv1 3x3,
+    stages of n basic blocks with 16, 32 and 64 channels on maps of 1, 1/2 and 1/4 of the size, 6n + 2 layers.
+
+    depth: 6n + 2. shortcut: "A" (the paper's), "B", "C", or None for the plain network. width: of the first stage.
+    x: (N, in_channels, H, W) -> (N, num_classes). Raises ValueError for another depth.
+    """
+
+    def __init__(
+        self, depth: int, num_classes: int = 10, shortcut: str | None = "A", in_channels: int = 3, width: int = 16
+    ) -> None:
+        super().__init__()
+        if depth < 8 or depth % 6 != 2:
+            raise ValueError(f"depth: expected 6n + 2, from 8 on, got {depth}")
+        n, block = depth // 6, PlainBlock if shortcut is None else BasicBlock
+        self.conv1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = _stage(block, width, width, n, 1, shortcut)
+        self.layer2 = _stage(block, width, 2 * width, n, 2, shortcut)
+        self.layer3 = _stage(block, 2 * width, 4 * width, n, 2, shortcut)
+        self.fc = nn.Linear(4 * width, num_classes)
+        _initialize(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        return _head(self.layer3(self.layer2(self.layer1(x))), self.fc)
+
+
+class PreactivationResNet(nn.Module):
+    """A network of pre-activation blocks: y = fc(avgpool(relu(bn(stages(stem(x)))))).
+
+    block: `nn.PreactivationBasicBlock` or `nn.PreactivationBottleneck`. layers, planes: blocks and planes per stage,
+    all but the first with stride 2. stem: what makes `stem_channels` of the image. shortcut: as of `make_shortcut`; a
+    projection has no batch norm. x: (N, C, H, W) -> (N, num_classes).
+    """
+
+    def __init__(
+        self,
+        block: type[PreactivationBasicBlock] | type[PreactivationBottleneck],
+        layers: Sequence[int],
+        planes: Sequence[int],
+        stem: nn.Module,
+        stem_channels: int,
+        num_classes: int,
+        shortcut: str = "B",
+    ) -> None:
+        super().__init__()
+        if len(layers) != len(planes):
+            raise ValueError(f"expected as many numbers of planes as stages, got {len(planes)} for {len(layers)}")
+        self.stem = stem
+        stages, channels = [], stem_channels
+        for i, (n, p) in enumerate(zip(layers, planes, strict=True)):
+            stages.append(_stage(block, channels, p, n, 2 if i else 1, shortcut, None))
+            channels = p * block.expansion
+        self.stages = nn.Sequential(*stages)
+        self.bn = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.fc = nn.Linear(channels, num_classes)
+        _initialize(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _head(self.relu(self.bn(self.stages(self.stem(x)))), self.fc)
+
+
+def cifar_resnet(depth: int, num_classes: int = 10, **options: Any) -> CifarResNet:
+    """`CifarResNet` of 20, 32, 44, 56, 110, 1202, or any other 6n + 2 layers."""
+    return CifarResNet(depth, num_classes, **options)
+
+
+def cifar_plain(depth: int, num_classes: int = 10, **options: Any) -> CifarResNet:
+    """The same without shortcuts."""
+    return CifarResNet(depth, num_classes, shortcut=None, **options)
+
+
+def cifar_preactivation(
+    depth: int,
+    num_classes: int = 10,
+    bottleneck: bool | None = None,
+    shortcut: str | None = None,
+    in_channels: int = 3,
+    width: int = 16,
+) -> PreactivationResNet:
+    """The networks of "Identity Mappings" for small images: 6n + 2 layers of basic blocks, or 9n + 2 of bottlenecks.
+
+    bottleneck: None for what the paper has, bottlenecks from 164 layers on where the depth allows it. shortcut: None
+    for the paper's, A of basic blocks, B of bottlenecks. Raises ValueError for another depth.
+    """
+    if bottleneck is None:
+        bottleneck = depth >= 164 and depth % 9 == 2
+    layers = 9 if bottleneck else 6
+    if depth < layers + 2 or depth % layers != 2:
+        blocks = "bottlenecks" if bottleneck else "basic blocks"
+        raise ValueError(f"depth: expected {layers}n + 2 of {blocks}, got {depth}")
+    block = PreactivationBottleneck if bottleneck else PreactivationBasicBlock
+    stem = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
+    planes = (width, 2 * width, 4 * width)
+    shortcut = shortcut or ("B" if bottleneck else "A")
+    return PreactivationResNet(block, (depth // layers,) * 3, planes, stem, width, num_classes, shortcut)
+
+
+def preactivation_resnet200(num_classes: int = 1000) -> PreactivationResNet:
+    """ResNet-200 for ImageNet of "Identity Mappings": bottlenecks (3, 24, 36, 3)."""
+    stem = nn.Sequential(
+        nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
+    )
+    return PreactivationResNet(PreactivationBottleneck, (3, 24, 36, 3), (64, 128, 256, 512), stem, 64, num_classes)
