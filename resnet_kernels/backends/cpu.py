@@ -114,7 +114,9 @@ def _convolve(
         weight = packed.weight.to(x.dtype)
         if packed.scale is not None:
             x = x * packed.scale[:, None, None]
-        if g.stride > 1 or g.groups > 1:
+        # oneDNN has no negative padding.
+        cropped = g.dilation * (weight.shape[2] - 1) < g.padding
+        if g.stride > 1 or g.groups > 1 or cropped:
             t = C.data_grad(x, weight, *p.data_grad_size, g)
             if y is None and shift is None and not relu:
                 return t
