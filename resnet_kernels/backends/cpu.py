@@ -93,7 +93,7 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
     overwrite = epilogue.overwrite and compute == dtype
     y = None if residual is None else _nhwc(residual.tensor, compute)
     for i, p in enumerate(products):
-        shift = None if pass_behind or i or epilogue.shift is None else epilogue.shift.to(compute)
+        shift = None if pass_behind or i else epilogue.shift
         relu = epilogue.relu and not pass_behind and i == len(products) - 1
         x = _nhwc(_plain(p.operand, compute), compute)
         y = _convolve(C, x, p, shift, y, overwrite or i > 0, relu)
@@ -124,13 +124,19 @@ def _convolve(
         # A data gradient of stride 1 is the convolution by the filter turned round.
         g = Geometry(1, g.dilation * (weight.shape[2] - 1) - g.padding, g.dilation)
         conv = C.pack_conv(weight, torch.ones(weight.shape[1]), g, x.shape, "auto", True)
-        return C.conv(x, conv, shift, y, overwrite, relu)
+        return C.conv(x, conv, None if shift is None else shift.to(x.dtype), y, overwrite, relu)
     scale = None
     if isinstance(packed.weight, Tensor):
         # The weight stays exact: rounding of a scaled one would be the same error in every row.
         scale = None if packed.scale is None else packed.scale.float().contiguous()
         packed = pack(packed.weight, torch.ones(packed.shape[0]), g, x.shape, keep=False)
-    return C.conv(x, packed.weight, shift, y, overwrite, relu, scale)
+    if scale is not None and x.dtype != torch.float32:
+        # oneDNN rounds its sums to 16 bits; all that follows is rounded once.
+        c = C.conv(x, packed.weight, None, None, False, False, None)
+        b = torch.zeros_like(scale) if shift is None else shift.float()
+        added = Epilogue(residual=None if y is None else Operand(y), relu=relu)
+        return _pass(Operand(c, (scale, b)), added, x.dtype, store=True, in_place=True)[0]
+    return C.conv(x, packed.weight, None if shift is None else shift.to(x.dtype), y, overwrite, relu, scale)
 
 
 def _needs_pass(e: Epilogue, channels: int) -> bool:
