@@ -1,6 +1,6 @@
 """Fused residual blocks for PyTorch: torchvision's ResNets, same weights, same results, fewer trips through memory."""
 
-from . import nn, ops
+from . import models, nn, ops
 from .backends.contract import BackendUnavailable
 from .backends.select import use_backend
 from .explain import explain
@@ -17,6 +17,7 @@ __all__ = [
     "TuningReport",
     "explain",
     "freeze",
+    "models",
     "nn",
     "ops",
     "replace_blocks",

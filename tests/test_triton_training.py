@@ -192,8 +192,8 @@ def compare(call, dtype, arch, backend=triton):
             assert reduced.rows == exact_sums.rows
         for got, eager, of_ours in zip(reduced[-2:], plain_sums(y, by), exact_sums[-2:], strict=True):
             assert got.dtype == torch.float32
-            # The interpreter (numpy) adds a tile's rows one after the other, a GPU as a tree, torch in pairs: the largest
-            # of a vector of twenty errors is compared on GPUs only.
+            # The interpreter (numpy) adds a tile's rows one after the other, a GPU as a tree, torch in pairs: the
+            # largest of a vector of twenty errors is compared on GPUs only.
             assert_matches(got, eager, of_ours, y[:, 0].numel(), maximum=not launch.INTERPRETING)
     return y
 
