@@ -317,6 +317,15 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def nhwc_strides(t: Tensor) -> tuple[int, int, int]:
+    """Elements from an image, row, column to the next; where there is one only, what a dense map would have."""
+    N, C, H, W = t.shape
+    n, _, h, w = t.stride()
+    w = w if W > 1 else C
+    h = h if H > 1 else W * w
+    return n if N > 1 else H * h, h, w
+
+
 def tf32_allowed() -> bool:
     """Whether torch's flags let convolutions of fp32 multiply in tf32."""
     cudnn: Any = torch.backends.cudnn

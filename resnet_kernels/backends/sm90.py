@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .contract import Call, Epilogue, Geometry, Packed, Product, beyond, check_conv, fold
+from .contract import Call, Epilogue, Geometry, Packed, Product, beyond, check_conv, fold, nhwc_strides
 
 NAME = "sm90"
 SUPPORTS = frozenset({"conv", "residual", "two_products"})
@@ -149,14 +149,6 @@ def aligned(t: Tensor) -> bool:
     return (
         (t.shape[1] == 1 or t.stride(1) == 1) and t.data_ptr() % 16 == 0 and all(s % 8 == 0 or s == 1 for s in strides)
     )
-
-
-def nhwc_strides(t: Tensor) -> tuple[int, int, int]:
-    """Elements from an image, row, column to the next; where there is one only, what a dense map would have."""
-    N, C, H, W = t.shape
-    w = t.stride(3) if W > 1 else C
-    h = t.stride(2) if H > 1 else W * w
-    return t.stride(0) if N > 1 else H * h, h, w
 
 
 @functools.cache

@@ -26,10 +26,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..contract import nhwc_strides
 from .configs import LEAST_FILLED, OPERANDS_IN_SHARED, Config, box, filled
 from .convolution import Convolution
 from .device import affine, factor, lazy, relu, settled
-from .launch import Launch, descriptor, nhwc_strides, precision, processors_of
+from .launch import Launch, descriptor, precision, processors_of
 
 
 @triton.jit

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..contract import Geometry
+from ..contract import Geometry, nhwc_strides
 from .configs import Config
-from .launch import Work, nbytes, nhwc_strides, precision
+from .launch import Work, nbytes, precision
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,10 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..contract import nhwc_strides
 from .configs import Config
 from .convolution import Convolution
 from .device import affine, factor, lazy, relu
-from .launch import Launch, nhwc_strides, precision
+from .launch import Launch, precision
 
 
 @triton.jit

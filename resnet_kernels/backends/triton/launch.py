@@ -186,15 +186,6 @@ def nbytes(*tensors: Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-def nhwc_strides(t: Tensor) -> tuple[int, int, int]:
-    """Elements from an image, row, column to the next; where there is one only, what a dense map would have."""
-    N, C, H, W = t.shape
-    n, _, h, w = t.stride()
-    w = w if W > 1 else C
-    h = h if H > 1 else W * w
-    return n if N > 1 else H * h, h, w
-
-
 def descriptor(t: Tensor, shape: Sequence[int], strides: Sequence[int], block: Sequence[int]) -> TensorDescriptor:
     return TensorDescriptor(t, list(shape), list(strides), list(block))
 

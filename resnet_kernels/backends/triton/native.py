@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .. import sm90
-from ..contract import Geometry
+from ..contract import Geometry, nhwc_strides
 from .configs import Config, Size, for_boxes
 from .convolution import Convolution
-from .launch import Native, Work, gpu_of, listening, nbytes, nhwc_strides
+from .launch import Native, Work, gpu_of, listening, nbytes
 from .tail import Tail
 
 # Warps of a block: one warp group moves, two multiply.

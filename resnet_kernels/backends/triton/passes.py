@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..contract import Pool
+from ..contract import Pool, nhwc_strides
 from .configs import power_of_two
 from .device import affine, relu
 from .gather import row_of
-from .launch import Launch, Work, nbytes, nhwc_strides
+from .launch import Launch, Work, nbytes
 
 
 @triton.jit

@@ -23,12 +23,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..contract import Epilogue, Normalized, Operand
+from ..contract import Epilogue, Normalized, Operand, nhwc_strides
 from . import configs
 from .configs import Config
 from .device import affine, factor, relu, settled
 from .gather import row_of
-from .launch import Launch, Work, arch_of, nbytes, nhwc_strides, precision, processors_of, submit
+from .launch import Launch, Work, arch_of, nbytes, precision, processors_of, submit
 
 # Partial sums that a program of `merge` adds, and channels that it does so for.
 MERGED, MERGED_CHANNELS = 128, 32

@@ -21,11 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..contract import Epilogue, Normalized, Operand, Stats
+from ..contract import Epilogue, Normalized, Operand, Stats, nhwc_strides
 from .configs import power_of_two
 from .device import affine, relu
 from .gather import row_of
-from .launch import Launch, Work, nbytes, nhwc_strides, processors_of, submit
+from .launch import Launch, Work, nbytes, processors_of, submit
 from .products import Lazy, bytes_of, in_rows, kept, lazy_of, merge, packed_bits, row_in, value
 
 # Programs for a multiprocessor where each has many steps.

@@ -22,13 +22,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..contract import Geometry
+from ..contract import Geometry, nhwc_strides
 from . import boxes
 from .boxes import accumulate, box_of, box_origin, boxes_of, describe_map, describe_strided, describe_weight
 from .configs import Config
 from .convolution import Convolution
 from .device import affine, relu
-from .launch import Launch, nbytes, nhwc_strides, precision
+from .launch import Launch, nbytes, precision
 
 # Of 256 channels, and with a projection, separate kernels were faster by far (H100).
 WIDTHS = (64, 128)
