@@ -99,8 +99,8 @@ def check_conv(backend, device, dtype, name, with_residual, relu):
     products = [Product(Operand(x), weight, g, scale)]
     epilogue = Epilogue(shift, None if residual is None else Operand(residual), relu)
     reason = backend.why_not(call_of(products, epilogue))
-    if reason is not None and "was not built" in reason:
-        pytest.skip(reason)
+    if backend is cuda and reason is not None and "was not built" in reason:
+        pytest.skip(reason)  # of a GPU machine without nvcc; that it is built where it can be is test_extension's
     assert reason is None
     before = None if residual is None else residual.clone()
     y, reduced = backend.conv(products, epilogue)
