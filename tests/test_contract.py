@@ -426,6 +426,18 @@ def test_large_results_into_memory_that_is_not_aligned():
     assert got.data_ptr() == y.data_ptr()
 
 
+def test_cpu_statistics_where_the_first_row_stands_off():
+    """Their error reaches every row: within a few roundings, six deviations off or not."""
+    import resnet_kernels.backends.cpu as cpu
+
+    engine_module("onednn")
+    x = torch.randn(4, 64, 16, 16).contiguous(memory_format=NHWC)
+    x[0, :, 0, 0] = 6
+    stats = cpu.reduce(Operand(x), "stats")
+    exact = x.double().var((0, 2, 3), correction=0) * stats.rows
+    assert ((stats.M2 - exact).abs() / exact).max() < 5e-7
+
+
 def test_cpu_results_are_the_same_with_any_number_of_threads():
     import resnet_kernels.backends.cpu as cpu
 

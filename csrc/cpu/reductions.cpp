@@ -19,7 +19,10 @@ constexpr int64_t kChunk = 4096;  // elements that go through all steps together
 // Rows of a chunk: so many are summed in fp32, chunks in fp64. An error of a mean is the same in every row, so that what
 // is summed over the rows later has it as many times.
 constexpr int64_t kFewestRows = 8, kMostRows = 32;
-constexpr int64_t kSegmentRows = 256;  // rows whose squares are taken about one origin, the first of them
+constexpr int64_t kSegmentRows = 256;  // rows whose squares are taken about one origin
+// The origin is the mean of so many of them: the first alone may stand several deviations off, and its square is taken
+// out of the sum of squares again.
+constexpr int64_t kOriginRows = 8;
 
 RK_MULTI_ISA void keep(float* t, const float* x, const float* mask, float threshold, int64_t count) {
   for (int64_t i = 0; i < count; ++i) t[i] = mask[i] <= threshold ? 0.f : x[i];
@@ -57,6 +60,15 @@ RK_MULTI_ISA void add(float* t, const float* x, const float* r, int64_t count) {
 
 RK_MULTI_ISA void rectify(float* t, const float* x, int64_t count) {
   for (int64_t i = 0; i < count; ++i) t[i] = x[i] <= 0 ? 0.f : x[i];
+}
+
+// The rows' mean per channel, or the first where that is not finite.
+RK_MULTI_ISA void mean_of(float* mean, const float* t, int64_t rows, int64_t C) {
+  std::copy(t, t + C, mean);
+  for (int64_t m = 1; m < rows; ++m)
+    for (int64_t c = 0; c < C; ++c) mean[c] += t[m * C + c];
+  const float share = 1.f / static_cast<float>(rows);
+  for (int64_t c = 0; c < C; ++c) mean[c] = mean[c] - mean[c] == 0 ? mean[c] * share : t[c];
 }
 
 // s1 += t - about, s2 += (t - about)^2, per channel.
@@ -239,7 +251,7 @@ Passed cpu_pass(const Lazy& lazy, const Finish& finish, bool store, const at::Te
             v = x.value(scratch.data(), m, rows);
           }
           if (reduce == Reduce::kStats) {
-            if (m == begin) std::copy(v, v + C, origin.begin());
+            if (m == begin) mean_of(origin.data(), v, std::min(rows, kOriginRows), C);
             add_stats(few.data(), few.data() + C, v, origin.data(), rows, C);
           } else if (reduce == Reduce::kNormalized) {
             add_sums(few.data(), few.data() + C, v, other + m * C, about, rows, C);
