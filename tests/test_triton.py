@@ -45,6 +45,7 @@ INTERPRETED = [
     ["test_triton_training.py", "-k", "not convolutions"],
     ["test_tuning.py"],
     ["test_tape.py"],
+    ["test_densenet.py"],
 ]
 
 

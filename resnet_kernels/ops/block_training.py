@@ -337,7 +337,8 @@ def preactivation_block(
 
     Args:
         norms: one per convolution of the chain, in front of it.
-        shortcut: "identity" x, "projection" conv(h_0, W_s), "zero_pad" h_0 subsampled, zero channels appended.
+        shortcut: "identity" x, "projection" conv(h_0, W_s), "zero_pad" h_0 subsampled, zero channels appended, or
+            "none" (DenseNet's layer, arXiv 1608.06993).
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -399,8 +400,7 @@ def check(
     preactivation: bool = False,
 ) -> None:
     """Raises TypeError or ValueError unless the arguments of a block fit each other."""
-    shortcuts = SHORTCUTS if preactivation else (*SHORTCUTS, "none")
-    check_chain(x, weights, strides, dilations, groups, shortcut, shortcuts)
+    check_chain(x, weights, strides, dilations, groups, shortcut, (*SHORTCUTS, "none"))
     projected = shortcut == "projection"
     expected = len(weights) - (preactivation and projected)
     if len(norms) != expected:

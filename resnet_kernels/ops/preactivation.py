@@ -1,7 +1,7 @@
 """The pre-activation residual block (He et al. 2016, arXiv 1603.05027) by the primitives, and its gradient.
 
     u_0 = x;  h_i = relu(bn_i(u_i));  u_{i+1} = conv(h_i, W_i)
-    y = u_n + shortcut        shortcut = x  |  conv(h_0, W_s)  |  h_0 subsampled, zero channels appended
+    y = u_n + shortcut        shortcut = x  |  conv(h_0, W_s)  |  h_0 subsampled, zero channels appended  |  nothing
 
 The lazy form h = relu(a*u + b) stands in front of every convolution, so all u but the last are stored, and the residual
 is added in the last convolution's epilogue.
@@ -47,7 +47,7 @@ class PreactivationForward(Forward):
             h0, _ = backend.bn_pass(first, Epilogue())
             padded = zero_pad(h0, total_stride(self.geometries), self.weights[n - 1].shape[0])
             residual = Operand(padded.contiguous(memory_format=torch.channels_last))
-        else:
+        elif plan.shortcut == "identity":
             residual = Operand(self.x)
         y, _ = backend.conv(products, Epilogue(residual=residual))
         del u[0]
