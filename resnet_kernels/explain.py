@@ -13,7 +13,7 @@ from torchvision.models import resnet
 from .backends import select, triton
 from .backends.contract import Call
 from .inference import FrozenModel, FrozenResNet, FrozenTrunk
-from .nn import ResNet, fusable
+from .nn import DenseLayer, ResNet, densenet, fusable
 from .nn import stem as stem_module
 from .nn.blocks import Fused
 from .ops import block as block_op
@@ -90,6 +90,14 @@ def _explain_block(name: str, block: nn.Module, x: Tensor) -> Explanation:
     return _explain_call(name, call, x, reason, block)
 
 
+def _explain_dense(name: str, layer: DenseLayer, x: Tensor | list[Tensor]) -> Explanation:
+    reason = densenet.why_plain(layer, x)
+    if densenet.structure(layer):
+        return Explanation(name, PLAIN, reason, {}, False)
+    whole = densenet.concatenated(x)
+    return _explain_call(name, fusable.training_call(densenet.parts(layer), whole), whole, reason)
+
+
 def _explain_stem(name: str, model: resnet.ResNet, x: Tensor) -> list[Explanation]:
     """In training; in evaluation it is torch's modules."""
     p = fusable.stem(model)
@@ -144,12 +152,14 @@ def explain(module_or_op: Any, *inputs: Any, **keywords: Any) -> Explanations:
                 found.extend(_explain_trunk(name, module, args[0]))
             elif isinstance(module, ResNet):
                 found.extend(_explain_stem(f"{name}.stem".removeprefix("."), module, args[0]))
+            elif isinstance(module, DenseLayer):
+                found.append(_explain_dense(name or type(module).__name__, module, args[0]))
             else:
                 found.append(_explain_block(name or type(module).__name__, module, args[0]))
 
         return hook
 
-    kinds = (Fused, ResNet, FrozenTrunk, FrozenResNet)
+    kinds = (Fused, DenseLayer, ResNet, FrozenTrunk, FrozenResNet)
     # A frozen ResNet may run its trunk as part of a graph, past the trunk's hooks.
     inside = {id(m.trunk) for m in module_or_op.modules() if isinstance(m, FrozenResNet)}
     hooks = {

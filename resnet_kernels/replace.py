@@ -1,4 +1,4 @@
-"""Swapping torchvision's residual blocks and ResNets inside a model for ours, and back."""
+"""Swapping torchvision's residual blocks, ResNets and DenseNets' layers inside a model for ours, and back."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from torchvision.models import resnet
+from torchvision.models import densenet, resnet
 
-from .nn import BasicBlock, Bottleneck, ResNet
+from .nn import BasicBlock, Bottleneck, DenseLayer, ResNet
+from .nn import densenet as dense
 from .nn.fusable import structure
 
-FUSED: dict[type, type] = {resnet.BasicBlock: BasicBlock, resnet.Bottleneck: Bottleneck}
+FUSED: dict[type, type] = {
+    resnet.BasicBlock: BasicBlock,
+    resnet.Bottleneck: Bottleneck,
+    densenet._DenseLayer: DenseLayer,
+}
+KINDS = (resnet.BasicBlock, resnet.Bottleneck, densenet._DenseLayer)
 ORIGINAL = {fused: original for original, fused in FUSED.items()}
 
 # On a convolution whose weight was laid out anew, for restore_blocks to lay it out as it was.
@@ -54,8 +60,8 @@ def _left_alone(block: nn.Module) -> str | None:
 
 
 def replace_blocks(model: nn.Module, channels_last: bool = False) -> ReplacementReport:
-    """Make every torchvision BasicBlock and Bottleneck in the model one of `resnet_kernels.nn`, and every ResNet one
-    whose stem trains as one op, in place.
+    """Make torchvision's BasicBlocks, Bottlenecks and DenseNet layers in the model those of `resnet_kernels.nn`, and its
+    ResNets ones whose stem trains as one op, in place.
 
     Only their class changes: names, parameters, buffers, hooks, optimizers' references and the state dict stay.
     A block whose inner modules cannot be fused as they stand is replaced too, since that is decided again at every
@@ -76,7 +82,7 @@ def replace_blocks(model: nn.Module, channels_last: bool = False) -> Replacement
         if type(block) is resnet.ResNet and not {"forward", "_forward_impl"} & set(block.__dict__):
             block.__class__ = ResNet
             stems.append(name)
-        if not isinstance(block, (resnet.BasicBlock, resnet.Bottleneck)):
+        if not isinstance(block, KINDS):
             continue
         reason = _left_alone(block)
         if reason:
@@ -84,7 +90,7 @@ def replace_blocks(model: nn.Module, channels_last: bool = False) -> Replacement
             continue
         block.__class__ = FUSED[type(block)]
         replaced.append(name)
-        note = structure(block)
+        note = dense.note(block) if isinstance(block, DenseLayer) else structure(block)
         if note:
             notes[name] = note
     if replaced and channels_last:

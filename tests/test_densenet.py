@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
+from test_training import norms_of
 from torch import nn
 from torchvision.models import densenet
 
@@ -37,7 +39,7 @@ def make(name, drop_rate=0.0, memory_efficient=False):
 
 def ours(layer):
     layer = copy.deepcopy(layer)
-    layer.__class__ = rk.nn.DenseLayer
+    assert rk.replace_blocks(layer).replaced == ("",) and type(layer) is rk.nn.DenseLayer
     return layer
 
 
@@ -243,3 +245,77 @@ def test_compiled_and_traced():
     graph = torch.fx.symbolic_trace(fused.eval())
     layer.load_state_dict(fused.state_dict())
     assert torch.equal(graph(maps), layer.eval()(maps))
+
+
+# Networks.
+
+
+def test_torchvisions_densenets_are_replaced_and_restored():
+    for name, count in (("densenet121", 58), ("densenet161", 78), ("densenet169", 82), ("densenet201", 98)):
+        with torch.device("meta"):
+            model = torchvision.models.get_model(name)
+        report = rk.replace_blocks(model)
+        assert len(report.replaced) == count and not report.skipped and not report.notes
+        assert set(rk.replace_blocks(model).skipped.values()) == {"it is fused already"}
+        assert rk.restore_blocks(model) == report.replaced
+        assert not any(isinstance(m, rk.nn.DenseLayer) for m in model.modules())
+
+
+def test_what_is_noted():
+    model = densenet.DenseNet(4, (1, 1, 1, 1), 8, memory_efficient=True)
+    model.features.denseblock2.denselayer1.relu1 = nn.SiLU()
+    notes = rk.replace_blocks(model).notes
+    assert "memory_efficient" in notes["features.denseblock1.denselayer1"]
+    assert notes["features.denseblock2.denselayer1"] == "relu1: expected ReLU, got SiLU"
+    explained = rk.explain(model.eval(), torch.randn(1, 3, 64, 64))
+    assert [e.why_plain for e in explained] == [None, "relu1: expected ReLU, got SiLU", None, None]
+    assert explained[0].chosen in ("cpu", rk.explain.__globals__["PLAIN"])
+
+
+def decided_(model):
+    """Every channel far to one side of zero behind its batch norm: see test_where_used."""
+    for bn in norms_of(model):
+        nn.init.uniform_(bn.weight, 0.5, 1.5)
+        nn.init.constant_(bn.bias, 8)
+        with torch.no_grad():
+            bn.bias[1::2] = -8
+    return model
+
+
+def step_of_a_network(model, x, t):
+    model = copy.deepcopy(model)
+    loss = F.cross_entropy(model(x), t)
+    loss.backward()
+    return {"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters()} | dict(model.named_buffers())
+
+
+def test_a_training_step_of_densenet121():
+    """Of 600 tensors some err twice as much by chance: compared are all that are the same of a layer, norm1.weight for
+    one, each over its own size."""
+    model, x, t = torchvision.models.densenet121(num_classes=5).train(), torch.randn(4, 3, 64, 64), torch.arange(4)
+    decided_(model).to(memory_format=NHWC)
+    fused, x = copy.deepcopy(model), x.to(memory_format=NHWC)
+    rk.replace_blocks(fused)
+    assert all(e.why_plain is None for e in rk.explain(fused, x))
+    got, theirs = step_of_a_network(fused, x, t), step_of_a_network(model, x, t)
+    alike = {}
+    for name, want in step_of_a_network(model.double(), x.double(), t).items():
+        if want.is_floating_point():
+            size = want.square().mean().sqrt().item()
+            rows = [value.flatten() / size for value in (got[name], theirs[name], want)]
+            alike.setdefault(".".join(name.split(".")[-2:]), []).append(rows)
+        else:
+            assert torch.equal(got[name], want), name
+    assert len(alike["conv2.weight"]) == 58
+    for name, rows in alike.items():
+        assert_matches(*map(torch.cat, zip(*rows, strict=True)), 4 * 32 * 32, name, maximum=False)
+
+
+def test_a_densenet_in_evaluation():
+    model = randomize_(densenet.DenseNet(8, (2, 2, 2, 2), 16, num_classes=5)).eval().to(memory_format=NHWC)
+    x = torch.randn(2, 3, 64, 64).to(memory_format=NHWC)
+    fused = copy.deepcopy(model)
+    rk.replace_blocks(fused)
+    assert all(e.why_plain is None for e in rk.explain(fused, x))
+    with torch.no_grad():
+        assert_matches(fused(x), model(x), copy.deepcopy(model).double()(x.double()), 4 * 32 * 32)

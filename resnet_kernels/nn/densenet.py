@@ -19,6 +19,7 @@ from . import fusable
 from .blocks import fused_forward
 from .fusable import Parts
 
+MEMORY_EFFICIENT = "memory_efficient: torchvision's checkpoint makes the concatenation again in the backward"
 MODULES = ("norm1", "relu1", "conv1", "norm2", "relu2", "conv2")
 
 
@@ -50,6 +51,11 @@ def structure(layer: densenet._DenseLayer) -> str | None:
     return None
 
 
+def note(layer: densenet._DenseLayer) -> str | None:
+    """Why the layer cannot be fused, or not where a gradient is wanted, whatever its input; or None."""
+    return structure(layer) or (MEMORY_EFFICIENT if layer.memory_efficient else None)
+
+
 def features(x: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [x] if isinstance(x, Tensor) else list(x)
 
@@ -73,7 +79,7 @@ def _why_not_concatenated(layer: densenet._DenseLayer, x: Tensor | Sequence[Tens
     if any(not isinstance(t, Tensor) or t.dim() != 4 for t in maps):
         return f"x: expected tensors (N, C, H, W), got {[tuple(getattr(t, 'shape', ())) for t in maps]}"
     if layer.memory_efficient and torch.is_grad_enabled() and any(t.requires_grad for t in maps):
-        return "memory_efficient: torchvision's checkpoint makes the concatenation again in the backward"
+        return MEMORY_EFFICIENT
     return structure(layer)
 
 
