@@ -60,8 +60,8 @@ def _left_alone(block: nn.Module) -> str | None:
 
 
 def replace_blocks(model: nn.Module, channels_last: bool = False) -> ReplacementReport:
-    """Make torchvision's BasicBlocks, Bottlenecks and DenseNet layers in the model those of `resnet_kernels.nn`, and its
-    ResNets ones whose stem trains as one op, in place.
+    """Make torchvision's BasicBlocks, Bottlenecks and DenseNet layers in the model those of `resnet_kernels.nn`, and
+    its ResNets ones whose stem trains as one op, in place.
 
     Only their class changes: names, parameters, buffers, hooks, optimizers' references and the state dict stay.
     A block whose inner modules cannot be fused as they stand is replaced too, since that is decided again at every
