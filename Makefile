@@ -39,9 +39,10 @@ gpu:
 	@if $(PYTHON) -c "import torch, torchvision, rich" 2>/dev/null; then $(PYTHON) -m benchmarks.gpu_suite $(ARGS); \
 	else $(MAKE) $(VENV)/built && $(BIN)/python -m benchmarks.gpu_suite $(ARGS); fi
 
-# The README's tables, from the committed results.
+# The README's tables, from the committed results, and of what is replaced: timm's models where timm is installed.
 readme: $(VENV)/built
 	$(BIN)/resnet-kernels report --readme README.md
+	$(BIN)/resnet-kernels coverage --readme README.md
 
 lint: $(VENV)/built
 	$(BIN)/python -m ruff check .

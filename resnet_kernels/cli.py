@@ -144,6 +144,12 @@ def demo(console: Console, args: argparse.Namespace) -> int:
     return 0 if run(args.model, args.weights, args.out, args.batch, console) else 1
 
 
+def coverage(console: Console, args: argparse.Namespace) -> int:
+    from .coverage import coverage as run
+
+    return run(console, args.results, args.readme)
+
+
 def report(console: Console, args: argparse.Namespace) -> int:
     from .report import readme, report
 
@@ -190,6 +196,9 @@ def parser() -> argparse.ArgumentParser:
             p.add_argument("--arch", type=int, choices=ARCHITECTURES, default=90, help="90 is sm_90")
         if function is demo:
             p.add_argument("--out", type=Path, default=Path("demo"), help="folder of the chart (default: demo)")
+        if function is coverage:
+            p.add_argument("--results", type=Path, help="folder of results files (default: benchmarks/results)")
+            p.add_argument("--readme", type=Path, help="instead of printing: put the table between its markers")
         if function is report:
             p.add_argument("results", type=Path, nargs="*", help="a results file, or two: the baseline and the new one")
             p.add_argument("--out", type=Path, default=Path("report"), help="folder of the report (default: report)")
@@ -219,6 +228,7 @@ def parser() -> argparse.ArgumentParser:
     )
     command(kernels, "what the Triton backend launches, compiled and read for a GPU that need not be here, as Markdown")
     command(explain, "which backend runs each block, and why each other candidate does not", "model", "input")
+    command(coverage, "what is replaced in torchvision's and timm's models, and whether it runs fused, as Markdown")
     command(report, "a results file as Markdown and HTML with plots, two compared, or the README's tables")
     return top
 

@@ -5,6 +5,8 @@ that are compared have their ReLUs decided (`decided_`): their batch norms shift
 """
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +18,11 @@ from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.ops import FrozenBatchNorm2d
 
 import resnet_kernels as rk
+from resnet_kernels import cli, coverage
 from resnet_kernels.nn.blocks import Fused
 from resnet_kernels.testing import assert_matches
 
+README = Path(__file__).parents[1] / "README.md"
 NHWC = torch.channels_last
 NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)
 
@@ -239,3 +243,65 @@ def test_torchvisions_are_replaced_and_restored(name, count):
     assert sum(isinstance(m, Fused) for m in model.modules()) == count
     assert rk.restore_blocks(model) == report.replaced
     assert [type(m) for m in model.modules()] == kinds
+
+
+# The README's table of what is replaced.
+
+
+def table_rows(text):
+    cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines() if line.startswith("|")]
+    return {row[0].strip(): [cell.strip() for cell in row] for row in cells[2:]}
+
+
+@pytest.mark.parametrize("title", ["torchvision DenseNet", "torchvision FCN", "timm SE-ResNet"])
+def test_the_readmes_table_is_current(title):
+    """Its other rows are made in the same way; `make readme` makes all."""
+    family = next(f for f in coverage.FAMILIES if f"{f.library} {f.title}" == title)
+    pytest.importorskip(family.library)
+    table = coverage.BLOCK.search(README.read_text())[2]
+    made = coverage.table(README.parent / "benchmarks" / "results", [family])
+    assert table_rows(table)[title] == table_rows(made)[title]
+
+
+def test_the_readmes_table_holds_every_family():
+    table = coverage.BLOCK.search(README.read_text())[2]
+    assert list(table_rows(table)) == [f"{f.library} {f.title}" for f in coverage.FAMILIES]
+
+
+class Own(resnet.BasicBlock):
+    pass
+
+
+def test_what_is_counted(monkeypatch):
+    def make(library, name):
+        model = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1])
+        model.layer2[0].__class__ = Own
+        model.layer3[0].relu = nn.SiLU()
+        return model
+
+    monkeypatch.setattr(coverage, "make", make)
+    row = coverage.line(coverage.Family("torchvision", "Own", ("own", "same")))
+    assert row[:2] == ["torchvision Own", "own 3, same 3"]
+    assert row[2] == "2: Own is a subclass and may compute something else"
+    assert row[3] == "4 fused; 2 plain: relu: expected ReLU, got SiLU"
+    assert row[4] == "4 fused; 2 plain: relu: expected ReLU, got SiLU, the stem too"
+    assert row[5] == "–"
+
+
+def test_the_command_puts_the_table_into_a_readme(monkeypatch, tmp_path, capsys):
+    families = [coverage.Family("torchvision", "ResNet", ("resnet18",)), coverage.Family("absent_library", "X", ("x",))]
+    monkeypatch.setattr(coverage, "FAMILIES", families)
+    results = ["--results", str(README.parent / "benchmarks" / "results")]
+    assert cli.main(["coverage", *results]) == 0
+    printed = capsys.readouterr().out.strip()
+    assert "| torchvision ResNet | resnet18 8 | – | fused | fused, the stem too | " in printed
+    assert "inference resnet18 1.27x (fp32, cpu-zen3)" in printed
+    assert printed.endswith("absent_library is not installed: its models are not listed.")
+    path = tmp_path / "README.md"
+    path.write_text("before\n<!-- coverage -->\nold\n<!-- end of coverage -->\nafter\n")
+    for _ in range(2):
+        assert cli.main(["coverage", *results, "--readme", str(path)]) == 0
+        assert path.read_text() == f"before\n<!-- coverage -->\n\n{printed}\n\n<!-- end of coverage -->\nafter\n"
+    path.write_text("nothing")
+    assert cli.main(["coverage", *results, "--readme", str(path)]) == 2
+    assert cli.main(["coverage", *results, "--readme", str(tmp_path / "none")]) == 2
