@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -11,15 +11,29 @@ from torchvision.models import densenet, resnet
 
 from .nn import BasicBlock, Bottleneck, DenseLayer, ResNet
 from .nn import densenet as dense
+from .nn.blocks import Fused
 from .nn.fusable import structure
 
-FUSED: dict[type, type] = {
-    resnet.BasicBlock: BasicBlock,
-    resnet.Bottleneck: Bottleneck,
-    densenet._DenseLayer: DenseLayer,
-}
-KINDS = (resnet.BasicBlock, resnet.Bottleneck, densenet._DenseLayer)
-ORIGINAL = {fused: original for original, fused in FUSED.items()}
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A class of blocks and ours in its place.
+
+    note: why a block of ours runs as the plain chain for now, or None. refused: why one of theirs never could run
+    fused, so that it is left as it is, or None.
+    """
+
+    original: type[nn.Module]
+    fused: type[nn.Module]
+    note: Callable[..., str | None] = structure
+    refused: Callable[..., str | None] = lambda block: None
+
+
+KINDS = (
+    Kind(resnet.BasicBlock, BasicBlock),
+    Kind(resnet.Bottleneck, Bottleneck),
+    Kind(densenet._DenseLayer, DenseLayer, dense.note),
+)
 
 # On a convolution whose weight was laid out anew, for restore_blocks to lay it out as it was.
 _RELAID = "_resnet_kernels_relaid"
@@ -48,15 +62,18 @@ class ReplacementReport:
         return "\n".join(lines)
 
 
-def _left_alone(block: nn.Module) -> str | None:
-    """Why a torchvision block, or a subclass of one, is not replaced."""
-    if type(block) in ORIGINAL:
+def _kind_of(block: nn.Module, kinds: tuple[Kind, ...]) -> Kind | str | None:
+    """The kind whose class takes the block's place, why the block is left as it is, or None: it is no block."""
+    kind = next((k for k in kinds if isinstance(block, k.original)), None)
+    if kind is None:
+        return None
+    if type(block) is kind.fused or type(block).forward is Fused.forward:
         return "it is fused already"
-    if type(block) not in FUSED:
+    if type(block) is not kind.original:
         return f"{type(block).__module__}.{type(block).__qualname__} is a subclass and may compute something else"
     if "forward" in block.__dict__:
         return "its forward was overridden on the instance"
-    return None
+    return kind.refused(block) or kind
 
 
 def replace_blocks(model: nn.Module, channels_last: bool = False) -> ReplacementReport:
@@ -78,19 +95,19 @@ def replace_blocks(model: nn.Module, channels_last: bool = False) -> Replacement
     Numerics: see `ops.residual_block`.
     """
     replaced, skipped, notes, stems = [], {}, {}, []
+    kinds = KINDS
     for name, block in model.named_modules():
         if type(block) is resnet.ResNet and not {"forward", "_forward_impl"} & set(block.__dict__):
             block.__class__ = ResNet
             stems.append(name)
-        if not isinstance(block, KINDS):
+        kind = _kind_of(block, kinds)
+        if isinstance(kind, str):
+            skipped[name] = kind
+        if not isinstance(kind, Kind):
             continue
-        reason = _left_alone(block)
-        if reason:
-            skipped[name] = reason
-            continue
-        block.__class__ = FUSED[type(block)]
+        block.__class__ = kind.fused
         replaced.append(name)
-        note = dense.note(block) if isinstance(block, DenseLayer) else structure(block)
+        note = kind.note(block)
         if note:
             notes[name] = note
     if replaced and channels_last:
@@ -111,12 +128,13 @@ def _convolutions(model: nn.Module) -> Iterator[nn.Conv2d]:
 def restore_blocks(model: nn.Module) -> tuple[str, ...]:
     """Undo `replace_blocks`: class and weight layout as they were. Returns the names of the blocks restored."""
     restored = []
+    originals = {kind.fused: kind.original for kind in KINDS}
     for name, block in model.named_modules():
         if type(block) is ResNet:
             block.__class__ = resnet.ResNet
-        if type(block) not in ORIGINAL:
+        if type(block) not in originals:
             continue
-        block.__class__ = ORIGINAL[type(block)]
+        block.__class__ = originals[type(block)]
         restored.append(name)
     for conv in _convolutions(model):
         if conv.__dict__.pop(_RELAID, False):
