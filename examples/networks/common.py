@@ -150,12 +150,14 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def run(name: str, doc: str | None, steps: int, function: Callable[[argparse.Namespace, Console], None]) -> int:
-    """The script's exit code."""
+def run(
+    name: str, doc: str | None, steps: int, lr: float, function: Callable[[argparse.Namespace, Console], None]
+) -> int:
+    """The script's exit code; steps and lr: its defaults."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=positive, default=steps, help=f"default: {steps}")
     parser.add_argument("--batch", type=positive, default=32)
-    parser.add_argument("--lr", type=float, default=2e-3, help="the highest of the schedule (default: 0.002)")
+    parser.add_argument("--lr", type=float, default=lr, help=f"the highest of the schedule (default: {lr})")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(f"{name}.png"), help=f"file of the plot (default: {name}.png)")
     console = Console(width=None if sys.stdout.isatty() else 120)

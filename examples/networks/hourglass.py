@@ -99,7 +99,7 @@ def locate(args: argparse.Namespace, console: Console) -> None:
 
 
 def main() -> int:
-    return common.run("hourglass", __doc__, 100, locate)
+    return common.run("hourglass", __doc__, 100, 0.004, locate)
 
 
 if __name__ == "__main__":

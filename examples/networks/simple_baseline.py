@@ -73,7 +73,7 @@ def locate(args: argparse.Namespace, console: Console) -> None:
 
 
 def main() -> int:
-    return common.run("simple_baseline", __doc__, 120, locate)
+    return common.run("simple_baseline", __doc__, 120, 0.002, locate)
 
 
 if __name__ == "__main__":

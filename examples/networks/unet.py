@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import resnet_kernels as rk
 
-SIZE, NOISE = 48, 0.7
+SIZE, NOISE = 48, 0.5
 
 
 def block(inputs: int, outputs: int, stride: int = 1) -> nn.Module:
@@ -77,7 +77,7 @@ def segment(args: argparse.Namespace, console: Console) -> None:
 
 
 def main() -> int:
-    return common.run("unet", __doc__, 100, segment)
+    return common.run("unet", __doc__, 100, 0.01, segment)
 
 
 if __name__ == "__main__":
