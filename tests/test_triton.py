@@ -46,6 +46,7 @@ INTERPRETED = [
     ["test_tuning.py"],
     ["test_tape.py"],
     ["test_densenet.py"],
+    ["test_gated.py"],
 ]
 
 

@@ -12,11 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import reference
 from .contract import Call, Epilogue, Geometry, Operand, Packed, Pool, Product, beyond, check_conv, fold, wide
 
 NAME = "aten"
-SUPPORTS = frozenset({"conv", "residual", "two_products", "bn_pass", "pool"})
+SUPPORTS = frozenset({"conv", "residual", "two_products", "bn_pass", "pool", "gated"})
 PACKS_FOR_SIZE = False
+
+gated, gated_grad = reference.gated, reference.gated_grad
 
 
 def why_not(call: Call) -> str | None:

@@ -2,11 +2,12 @@
 
 Everything is NHWC in memory (channels_last), written N, C, H, W; K output channels, R x S filter, P x Q output map,
 M = N*P*Q. Activations and weights share the compute dtype; scales, shifts, statistics and sums are fp32 (fp64 for
-fp64 inputs: `wide`). Four families, see `Backend`:
+fp64 inputs: `wide`). Five families, see `Backend`:
 
     conv         sums of products with an epilogue: forward convolutions and, with `data_grad_size`, data gradients
     wgrad        weight gradients, and the moments of an activation
     bn_pass      memory-bound passes; `reduce`, those that write nothing
+    gated        a pass that ends a block whose branch is gated per image, and its gradient
     finalize_*   the per-channel algebra between them
 
 `reference` defines the result of each. Another backend implements what it can and tells the rest in `why_not`, a pure
@@ -240,8 +241,8 @@ class Call:
     """Metadata of a call, all that `why_not` may look at.
 
     needs: names of what is asked for: a primitive ("conv", "wgrad", "moments", "bn_pass", "finalize") and features
-        ("residual", "two_products", "lazy", "two_tensors", "mask", "reduce", "data_grad", "pool"). "training" stands
-        for all primitives and features but "pool".
+        ("residual", "two_products", "lazy", "two_tensors", "mask", "reduce", "data_grad", "pool"), or "gated" for that
+        pass and its gradient. "training" stands for all primitives and features but "pool" and "gated".
     weights: (K, C/groups, R, S) and geometry of each product.
     size: (N, C, H, W) of the first operand where it is known; only what was measured depends on it.
     """
@@ -397,6 +398,16 @@ class Backend(Protocol):
 
     def reduce(self, x: Operand, by: str | Normalized) -> Any:
         """What `bn_pass` of x reduces to by "stats" or `Normalized`, without its result."""
+
+    def gated(self, z: Tensor, gate: Tensor | None, shortcut: Tensor | None, relu: bool) -> Tensor:
+        """y (N, K, P, Q) = relu(gate * z + shortcut), rounded once. z, shortcut: of y's sizes, channels_last; gate:
+        (N, K) in `wide`; a gate of None is one, a shortcut of None zero."""
+
+    def gated_grad(
+        self, dy: Tensor, y: Tensor | None, z: Tensor | None, gate: Tensor | None, wanted: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """With g = dy where not (y <= 0), or dy where y is None: g * gate, the sum of g * z over P and Q (N, K) in
+        `wide`, and g; None for what is not wanted. z is needed for the sum alone. Maps are channels_last."""
 
     def finalize_stats(self, stats: Stats, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
         """The table of `Affine`: a = gamma*rstd, b = beta - mean*a, from the biased variance."""

@@ -40,8 +40,8 @@ from .contract import (
 
 NAME = "cpu"
 SUPPORTS = frozenset(
-    "conv wgrad moments bn_pass finalize residual two_products lazy two_tensors mask reduce data_grad pool training"
-    "".split()
+    "conv wgrad moments bn_pass finalize residual two_products lazy two_tensors mask reduce data_grad pool gated"
+    " training".split()
 )
 PACKS_FOR_SIZE = True
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -159,6 +159,18 @@ def residual_blocks(x: Tensor, blocks: Sequence[Block], overwrite: bool) -> Tens
             x, [w.weight for w in weights], [b.to(x.dtype) for b in shifts], shortcut, overwrite or i > 0
         )
     return x
+
+
+def gated(z: Tensor, gate: Tensor | None, shortcut: Tensor | None, relu: bool) -> Tensor:
+    C, _ = extension.load()
+    return C.gated(z, gate, shortcut, relu)
+
+
+def gated_grad(
+    dy: Tensor, y: Tensor | None, z: Tensor | None, gate: Tensor | None, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    C, _ = extension.load()
+    return C.gated_grad(dy, y, z if wanted[1] else None, gate, list(wanted))
 
 
 def bn_pass(x: Operand, epilogue: Epilogue, pool: Pool | None = None) -> tuple[Tensor, Any]:

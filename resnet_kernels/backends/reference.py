@@ -37,8 +37,8 @@ from .contract import (
 
 NAME = "reference"
 SUPPORTS = frozenset(
-    "conv wgrad moments bn_pass finalize residual two_products lazy two_tensors mask reduce data_grad pool training"
-    "".split()
+    "conv wgrad moments bn_pass finalize residual two_products lazy two_tensors mask reduce data_grad pool gated"
+    " training".split()
 )
 PACKS_FOR_SIZE = False
 
@@ -209,6 +209,29 @@ def bn_pass(x: Operand, epilogue: Epilogue, pool: Pool | None = None) -> tuple[T
 
 def reduce(x: Operand, by: str | Normalized) -> Any:
     return _reduced(_value(x), by)
+
+
+def gated(z: Tensor, gate: Tensor | None, shortcut: Tensor | None, relu: bool) -> Tensor:
+    t = z.to(wide(z.dtype))
+    if gate is not None:
+        t = t * gate[:, :, None, None]
+    if shortcut is not None:
+        t = t + shortcut
+    return (torch.relu(t) if relu else t).to(z.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def gated_grad(
+    dy: Tensor, y: Tensor | None, z: Tensor | None, gate: Tensor | None, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    g = (dy if y is None else torch.where(y <= 0, 0, dy)).contiguous(memory_format=torch.channels_last)
+    dz, dgate = None, None
+    if wanted[0]:
+        assert gate is not None
+        dz = (g * gate[:, :, None, None]).to(dy.dtype)
+    if wanted[1]:
+        assert z is not None
+        dgate = (g.to(wide(dy.dtype)) * z).sum((2, 3))
+    return dz, dgate, g if wanted[2] else None
 
 
 def finalize_stats(stats: Stats, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:

@@ -4,12 +4,14 @@ from .batch_norm import BatchNorm
 from .block import residual_block
 from .block_training import preactivation_block, residual_block_training, stem
 from .functional import basic_block, bottleneck, conv_bn_act, preactivation_basic_block, preactivation_bottleneck
+from .gated import gated_tail
 
 __all__ = [
     "BatchNorm",
     "basic_block",
     "bottleneck",
     "conv_bn_act",
+    "gated_tail",
     "preactivation_basic_block",
     "preactivation_block",
     "preactivation_bottleneck",

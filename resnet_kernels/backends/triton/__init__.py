@@ -11,6 +11,7 @@
     reductions.py  passes with statistics, sums, masks
     outer.py       weight gradients and moments
     finalize.py    the algebra per channel
+    gates.py       the end of a block whose branch is gated per image, and its gradient
 
     configs.py  tiles, warps and stages per architecture
     launch.py   a launch as data: run, or recorded
@@ -50,8 +51,8 @@ from ..contract import (
 
 NAME = "triton"
 SUPPORTS = frozenset(
-    "conv wgrad moments bn_pass finalize residual two_products lazy two_tensors mask reduce data_grad pool training"
-    "".split()
+    "conv wgrad moments bn_pass finalize residual two_products lazy two_tensors mask reduce data_grad pool gated"
+    " training".split()
 )
 PACKS_FOR_SIZE = False
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -134,6 +135,16 @@ def bn_pass(x: Operand, epilogue: Epilogue, pool: Pool | None = None) -> tuple[T
     if pool is not None:
         return _kernels()[0].bn_pass(x, epilogue, pool)
     return _training("reductions").bn_pass(x, epilogue)
+
+
+def gated(z: Tensor, gate: Tensor | None, shortcut: Tensor | None, relu: bool) -> Tensor:
+    return _training("gates").gated(z, gate, shortcut, relu)
+
+
+def gated_grad(
+    dy: Tensor, y: Tensor | None, z: Tensor | None, gate: Tensor | None, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return _training("gates").gated_grad(dy, y, z, gate, wanted)
 
 
 def reduce(x: Operand, by: str | Normalized) -> Any:

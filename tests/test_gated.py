@@ -1,0 +1,204 @@
+"""The end of a block whose branch is gated: the op against fp64, its gradients, and blocks with it."""
+
+import pytest
+import torch
+
+import resnet_kernels as rk
+from resnet_kernels.backends import select
+from resnet_kernels.backends.contract import BackendUnavailable
+from resnet_kernels.backends.triton import gates as kernels
+from resnet_kernels.backends.triton import launch, offline
+from resnet_kernels.testing import assert_matches
+
+NHWC = torch.channels_last
+interpreted = pytest.mark.interpreted
+BACKENDS = [
+    *(pytest.param(name, "cpu", id=name) for name in ("cpu", "aten", "reference")),
+    pytest.param("triton", "cpu", marks=interpreted, id="triton-interpreted"),
+    pytest.param("triton", "cuda", marks=pytest.mark.gpu, id="triton-gpu"),
+]
+on = pytest.mark.parametrize("backend, device", BACKENDS)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+in_dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+# More rows of a map than are summed by one thread or program; channels that fill no vector; more than a chunk has.
+SIZES = {
+    "odd": (3, 21, 5, 7),
+    "segments": (2, 9, 37, 33),
+    "map-1x1": (5, 40, 1, 1),
+    "wide": (1, 4100, 1, 2),
+    "one-channel": (2, 1, 9, 4),
+}
+of_sizes = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+
+
+def draw(*sizes, dtype=torch.float32, device="cpu"):
+    t = torch.randn(sizes).to(device, dtype)
+    return t.contiguous(memory_format=NHWC) if t.dim() == 4 else t
+
+
+def plain(z, gate=None, shortcut=None, relu=True):
+    """By torch's modules, in the dtype of z."""
+    t = z if gate is None else z * gate.to(z.dtype)[:, :, None, None]
+    t = t if shortcut is None else t + shortcut
+    return torch.relu(t) if relu else t
+
+
+def step(function, inputs, dy, relu=True):
+    inputs = [None if t is None else t.detach().clone().requires_grad_() for t in inputs]
+    y = function(*inputs, relu)
+    y.backward(dy)
+    return [y.detach(), *(None if t is None else t.grad for t in inputs)]
+
+
+def exact_step(inputs, dy, y, relu=True):
+    """In fp64, the gradients under the mask of the result y that is compared."""
+    z, gate, shortcut = (None if t is None else t.double() for t in inputs)
+    factor = torch.ones_like(z[:, :, :1, :1]) if gate is None else gate[:, :, None, None]
+    g = torch.where(y <= 0, 0, dy.double()) if relu else dy.double()
+    sums = (g * z).sum((2, 3))
+    dgate = None if gate is None else sums.sum(1, keepdim=True) if gate.shape[1] != z.shape[1] else sums
+    return [plain(z, gate, shortcut, relu), g * factor, dgate, None if shortcut is None else g]
+
+
+@on
+@in_dtypes
+@of_sizes
+@pytest.mark.parametrize("gated", ["channel", "image", "none"])
+def test_a_step_is_as_accurate_as_torchs(gated, sizes, dtype, backend, device, poisoned):
+    N, K = sizes[:2]
+    gate = {"channel": draw(N, K).sigmoid(), "image": (torch.rand(N, 1) > 0.4) / 0.6, "none": None}[gated]
+    gate = None if gate is None else gate.to(device, dtype)
+    for shortcut, relu in ((True, True), (False, True), (True, False), (False, False)):
+        inputs = draw(*sizes, dtype=dtype, device=device), gate, draw(*sizes, dtype=dtype, device=device)
+        inputs = inputs if shortcut else (*inputs[:2], None)
+        dy = draw(*sizes, dtype=dtype, device=device)
+        with rk.use_backend(backend):
+            ours = step(rk.ops.gated_tail, inputs, dy, relu)
+        eager = step(plain, inputs, dy, relu)
+        exact = exact_step(inputs, dy, ours[0], relu)
+        eager_exact = exact_step(inputs, dy, eager[0], relu)
+        assert ours[0].is_contiguous(memory_format=NHWC)
+        for name, a, b, c, d in zip(("y", "dz", "dgate", "ds"), ours, eager, exact, eager_exact, strict=True):
+            assert (a is None) == (c is None), name
+            if c is not None:
+                # Eager's error is that under its own mask.
+                assert_matches(a, (c + (b.double() - d)).to(b.dtype), c, K * sizes[2] * sizes[3], name)
+
+
+@on
+@in_dtypes
+def test_nan_and_inf_stand_where_torch_has_them(dtype, backend, device):
+    inf, nan = float("inf"), float("nan")
+    z = draw(2, 19, 4, 5, dtype=dtype, device=device)
+    shortcut, gate = torch.zeros_like(z), draw(2, 19, dtype=dtype, device=device).sigmoid()
+    z[0, 3, 1, 2], z[1, 18, 3, 4], z[0, 0, 0, 0] = nan, inf, -inf
+    shortcut[1, 7, 2, 2], shortcut[1, 18, 3, 4] = nan, -inf
+    gate[1, 0], gate[0, 18] = nan, 0
+    z[0, 18, 0, 0] = inf
+    dy = draw(2, 19, 4, 5, dtype=dtype, device=device)
+    dy[1, 2, 0, 0], shortcut[1, 2, 0, 0], z[1, 2, 0, 0] = nan, 1, 1
+    with rk.use_backend(backend):
+        ours = step(rk.ops.gated_tail, (z, gate, shortcut), dy)
+    for a, b in zip(ours, step(plain, (z, gate, shortcut), dy), strict=True):
+        assert torch.equal(a.isnan(), b.isnan()) and torch.equal(a.isinf(), b.isinf())
+        assert a.isnan().any()
+
+
+@on
+def test_any_layout_and_none_of_an_image(backend, device):
+    nchw = torch.randn(2, 6, 5, 4, device=device)
+    gate, shortcut = torch.rand(6, 2, device=device).t(), torch.randn(2, 12, 5, 4, device=device)[:, ::2]
+    with rk.use_backend(backend):
+        y = rk.ops.gated_tail(nchw, gate, shortcut)
+        torch.testing.assert_close(y, plain(nchw, gate, shortcut))
+        for sizes in ((0, 6, 5, 4), (2, 6, 0, 4)):
+            empty = torch.empty(sizes, device=device)
+            found = step(rk.ops.gated_tail, (empty, gate[: sizes[0]], empty), empty)
+            assert found[0].shape == sizes and found[2].shape == (sizes[0], 6) and not found[2].any()
+
+
+def test_the_gradient_is_the_same_with_any_number_of_threads():
+    z, gate, dy = draw(2, 67, 37, 33), torch.rand(2, 67), draw(2, 67, 37, 33)
+    found, threads = [], torch.get_num_threads()
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            with rk.use_backend("cpu"):
+                found.append(step(rk.ops.gated_tail, (z, gate, z.flip(0)), dy))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("gated, shortcut", [(True, True), (True, False), (False, True)])
+def test_first_and_second_derivatives(gated, shortcut, relu):
+    z = draw(2, 3, 2, 2).double().requires_grad_()
+    gate = torch.rand(2, 3, dtype=torch.float64, requires_grad=True) if gated else None
+    s = draw(2, 3, 2, 2).double().requires_grad_() if shortcut else None
+    with rk.use_backend("reference"):
+        inputs = [t for t in (z, gate, s) if t is not None]
+
+        def function(*tensors):
+            rest = iter(tensors)
+            return rk.ops.gated_tail(*(None if t is None else next(rest) for t in (z, gate, s)), relu)
+
+        assert torch.autograd.gradcheck(function, inputs)
+        assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_what_torch_asks_of_an_op():
+    z, gate, s = draw(2, 5, 4, 3), torch.rand(2, 5), draw(2, 5, 4, 3)
+    op = torch.ops.resnet_kernels.gated_tail
+    for arguments in ((z, gate, s), (z, None, s), (z, gate, None)):
+        for relu in (True, False):
+            wanted = [None if t is None else t.clone().requires_grad_() for t in arguments]
+            torch.library.opcheck(op, (*wanted, relu, "cpu"))
+
+
+def test_compiled_whole():
+    inputs = draw(2, 5, 4, 3), torch.rand(2, 5), draw(2, 5, 4, 3)
+    compiled = torch.compile(rk.ops.gated_tail, fullgraph=True, backend="aot_eager")
+    dy = draw(2, 5, 4, 3)
+    for a, b in zip(step(compiled, inputs, dy), step(rk.ops.gated_tail, inputs, dy), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_does_not_fit_is_named():
+    z = draw(2, 5, 4, 3)
+    for arguments, error, says in (
+        ((z[0],), ValueError, r"z: expected \(N, K, P, Q\), got \(5, 4, 3\)"),
+        ((z.int(),), TypeError, "z: expected a floating dtype, got torch.int32"),
+        ((z, torch.rand(2, 4)), ValueError, r"gate: expected \(2, 5\) or \(2, 1\), got \(2, 4\)"),
+        ((z, torch.ones(2, 5, dtype=torch.long)), TypeError, "gate: expected a floating dtype"),
+        ((z, None, z.half()), TypeError, "shortcut: expected torch.float32 on cpu, got torch.float16"),
+        ((z, None, z[:1]), ValueError, r"shortcut: expected \(2, 5, 4, 3\), as z, got \(1, 5, 4, 3\)"),
+    ):
+        with pytest.raises(error, match=says):
+            rk.ops.gated_tail(*arguments)
+    with rk.use_backend("cuda"), pytest.raises(BackendUnavailable, match="not implemented here: gated"):
+        rk.ops.gated_tail(z)
+
+
+def test_triton_is_chosen_by_name_alone():
+    call = rk.ops.gated.call_of_gated(torch.device("cuda"), torch.float32)
+    assert select.choose(call).NAME == "aten" and select.ONLY_BY_NAME["triton"] == select.reasons(call)["triton"]
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@in_dtypes
+def test_kernels_compile_clean(dtype, arch):
+    with launch.recording(arch) as launches:
+        for K, P in ((256, 56), (21, 5)):
+            z = torch.empty(2, K, P, P, dtype=dtype, device="meta").contiguous(memory_format=NHWC)
+            gate = torch.empty(2, K, device="meta")
+            kernels.gated(z, gate, z, True)
+            kernels.gated_grad(z, z, z, gate, (True, True, True))
+    assert [made.name for made in launches] == ["gated", "gated_grad"] * 2
+    for made in launches:
+        compiled = offline.read(made, arch)
+        assert not compiled.wrong() and compiled.programs >= 1, compiled.wrong()
+        assert compiled.nan_max or made.name != "gated"
+    itemsize, M = dtype.itemsize, 2 * 56 * 56
+    assert launches[0].work.bytes == 3 * M * 256 * itemsize + 4 * 2 * 256
+    assert launches[1].work.bytes == 5 * M * 256 * itemsize + 4 * 2 * 256 * (1 + 4)
