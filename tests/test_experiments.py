@@ -40,7 +40,7 @@ EXPERIMENTS = {
         ["14 layers, seed 0: training loss", "pre-activation, 11 layers: 3"],
     ),
     "highway": (("--depths", 14), 5 * 2, ["14 layers: the identity is", "identity, 14 layers: 6 blocks by"]),
-    "ode": (("--depths", 2, "--width", 8), 9 + 7, ["Trained with 2 steps", "Euler: orders"]),
+    "ode": (("--depths", 2, "--width", 8, "--size", 4), 9 + 7, ["Trained with 2 steps", "Euler: orders"]),
 }
 
 
@@ -207,8 +207,8 @@ def test_crops_and_flips_are_of_the_image_in_zeros(modules):
     assert not torch.equal(x1, next(images.train(seed=1, epoch=3))[0])
 
 
-@pytest.mark.parametrize("depths", [(8,), (18,)])
-def test_a_folder_of_images(depths, modules, monkeypatch, tmp_path):
+def test_a_folder_of_images(modules, monkeypatch, tmp_path, capsys):
+    """Small images of a network of its own twice, the same both times; and ImageNet's network."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -220,9 +220,9 @@ def test_a_folder_of_images(depths, modules, monkeypatch, tmp_path):
                 picture = Image.fromarray((image * 15.9).astype("uint8")).resize((32, 32)).convert("RGB")
                 picture.save(tmp_path / part / str(label) / f"{i}.png")
     common = ("--data", tmp_path, "--size", 32, "--batch", 8, "--workers", 0, "--epochs", 1, "--device", "cpu")
-    for out in ("a", "b"):
-        out = tmp_path / out
-        assert run(modules, monkeypatch, "degradation", *common, "--depths", *depths, "--out", out) == 0
+    for out, depth in (("a", 8), ("b", 8), ("c", 18)):
+        assert run(modules, monkeypatch, "degradation", *common, "--depths", depth, "--out", tmp_path / out) == 0
+    assert "residual, 18 layers: 8 blocks by" in capsys.readouterr().out
     assert (tmp_path / "a/degradation.csv").read_bytes() == (tmp_path / "b/degradation.csv").read_bytes()
 
 

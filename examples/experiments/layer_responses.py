@@ -64,8 +64,9 @@ def draw(figure: Any, rows: list[Row]) -> None:
                 style = {"color": COLORS[depths.index(depth)], "linestyle": "--" if kind == "plain" else "-"}
                 band(axes, chosen, x, "std", f"{kind}, {depth} layers", **style)
         order = "the greatest first" if by_size else "from the image on"
-        axes.set(xlabel=f"layer, {order}", ylabel="standard deviation of the response", ylim=(0, None))
+        axes.set(xlabel=f"layer, {order}", ylim=(0, None))
     axes.legend(frameon=False)
+    figure.axes[0].set_ylabel("standard deviation of the response")
 
 
 def verdict(rows: list[Row]) -> list[str]:

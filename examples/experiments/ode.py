@@ -154,7 +154,7 @@ def draw(figure: Any, rows: list[Row]) -> None:
     left.plot(at, [first["error"] / n for n in at], color="#94a3b8", linewidth=1, linestyle=":", label="order 1")
     left.set(xscale="log", yscale="log", xlabel="steps, 1 / h", title="relative error of x(1) against the solver")
     right.set(xscale="log", xlabel="steps, 1 / h", title="test error, %", ylim=(0, None))
-    left.legend(frameon=False)
+    left.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 0.02))
 
 
 def verdict(rows: list[Row]) -> list[str]:
