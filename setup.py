@@ -91,7 +91,7 @@ def extensions() -> list:
 
     debug = os.environ.get("RESNET_KERNELS_DEBUG") == "1"
     flags = {"cxx": ["-O0" if debug else "-O3", "-g" if debug else "-g0", "-fopenmp"]}
-    sources = [*sorted(glob("csrc/*.cpp")), *sorted(glob("csrc/cpu/*.cpp"))]
+    sources = ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
     if not with_cuda:
         return [
             CppExtension(

@@ -9,7 +9,6 @@
 #include "cpu/max_pool.h"
 #include "cpu/pool.h"
 #include "cpu/reductions.h"
-#include "replay.h"
 
 #ifdef RESNET_KERNELS_CUDA
 #include <c10/cuda/CUDAGuard.h>
@@ -150,15 +149,6 @@ PYBIND11_MODULE(_C, m) {
     const auto or_none = [](const at::Tensor& t) { return t.defined() ? py::cast(t) : py::none(); };
     return py::make_tuple(or_none(found[0]), or_none(found[1]), or_none(found[2]));
   });
-  using resnet_kernels::Replay;
-  py::class_<Replay>(m, "Replay", py::module_local())
-      .def(py::init<int64_t, uintptr_t, std::vector<int64_t>>())
-      .def("empty", &Replay::empty)
-      .def("view", &Replay::view)
-      .def("call", &Replay::call)
-      .def("launch", &Replay::launch)
-      .def("release", &Replay::release)
-      .def("run", py::overload_cast<const std::vector<at::Tensor>&, uintptr_t>(&Replay::run, py::const_));
   m.def("second_moments", &resnet_kernels::cpu_second_moments, py::call_guard<py::gil_scoped_release>());
   m.def("max_pool_relu", &resnet_kernels::cpu_max_pool_relu, py::call_guard<py::gil_scoped_release>());
   m.def("max_pool_relu_winners", &resnet_kernels::cpu_max_pool_relu_winners, py::call_guard<py::gil_scoped_release>());

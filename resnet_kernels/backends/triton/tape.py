@@ -23,7 +23,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import measured
 from ..contract import tf32_allowed
-from . import replay
 from .launch import INTERPRETING, Launch, expected_device, listening
 
 # Recordings that are kept; of a model with more kinds of blocks the ones recorded first.
@@ -51,36 +50,6 @@ class Arguments:
         for i in self._nested:
             values[i] = filled(values[i], slots)
         return values
-
-
-class Empty(NamedTuple):
-    """Memory for a tensor."""
-
-    made: Slot
-    sizes: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    dead: list[int]
-
-    def run(self, slots: list[Any], stream: int) -> None:
-        slots[self.made.at] = torch.empty_strided(self.sizes, self.strides, dtype=self.dtype, device=self.device)
-
-
-class View(NamedTuple):
-    """Of `base`, which is no view of this recording; offset: elements from its first."""
-
-    made: Slot
-    base: Slot
-    sizes: tuple[int, ...]
-    strides: tuple[int, ...]
-    offset: int
-    itemsize: int
-    dead: list[int]
-
-    def run(self, slots: list[Any], stream: int) -> None:
-        base = slots[self.base.at]
-        slots[self.made.at] = base.as_strided(self.sizes, self.strides, base.storage_offset() + self.offset)
 
 
 class Op(NamedTuple):
@@ -141,36 +110,15 @@ def filled(argument: Any, slots: list[Any]) -> Any:
     return argument
 
 
-Step = Empty | View | Op | Run
-_aten = torch.ops.aten
-EMPTY = (_aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_like.default, _aten.new_empty.default)
-
-
-def _is_view(t: Any, base: Tensor) -> bool:
-    same = isinstance(t, Tensor) and t.untyped_storage()._cdata == base.untyped_storage()._cdata
-    return same and t.dtype == base.dtype and t is not base
-
-
-def _results(step: Step) -> Any:
-    return step.results if isinstance(step, Op) else step.made if isinstance(step, (Empty, View)) else ()
-
-
-def _idle(step: Step) -> bool:
-    """Whether it does nothing but make its results."""
-    return not isinstance(step, Run) and not (isinstance(step, Op) and step.function._schema.is_mutable)
-
-
 class Tape:
     """Of a function that was given `tensors`. `unknown`: why it cannot be done again, or nothing."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.steps: list[Step] = []
+        self.steps: list[Op | Run] = []
         self.results: list[Slot] = []
         self.unknown = ""
         self._known = WeakIdKeyDictionary({t: Slot(i) for i, t in enumerate(tensors)})
         self._given, self.count = len(tensors), len(tensors)
-        self._views: dict[int, View] = {}
-        self.native: Any = None
 
     # Recording
 
@@ -205,26 +153,8 @@ class Tape:
         results = [found] if isinstance(found, Tensor) else list(found or ())
         if not function._schema.is_mutable and all(isinstance(t, Tensor) and t in self._known for t in results):
             return  # it returned what it was given
-        if function in EMPTY:
-            (t,) = results
-            self.steps.append(Empty(self._slot(t), tuple(t.shape), t.stride(), t.dtype, t.device, []))
-            return
-        base = arguments[0] if arguments and isinstance(arguments[0], Tensor) else None
-        if base is not None and not function._schema.is_mutable and all(_is_view(t, base) for t in results):
-            for t in results:
-                self._add_view(t, base)
-            return
         made = [self._slot(t) if isinstance(t, Tensor) else None for t in results]
         self.steps.append(Op(function, slotted, list(named), made, []))
-
-    def _add_view(self, t: Tensor, base: Tensor) -> None:
-        slot, offset = self._slotted(base), int(t.storage_offset()) - int(base.storage_offset())
-        known = self._views.get(slot.at)
-        if known is not None:
-            slot, offset = known.base, offset + known.offset
-        view = View(self._slot(t), slot, tuple(t.shape), t.stride(), offset, t.itemsize, [])
-        self._views[view.made.at] = view
-        self.steps.append(view)
 
     def add_launch(self, launch: Launch, compiled: Any) -> None:
         values = [self._slotted(launch.arguments[name]) for name in launch.kernel.arg_names]
@@ -236,26 +166,22 @@ class Tape:
         kept = {slot.at for slot in self.results} | set(range(self._given))
         used, steps = set(kept), []
         for step in reversed(self.steps):
-            if _idle(step) and used.isdisjoint(_indices(_results(step))):
+            idle = isinstance(step, Op) and not step.function._schema.is_mutable
+            if idle and used.isdisjoint(_indices(step.results)):
                 continue  # nobody looks at it
             now = set(_indices(tuple(step)))
             step.dead.extend(now - used)
             used |= now
             steps.append(step)
         self.steps = steps[::-1]
-        self._views = {}
-        if not self.unknown and not INTERPRETING:
-            self.native = replay.of(self.steps, self._given, self.count, self.results)
 
     # Again
 
     def again(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        slots: list[Any] = [*tensors, *[None] * (self.count - len(tensors))]
         stream = 0
         if tensors[0].is_cuda:
             stream = torch._C._cuda_getCurrentRawStream(tensors[0].device.index)
-        if self.native is not None:
-            return self.native.run(tensors, stream)
-        slots: list[Any] = [*tensors, *[None] * (self.count - len(tensors))]
         for step in self.steps:
             step.run(slots, stream)
             for index in step.dead:
