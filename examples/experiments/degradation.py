@@ -36,7 +36,7 @@ def draw(figure: Any, rows: list[Row]) -> None:
 
 
 def verdict(rows: list[Row]) -> list[str]:
-    """Of the least and the greatest depth. Degraded: higher with every seed."""
+    """Of the least and the greatest depth, in the mean of the seeds."""
     depths = sorted(values_of(rows, "depth"))
     told, degraded = [], {}
     for kind in KINDS:

@@ -215,11 +215,13 @@ class Run:
 
     measure: (model, images, epoch) -> rows, called before the first epoch, as 0, and after the last. Without it a row
     tells of an epoch: rate, loss and error of its batches as they were trained with, and the test error after it.
+    lr: the learning rate throughout, in place of the papers' schedule.
     """
 
     about: Row
     make: Callable[[], nn.Module]
     measure: Callable[[nn.Module, Images, int], list[Row]] | None = None
+    lr: float | None = None
 
     @property
     def name(self) -> str:
@@ -283,7 +285,7 @@ class Training:
         self.epoch, self.rows = 0, list[Row]()
         torch.manual_seed(run.about["seed"])
         self.model = run.make().to(args.device, memory_format=torch.channels_last)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), args.lr, momentum=0.9, weight_decay=1e-4)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
 
     def state(self) -> Row:
         parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer")}
@@ -316,7 +318,8 @@ class Training:
         device, steps, losses, wrong, total = self.args.device, self.images.steps, [], 0, 0
         self.model.train()
         for i, (x, y) in enumerate(self.images.train(self.run.about["seed"], self.epoch)):
-            lr = rate(self.args, self.run.about["depth"], self.epoch * steps + i, self.args.epochs * steps)
+            at, depth = (self.epoch * steps + i, self.args.epochs * steps), self.run.about["depth"]
+            lr = rate(self.args, depth, *at) if self.run.lr is None else self.run.lr
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             y = y.to(device)
