@@ -207,7 +207,7 @@ def test_same_inputs_same_bits():
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("shortcut", ["identity", "projection", "zero_pad"])
+@pytest.mark.parametrize("shortcut", ["identity", "projection", "zero_pad", "none"])
 def test_opcheck(shortcut, device):
     K = 8 if shortcut == "identity" else 12
     weights = [torch.randn(5, 8, 3, 3), torch.randn(K, 5, 1, 1)] + [torch.randn(K, 8, 1, 1)] * (
@@ -224,6 +224,7 @@ def test_opcheck(shortcut, device):
         [1] * n,
         [1] * n,
         shortcut,
+        shortcut != "none",
     )
     torch.library.opcheck(torch.ops.resnet_kernels.residual_block.default, args)
 
@@ -238,7 +239,7 @@ BAD = {
     "channels": (dict(x=torch.randn(2, 6, 5, 5)), ValueError, "does not fit 6 channels"),
     "mixed-dtype": (dict(x=torch.randn(2, 4, 5, 5).double()), TypeError, "expected torch.float64 .* got torch.float32"),
     "mixed-device": (dict(x=torch.randn(2, 4, 5, 5, device="meta")), ValueError, "expected it on meta, as x, got cpu"),
-    "shortcut": (dict(shortcut="id"), ValueError, "expected one of identity, projection, zero_pad, got 'id'"),
+    "shortcut": (dict(shortcut="id"), ValueError, "expected one of identity, projection, zero_pad, none, got 'id'"),
     "lengths": (dict(strides=[1]), ValueError, "expected one weight, stride, dilation"),
     "even": (dict(weights=[torch.randn(4, 4, 2, 2)] * 2), ValueError, "with R odd, got"),
     "scale": (dict(scales=[torch.ones(3)] * 2), ValueError, r"expected \(4,\), got \(3,\)"),

@@ -72,12 +72,14 @@ class Pooled(NamedTuple):
 
 class Block(NamedTuple):
     """A residual block: packed weights and geometries of its chain, then of its projection if `shortcut` is
-    "projection" (else "identity" or "zero_pad"); the chain's shifts, the last with the projection's added."""
+    "projection" (else "identity", "zero_pad" or "none"); the chain's shifts, the last with the projection's added; and
+    whether it ends with a ReLU, which only a chain without a shortcut may not."""
 
     weights: Sequence[Packed]
     shifts: Sequence[Tensor]
     geometries: Sequence[Geometry]
     shortcut: str
+    relu: bool = True
 
 
 @dataclass(frozen=True)
@@ -343,7 +345,7 @@ class Backend(Protocol):
     not exist elsewhere. Optional are, in one call, what `ops.block.run` and `ops.stem_inference.run` compose, and a way
     to decide once:
 
-    residual_blocks(x, blocks, overwrite)
+    residual_blocks(x, blocks, overwrite), of blocks that have a shortcut
     stem(x, weight, shift, geometry, pool), with its weight by `pack_stem(weight, scale, geometry, pool)` and its x in
         memory of `stem_channels(weight sizes, geometry, pool)` channels, zeros behind the image's
 

@@ -153,11 +153,10 @@ def _reduction_of(y: Tensor, by: str | Normalized | None) -> Any:
 def residual_blocks(x: Tensor, blocks: Sequence[Block], overwrite: bool) -> Tensor:
     """Whole blocks, one call each; x in the compute dtype and channels_last."""
     C, _ = extension.load()
-    for i, (weights, shifts, geometries, shortcut) in enumerate(blocks):
-        del geometries  # the packed weights know theirs
-        x = C.residual_block(
-            x, [w.weight for w in weights], [b.to(x.dtype) for b in shifts], shortcut, overwrite or i > 0
-        )
+    for i, block in enumerate(blocks):
+        # The packed weights know their geometries.
+        weights, shifts = [w.weight for w in block.weights], [b.to(x.dtype) for b in block.shifts]
+        x = C.residual_block(x, weights, shifts, block.shortcut, overwrite or i > 0)
     return x
 
 

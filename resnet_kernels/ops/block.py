@@ -2,10 +2,11 @@
 
     h_0 = x;  h_i = relu(a_i * conv(h_{i-1}, W_i) + b_i)  for i < n
     y = relu(a_n * conv(h_{n-1}, W_n) + b_n + shortcut(x))
-    shortcut(x) = x  |  a_s * conv(x, W_s) + b_s  |  x subsampled, zero channels appended
+    shortcut(x) = x  |  a_s * conv(x, W_s) + b_s  |  x subsampled, zero channels appended  |  nothing
 
-Bottleneck and basic block are this with n = 3 and n = 2. Scales and shifts come from batch norms with running
-statistics (`batch_norm.affine_of`), whose own gradients autograd derives.
+A chain without a shortcut may also end without its ReLU. Bottleneck and basic block are this with n = 3 and n = 2.
+Scales and shifts come from batch norms with running statistics (`batch_norm.affine_of`), whose own gradients autograd
+derives.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 from ..backends import select
 from ..backends.contract import Backend, Block, Call, Epilogue, Geometry, Operand, Product, wide
 
-SHORTCUTS = ("identity", "projection", "zero_pad")
+SHORTCUTS = ("identity", "projection", "zero_pad", "none")
 
 
 def same_padding(weight: Tensor, stride: int, dilation: int, groups: int) -> Geometry:
@@ -49,8 +50,8 @@ def call_of_block(
     size: tuple[int, ...] = (),
 ) -> Call:
     """What a backend must be able to do to run the block; metadata for `select`."""
-    needs = {"conv", "two_products" if shortcut == "projection" else "residual"}
-    return Call(device, dtype, frozenset(needs), tuple(zip(weights, geometries, strict=True)), size)
+    further = {"projection": {"two_products"}, "none": set[str]()}.get(shortcut, {"residual"})
+    return Call(device, dtype, frozenset({"conv"} | further), tuple(zip(weights, geometries, strict=True)), size)
 
 
 def chain_shifts(shifts: Sequence[Tensor], shortcut: str) -> list[Tensor]:
@@ -61,7 +62,7 @@ def chain_shifts(shifts: Sequence[Tensor], shortcut: str) -> list[Tensor]:
 def run(backend: Backend, x: Tensor, blocks: Sequence[Block], overwrite: bool = False) -> Tensor:
     """Blocks, one after the other, by a backend's primitives. `overwrite`: the result may take x's memory."""
     whole = getattr(backend, "residual_blocks", None)
-    if whole is not None:
+    if whole is not None and all(block.shortcut != "none" for block in blocks):
         return whole(x, blocks, overwrite)
     for i, block in enumerate(blocks):
         x = _run(backend, x, block, overwrite or i > 0)
@@ -69,7 +70,7 @@ def run(backend: Backend, x: Tensor, blocks: Sequence[Block], overwrite: bool = 
 
 
 def _run(backend: Backend, x: Tensor, block: Block, overwrite: bool) -> Tensor:
-    weights, shifts, geometries, shortcut = block
+    weights, shifts, geometries, shortcut, relu = block
     last = len(weights) - (2 if shortcut == "projection" else 1)
     h = x
     for i in range(last):
@@ -80,9 +81,9 @@ def _run(backend: Backend, x: Tensor, block: Block, overwrite: bool) -> Tensor:
         products.append(Product(Operand(x), weights[-1], geometries[-1]))
     elif shortcut == "zero_pad":
         residual = Operand(zero_pad(x, total_stride(geometries), shift.shape[0]))
-    else:
+    elif shortcut == "identity":
         residual = Operand(x)
-    y, _ = backend.conv(products, Epilogue(shift, residual, relu=True, overwrite=overwrite))
+    y, _ = backend.conv(products, Epilogue(shift, residual, relu=relu, overwrite=overwrite))
     return y
 
 
@@ -148,6 +149,7 @@ def _forward(
     dilations: Sequence[int],
     groups: Sequence[int],
     shortcut: str,
+    relu: bool,
 ) -> Tensor:
     geometries = _geometries(weights, strides, dilations, groups)
     shapes = [tuple(w.shape) for w in weights]
@@ -164,7 +166,7 @@ def _forward(
 
         def block(part: Tensor) -> Tensor:
             part = part.to(dtype).contiguous(memory_format=torch.channels_last)
-            return run(backend, part, [Block(packed, added, geometries, shortcut)])
+            return run(backend, part, [Block(packed, added, geometries, shortcut, relu)])
 
         return in_passes(x, size, block).to(x.dtype, memory_format=torch.channels_last)
 
@@ -178,6 +180,7 @@ def _fake(
     dilations: Sequence[int],
     groups: Sequence[int],
     shortcut: str,
+    relu: bool,
 ) -> Tensor:
     geometries = _geometries(weights, strides, dilations, groups)
     _, maps = walk(x.shape[1:], [w.shape for w in weights], geometries, shortcut)
@@ -185,8 +188,8 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, weights, scales, shifts, strides, dilations, groups, shortcut = inputs
-    ctx.save_for_backward(x, output, *weights, *scales, *shifts)
+    x, weights, scales, shifts, strides, dilations, groups, shortcut, relu = inputs
+    ctx.save_for_backward(x, output if relu else None, *weights, *scales, *shifts)
     ctx.meta = len(weights), strides, dilations, groups, shortcut
 
 
@@ -230,8 +233,8 @@ def _chain_rule(ctx: Any, dy: Tensor) -> tuple:
     for w, a, b, g in list(zip(weights, scales, shifts, geometries, strict=True))[:n]:
         cs.append(F.conv2d(hs[-1], w, None, *g))
         hs.append(torch.relu(torch.addcmul(b[:, None, None], a[:, None, None], cs[-1].to(a.dtype))).to(x.dtype))
-    d = torch.where(y <= 0, 0, dy)  # a NaN's gradient passes, as through torch's relu
-    grads = []
+    d = dy if y is None else torch.where(y <= 0, 0, dy)  # a NaN's gradient passes, as through torch's relu
+    grads, dx = [], None
     if shortcut == "projection":
         c = F.conv2d(x, weights[-1], None, *geometries[-1])
         dx, grad = _conv_grad(d, x, weights[-1], scales[-1], geometries[-1], c)
@@ -240,20 +243,20 @@ def _chain_rule(ctx: Any, dy: Tensor) -> tuple:
         dx = torch.zeros_like(x)
         s = total_stride(geometries)
         dx[:, :, ::s, ::s] = d[:, : x.shape[1]]
-    else:
+    elif shortcut == "identity":
         dx = d
     for i in range(n - 1, -1, -1):
         d, grad = _conv_grad(d, hs[i], weights[i], scales[i], geometries[i], cs[i])
         grads.insert(0, grad)
         d = torch.where(hs[i] <= 0, 0, d) if i else d
     dweights, dscales, dshifts = (list(t) for t in zip(*grads, strict=True))
-    return dx + d, dweights, dscales, dshifts, None, None, None, None
+    return d if dx is None else dx + d, dweights, dscales, dshifts, None, None, None, None, None
 
 
 LIBRARY = torch.library.Library("resnet_kernels", "DEF")
 LIBRARY.define(
     "residual_block(Tensor x, Tensor[] weights, Tensor[] scales, Tensor[] shifts, int[] strides, int[] dilations, "
-    "int[] groups, str shortcut) -> Tensor",
+    "int[] groups, str shortcut, bool relu) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 LIBRARY.impl("residual_block", _forward, "CompositeExplicitAutograd")
@@ -270,6 +273,7 @@ def residual_block(
     dilations: Sequence[int],
     groups: Sequence[int],
     shortcut: str = "identity",
+    relu: bool = True,
 ) -> Tensor:
     """y = relu(a_n * conv(... relu(a_1 * conv(x, W_1) + b_1) ..., W_n) + b_n + shortcut(x))
 
@@ -280,7 +284,8 @@ def residual_block(
         scales, shifts: per weight a (K,) pair in fp32 (fp64 for fp64 x): of a batch norm, weight / sqrt(var + eps)
             and bias - mean * scale.
         strides, dilations, groups: one int per weight.
-        shortcut: "identity", "projection" or "zero_pad" (option A: x subsampled, zero channels appended).
+        shortcut: "identity", "projection", "zero_pad" (option A: x subsampled, zero channels appended) or "none".
+        relu: whether y ends with a ReLU; always, unless the shortcut is "none".
     Returns:
         y: (N, K, P, Q) in x's dtype, channels_last.
     Raises:
@@ -290,9 +295,9 @@ def residual_block(
         CPUs without 16-bit arithmetic). aten and cpu fold the scale into the weight. ReLU propagates NaN. The backward
         recomputes the chain from x; it is made of differentiable torch ops.
     """
-    check(x, weights, scales, shifts, strides, dilations, groups, shortcut)
+    check(x, weights, scales, shifts, strides, dilations, groups, shortcut, relu)
     op = torch.ops.resnet_kernels.residual_block
-    return op(x, weights, scales, shifts, strides, dilations, groups, shortcut)
+    return op(x, weights, scales, shifts, strides, dilations, groups, shortcut, relu)
 
 
 def check(
@@ -304,9 +309,12 @@ def check(
     dilations: Sequence[int],
     groups: Sequence[int],
     shortcut: str = "identity",
+    relu: bool = True,
 ) -> None:
     """Raises TypeError or ValueError unless the arguments of `residual_block` fit each other."""
-    check_chain(x, weights, strides, dilations, groups, shortcut, SHORTCUTS)
+    check_chain(x, weights, strides, dilations, groups, shortcut)
+    if not relu and shortcut != "none":
+        raise ValueError(f"relu: expected True with shortcut {shortcut!r}; without one it may be False")
     if not len(weights) == len(scales) == len(shifts):
         raise ValueError(f"expected {len(weights)} scales and shifts, got {len(scales)} and {len(shifts)}")
     for i, (w, a, b) in enumerate(zip(weights, scales, shifts, strict=True)):
@@ -332,11 +340,10 @@ def check_chain(
     dilations: Sequence[int],
     groups: Sequence[int],
     shortcut: str,
-    shortcuts: Sequence[str],
 ) -> None:
     """Raises TypeError or ValueError unless weights, geometries and shortcut make a block over x."""
-    if shortcut not in shortcuts:
-        raise ValueError(f"shortcut: expected one of {', '.join(shortcuts)}, got {shortcut!r}")
+    if shortcut not in SHORTCUTS:
+        raise ValueError(f"shortcut: expected one of {', '.join(SHORTCUTS)}, got {shortcut!r}")
     sequences = (weights, strides, dilations, groups)
     least = 2 if shortcut == "projection" else 1
     if len({len(v) for v in sequences}) != 1 or len(weights) < least:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..backends import select
 from ..backends.contract import Call, Geometry, Pool, wide
 from .batch_norm import BatchNorm, update_running
-from .block import LIBRARY, SHORTCUTS, check_chain, same_padding, walk
+from .block import LIBRARY, check_chain, same_padding, walk
 from .preactivation import PreactivationBackward, PreactivationForward
 from .training import Backward, Forward, Kept, Plan, stored_outputs
 
@@ -400,7 +400,7 @@ def check(
     preactivation: bool = False,
 ) -> None:
     """Raises TypeError or ValueError unless the arguments of a block fit each other."""
-    check_chain(x, weights, strides, dilations, groups, shortcut, (*SHORTCUTS, "none"))
+    check_chain(x, weights, strides, dilations, groups, shortcut)
     projected = shortcut == "projection"
     expected = len(weights) - (preactivation and projected)
     if len(norms) != expected:
