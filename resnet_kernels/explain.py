@@ -13,7 +13,7 @@ from torchvision.models import resnet
 from .backends import select, triton
 from .backends.contract import Call
 from .inference import FrozenModel, FrozenResNet, FrozenTrunk
-from .nn import DenseLayer, ResNet, densenet, fusable
+from .nn import DenseLayer, ResNet, densenet, fusable, gated
 from .nn import stem as stem_module
 from .nn.blocks import Fused
 from .ops import block as block_op
@@ -90,6 +90,19 @@ def _explain_block(name: str, block: nn.Module, x: Tensor) -> Explanation:
     return _explain_call(name, call, x, reason, block)
 
 
+def _explain_gated(name: str, block: gated.Gated, x: Tensor) -> Explanation:
+    """By its chain: the backend of the block's end is chosen by itself."""
+    reason, pieces = gated.why_plain(block, x), block._pieces()
+    if isinstance(pieces, str):
+        return Explanation(name, PLAIN, reason, {}, False)
+    p = pieces.chain if pieces.whole is None else pieces.whole
+    if fusable.trains(p):
+        return _explain_call(name, fusable.training_call(p, x), x, reason)
+    weights, geometries = [tuple(c.weight.shape) for c in p.convs], [fusable.geometry(c) for c in p.convs]
+    call = block_op.call_of_block(x.device, x.dtype, weights, geometries, p.shortcut, tuple(x.shape))
+    return _explain_call(name, call, x, reason)
+
+
 def _explain_dense(name: str, layer: DenseLayer, x: Tensor | list[Tensor]) -> Explanation:
     reason = densenet.why_plain(layer, x)
     if densenet.structure(layer):
@@ -152,6 +165,8 @@ def explain(module_or_op: Any, *inputs: Any, **keywords: Any) -> Explanations:
                 found.extend(_explain_trunk(name, module, args[0]))
             elif isinstance(module, ResNet):
                 found.extend(_explain_stem(f"{name}.stem".removeprefix("."), module, args[0]))
+            elif isinstance(module, gated.Gated):
+                found.append(_explain_gated(name or type(module).__name__, module, args[0]))
             elif isinstance(module, DenseLayer):
                 found.append(_explain_dense(name or type(module).__name__, module, args[0]))
             else:

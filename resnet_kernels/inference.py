@@ -1,8 +1,9 @@
 """freeze: a model for inference only, its residual blocks folded, packed and run depth first.
 
-What is fused: every torchvision residual block (or ours), a Sequential of nothing but blocks in one `FrozenTrunk`, the
-stem of a backbone cut out by torchvision, and a whole torchvision ResNet's stem and stages in one trunk, beside its
-stages, which stay for whoever calls them. Everything else is copied.
+What is fused: every torchvision or timm residual block (or ours), a Sequential of nothing but blocks in one
+`FrozenTrunk`, a block that is gated or interrupted in a `FrozenGated` of several, the stem of a backbone cut out by
+torchvision, and a whole torchvision ResNet's stem and stages in one trunk, beside its stages, which stay for whoever
+calls them. Everything else is copied.
 
 A trunk runs its blocks depth first over a few images at a time, so the activations in flight are those of a few
 images, whatever the batch. The model holds only weights that never change, and may be called from several threads.
@@ -18,10 +19,11 @@ import functools
 import itertools
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils import _pytree as pytree
 from torchvision.models import resnet
 from torchvision.models._utils import IntermediateLayerGetter
@@ -29,10 +31,12 @@ from torchvision.models._utils import IntermediateLayerGetter
 from .backends import select
 from .backends.contract import Backend, BackendUnavailable, Block, Call, Geometry, Packed, Pool, wide
 from .graphs import Graphs, usable
-from .nn import BasicBlock, Bottleneck, ResNet, fusable
+from .nn import BasicBlock, Bottleneck, ResNet, fusable, gated
 from .ops import block as block_op
 from .ops import stem_inference as stem_op
 from .ops.batch_norm import affine_of
+from .ops.gated import gated_tail
+from .replace import as_gated, kinds_in
 
 BLOCKS = (resnet.BasicBlock, resnet.Bottleneck)
 
@@ -51,6 +55,7 @@ class Step:
     geometries: tuple[Geometry, ...]
     shortcut: str | None = None
     pool: Pool | None = None
+    relu: bool = True
 
     def backend(self, size: tuple[int, ...] = ()) -> Backend:
         """For an input of (N, C, H, W)."""
@@ -93,7 +98,7 @@ def _advance(x: Tensor, steps: list[Ready], ours: bool) -> Tensor:
         if step.pool is not None:
             x = stem_op.run(backend, x, packed[0], step.shifts[0], step.geometries[0], step.pool)
         else:
-            blocks = [Block(weights, s.shifts, s.geometries, s.shortcut or "") for s, _, weights in rows]
+            blocks = [Block(weights, s.shifts, s.geometries, s.shortcut or "", s.relu) for s, _, weights in rows]
             x = block_op.run(backend, x, blocks, ours)
         ours = True
     return x
@@ -227,6 +232,50 @@ class FrozenTrunk(nn.Module):
         return f"{', '.join(s.name for s in self.steps)}; {self.steps[0].backend().NAME}, {self.dtype}"
 
 
+class FrozenGated(nn.Module):
+    """A block of trunks with modules between them, and its end, y = relu(gate * z + shortcut(x)).
+
+    chain: trunks and modules. squeeze: squeeze-and-excitation, of blocks of `kind`, or None. last: where squeeze sees z
+    = W h + b before it is there, by the mean of h, W's trunk, which then follows the chain.
+    """
+
+    def __init__(
+        self,
+        chain: list[nn.Module],
+        last: FrozenTrunk | None,
+        squeeze: nn.Module | None,
+        kind: type[gated.Gated],
+        pool: nn.Module | None,
+        shortcut: nn.Module | None,
+    ) -> None:
+        super().__init__()
+        self.chain, self.last = nn.Sequential(*chain), last
+        self.squeeze, self.kind = squeeze, kind
+        self.pool, self.shortcut = pool, shortcut
+
+    def _gate(self, z: Tensor) -> Tensor | None:
+        """z: h where there is a `last`."""
+        if self.squeeze is None:
+            return None
+        mean = z.mean((2, 3), keepdim=True)
+        if self.last is not None:
+            step = self.last.steps[0]
+            w = wide(z.dtype)
+            products = functional.linear(mean.flatten(1).to(w), step.weights[0].flatten(1).to(w))
+            mean = torch.addcmul(step.shifts[0], step.scales[0], products)[:, :, None, None].to(z.dtype)
+        excite = self.kind._excite(self.squeeze)
+        assert excite is not None
+        return excite(mean).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.chain(x)
+        gate = self._gate(z)
+        if self.last is not None:
+            z = self.last(z)
+        shortcut = x if self.pool is None else self.pool(x)
+        return gated_tail(z, gate, shortcut if self.shortcut is None else self.shortcut(shortcut))
+
+
 class FrozenResNet(resnet.ResNet):
     """A ResNet's copy whose trunk runs from the image through the stem and the first stages, usually all, in one; on a
     GPU the whole model is one CUDA graph."""
@@ -301,14 +350,33 @@ def _caster(dtype: torch.dtype) -> Callable[[Any], Any]:
     return lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t
 
 
+PREACTIVATION = "its batch norms stand in front of its convolutions"
+
+
+def _why_gated_left(view: gated.Gated) -> str | None:
+    hook = fusable.hook_on(view)
+    reason = f"it carries {hook}" if hook else gated.structure(view)
+    if reason:
+        return reason
+    pieces = view._pieces()
+    assert isinstance(pieces, gated.Pieces)
+    if pieces.chain.preactivation or pieces.first is not None:
+        return PREACTIVATION
+    if pieces.drop is not None:
+        return "its drop_path is in training mode"
+    return next((reason for reason in map(fusable.known_statistics, pieces.chain.norms) if reason), None)
+
+
 class _Freezer:
     """Builds the frozen copy of a model. Copying is `copy.deepcopy`'s, told beforehand what stands for what."""
 
     def __init__(self, source: nn.Module, dtype: torch.dtype | None, cuda_graphs: bool) -> None:
-        weight = next((m.conv1.weight for m in source.modules() if isinstance(m, BLOCKS)), None)
+        self.kinds = kinds_in(source)
+        first = next((m for m in source.modules() if self._is_block(m)), None)
+        weight = None if first is None else cast(nn.Conv2d, first.get_submodule("conv1")).weight
         if weight is None:
             raise ValueError(
-                f"model: expected torchvision residual blocks in it, found none in {type(source).__name__}"
+                f"model: expected residual blocks of torchvision or timm in it, found none in {type(source).__name__}"
             )
         self.dtype = dtype or weight.dtype
         if not self.dtype.is_floating_point:
@@ -323,7 +391,7 @@ class _Freezer:
         self.shared = {i for i, count in counts.items() if count > 1}  # registered in more than one place
         with torch.no_grad():
             self._plan(source)
-            if not self.fused:
+            if not self.fused and not all(reason == PREACTIVATION for reason in self.left.values()):
                 reasons = "; ".join(f"{name}: {reason}" for name, reason in self.left.items())
                 raise ValueError(f"model: expected residual blocks that can be folded, found none; {reasons}")
             self.net = copy.deepcopy(source, self.memo)
@@ -341,16 +409,18 @@ class _Freezer:
                 self._stem_of(module, prefix)
             elif type(module) is nn.Sequential and module._modules and not fusable.hook_on(module):
                 # Not named_children(), which names a block that stands there twice once.
-                blocks = {n: b for n, b in module._modules.items() if isinstance(b, BLOCKS)}
-                if len(blocks) == len(module._modules) and not any(map(self._why_left, blocks.values())):
+                blocks = {n: b for n, b in module._modules.items() if b is not None and self._is_block(b)}
+                if len(blocks) == len(module._modules) and all(map(self._whole, blocks.values())):
                     self.memo[id(module)] = self._trunk([self._block(b, prefix + n) for n, b in blocks.items()])
                     inside.update(id(b) for b in blocks.values())
-            elif isinstance(module, BLOCKS) and id(module) not in inside:
+            elif self._is_block(module) and id(module) not in inside:
                 reason = self._why_left(module)
                 if reason:
                     self.left[name] = reason
-                else:
+                elif self._whole(module):
                     self.memo[id(module)] = self._trunk([self._block(module, name)])
+                else:
+                    self.memo[id(module)] = self._gated(module, name)
 
     def _trunk(self, steps: list[Step]) -> FrozenTrunk:
         self.fused += [step.name for step in steps if step.name not in self.fused]
@@ -404,18 +474,68 @@ class _Freezer:
             **kind,
         )
 
-    @staticmethod
-    def _why_left(block: nn.Module) -> str | None:
+    def _is_block(self, module: nn.Module) -> bool:
+        return isinstance(module, BLOCKS) or as_gated(module, self.kinds) is not None
+
+    def _whole(self, block: nn.Module) -> fusable.Parts | None:
+        """The block as one step, or None."""
+        if self._why_left(block):
+            return None
+        view = as_gated(block, self.kinds)
+        p = fusable.parts(block) if view is None else view._pieces()
+        return p.whole if isinstance(p, gated.Pieces) else cast(fusable.Parts, p)
+
+    def _why_left(self, block: nn.Module) -> str | None:
+        view = as_gated(block, self.kinds)
+        if view is not None:
+            return _why_gated_left(view)
         if type(block) not in (resnet.BasicBlock, resnet.Bottleneck, BasicBlock, Bottleneck):
             return f"{type(block).__qualname__} is a subclass and may compute something else"
         hook = fusable.hook_on(block)
         return f"it carries {hook}" if hook else fusable.structure(block) or fusable.statistics(block)
 
     def _block(self, block: nn.Module, name: str) -> Step:
-        p = fusable.parts(block)
-        assert isinstance(p, fusable.Parts)
+        p = self._whole(block)
+        assert p is not None
+        return self._step(p, name)
+
+    def _step(self, p: fusable.Parts, name: str) -> Step:
         call = functools.partial(block_op.call_of_block, shortcut=p.shortcut)
-        return self._pack(name, p.convs, p.norms, call, shortcut=p.shortcut)
+        return self._pack(name, p.convs, p.norms, call, shortcut=p.shortcut, relu=p.relu)
+
+    def _gated(self, block: nn.Module, name: str) -> FrozenGated:
+        view = as_gated(block, self.kinds)
+        assert view is not None
+        pieces = view._pieces()
+        assert isinstance(pieces, gated.Pieces)
+
+        def trunk(p: fusable.Parts) -> FrozenTrunk:
+            # A graph for each of them would copy what goes from one to the next.
+            return FrozenTrunk([self._step(p, name)], self.compute_dtype, False)
+
+        def twin(module: nn.Module) -> nn.Module:
+            return copy.deepcopy(module, self.memo)
+
+        self.fused.append(name)
+        parts = [segment.parts for segment in pieces.segments]
+        self.compute_dtype = self._step(parts[0], name).backend().compute_dtype(self.dtype)
+        chain: list[nn.Module] = []
+        last = None
+        for p, (_, after) in zip(parts, pieces.segments, strict=True):
+            pointwise = len(p.convs) > 1 and fusable.geometry(p.convs[-1]) == Geometry()
+            if pieces.squeeze is not None and p is parts[-1] and pointwise:
+                last = trunk(p._replace(convs=p.convs[-1:], norms=p.norms[-1:]))
+                p = p._replace(convs=p.convs[:-1], norms=p.norms[:-1], relu=True)
+            chain += [trunk(p), *map(twin, after)]
+        shortcut: nn.Module | None = None
+        if isinstance(pieces.shortcut, fusable.Parts):
+            shortcut = trunk(pieces.shortcut)
+        elif pieces.shortcut != "identity":
+            assert block.downsample is not None
+            shortcut = twin(cast(nn.Module, block.downsample))
+        squeeze = None if pieces.squeeze is None else twin(pieces.squeeze)
+        pool = None if pieces.pool is None else twin(pieces.pool)
+        return FrozenGated(chain, last, squeeze, type(view), pool, shortcut)
 
     def _stem(self, model: nn.Module, prefix: str) -> Step | None:
         p = fusable.stem(model)
@@ -436,8 +556,9 @@ def freeze(model: nn.Module, dtype: torch.dtype | None = None, cuda_graphs: bool
     """A copy of the model for inference: batch norms folded, weights packed for the processor, blocks and stem fused.
 
     Args:
-        model: a torchvision ResNet, ResNeXt or Wide ResNet, or any model with their blocks (segmentation and detection
-            models and their backbones, your own), in evaluation mode, replaced or not. It is not changed; later
+        model: a torchvision or timm ResNet, ResNeXt or Wide ResNet, one with squeeze-and-excitation, or any model with
+            their blocks (segmentation and detection models and their backbones, your own), in evaluation mode,
+            replaced or not. It is not changed; later
             changes of its weights show after `refresh()`.
         dtype: fp32, bf16, fp16 or fp64 of weights, activations and results; None for the model's own.
         cuda_graphs: on a GPU, capture one graph per size of input, at the second call with it, and replay that (a

@@ -1,14 +1,22 @@
 """The end of a block whose branch is gated: the op against fp64, its gradients, and blocks with it."""
 
+import copy
+import pickle
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import resnet_kernels as rk
 from resnet_kernels.backends import select
 from resnet_kernels.backends.contract import BackendUnavailable
 from resnet_kernels.backends.triton import gates as kernels
 from resnet_kernels.backends.triton import launch, offline
-from resnet_kernels.testing import assert_matches
+from resnet_kernels.inference import FrozenGated
+from resnet_kernels.nn import gated
+from resnet_kernels.nn.gated import why_plain
+from resnet_kernels.testing import assert_matches, calibrate_, randomize_
 
 NHWC = torch.channels_last
 interpreted = pytest.mark.interpreted
@@ -202,3 +210,195 @@ def test_kernels_compile_clean(dtype, arch):
     itemsize, M = dtype.itemsize, 2 * 56 * 56
     assert launches[0].work.bytes == 3 * M * 256 * itemsize + 4 * 2 * 256
     assert launches[1].work.bytes == 5 * M * 256 * itemsize + 4 * 2 * 256 * (1 + 4)
+
+
+# The chain in front of it, with known statistics: an op without shortcut.
+
+
+@pytest.mark.parametrize("relu", [True, False])
+def test_a_chain_without_a_shortcut(relu):
+    x = draw(2, 8, 6, 5)
+    weights, vectors = [torch.randn(16, 8, 1, 1), torch.randn(16, 16, 3, 3)], [torch.randn(16) for _ in range(4)]
+    ones = [1, 1]
+
+    def plainly(x, w1, w2, a1, a2, b1, b2):
+        h = F.conv2d(x, w1) * a1[:, None, None] + b1[:, None, None]
+        y = F.conv2d(torch.relu(h), w2, padding=1) * a2[:, None, None] + b2[:, None, None]
+        return torch.relu(y) if relu else y
+
+    def ours(x, w1, w2, a1, a2, b1, b2):
+        return rk.ops.residual_block(x, [w1, w2], [a1, a2], [b1, b2], ones, ones, ones, "none", relu)
+
+    inputs = [x, *weights, *vectors]
+    doubles = [t.double().requires_grad_() for t in inputs]
+    for backend in ("cpu", "aten", "reference"):
+        with rk.use_backend(backend):
+            assert_matches(ours(*inputs), plainly(*inputs), plainly(*doubles), 144, backend)
+    with rk.use_backend("reference"):
+        assert torch.autograd.gradcheck(ours, doubles, fast_mode=True)
+
+
+def test_only_a_chain_without_a_shortcut_may_end_without_a_relu():
+    w, a = [torch.randn(4, 4, 1, 1)], [torch.randn(4)]
+    with pytest.raises(ValueError, match="relu: expected True with shortcut 'identity'"):
+        rk.ops.residual_block(draw(1, 4, 2, 2), w, a, a, [1], [1], [1], "identity", False)
+
+
+# Blocks. As in test_where_used, ReLUs are decided: one that flips moves gradients by more than all rounding does.
+
+KINDS = {
+    "se-basic": (rk.nn.SEBasicBlock, dict()),
+    "se-bottleneck": (rk.nn.SEBottleneck, dict()),
+    "se-grouped-drop": (rk.nn.SEBottleneck, dict(groups=2, base_width=32, drop_path=0.4)),
+    "drop": (rk.nn.GatedBottleneck, dict(drop_path=0.4)),
+    "plain": (rk.nn.GatedBasicBlock, dict()),
+}
+
+
+def block(name, option="B", down=True):
+    kind, options = KINDS[name]
+    stride, planes = (2, 32) if down else (1, 16)
+    inplanes = planes * kind.expansion // stride
+    shortcut = rk.nn.make_shortcut(option, inplanes, planes * kind.expansion, stride)
+    made = randomize_(kind(inplanes, planes, stride, shortcut, **options))
+    ends = {made.bn3 if hasattr(made, "bn3") else made.bn2}
+    ends |= {m for m in made.downsample.modules()} if made.downsample is not None else set()
+    for bn in made.modules():
+        if isinstance(bn, nn.BatchNorm2d):
+            bn.bias.data.fill_(8)
+            if bn not in ends:
+                bn.bias.data[1::2] = -8
+    if made.se is not None:
+        made.se.fc1.bias.data.fill_(20)
+        made.se.fc1.bias.data[1::2] = -20
+        made.se.fc2.weight.data.mul_(0.05)
+    x = torch.relu(draw(8, inplanes, 8, 6))
+    return calibrate_(made.to(memory_format=NHWC), x), x
+
+
+def run(module, x, dy):
+    module, x = copy.deepcopy(module), x.clone().requires_grad_()
+    torch.manual_seed(3)  # of what is dropped
+    y = module(x)
+    y.backward(dy)
+    grads = {name: p.grad for name, p in module.named_parameters()}
+    return {"y": y.detach(), "x": x.grad} | grads | dict(module.named_buffers())
+
+
+@pytest.mark.parametrize("training", [True, False])
+@in_dtypes
+@pytest.mark.parametrize("option, down", [("B", True), ("A", True), ("B", False)], ids=["B", "A", "identity"])
+@pytest.mark.parametrize("name", KINDS)
+def test_blocks(name, option, down, dtype, training, poisoned):
+    """Errors of several draws together: vectors of a few channels are decided by chance."""
+    found = {}
+    for _ in range(4):
+        made, x = block(name, option, down)
+        made, x = made.to(dtype).train(training), x.to(dtype)
+        dy = draw(8, *(made(x).shape[1:]), dtype=dtype)
+        assert why_plain(made, x) is None
+        with rk.use_backend("eager"):
+            eager = run(made, x, dy)
+            exact = run(copy.deepcopy(made).double(), x.double(), dy.double())
+        for key, got in run(made, x, dy).items():
+            if got.is_floating_point():
+                found.setdefault(key, []).append((got, eager[key], exact[key]))
+            else:
+                assert torch.equal(got, eager[key]), key
+    for key, draws in found.items():
+        assert_matches(*(torch.stack(t) for t in zip(*draws, strict=True)), x.numel(), key, maximum=key == "y")
+
+
+def test_the_plain_chain_drops_what_the_fused_one_drops():
+    made, x = block("drop")
+    for scale in (made.train(), made.eval()):
+        found = []
+        for backend in (None, "eager"):
+            with rk.use_backend(backend):
+                torch.manual_seed(11)
+                found.append(scale(x))
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    drop = gated.kept_images(x.new_empty(20000, 1, 1, 1), 0.25, True)
+    assert set(drop.unique().tolist()) == {0.0, float(1 / torch.tensor(0.75))} and abs(float(drop.mean()) - 1) < 0.05
+
+
+def test_what_runs_as_modules_and_what_makes_the_chain_plain():
+    made, x = block("se-grouped-drop")
+    seen = []
+    want = made.eval()(x)
+    for name in ("se", "se.fc1", "drop_path"):
+        handle = made.get_submodule(name).register_forward_hook(lambda m, i, o, name=name: seen.append(name))
+        assert why_plain(made, x) is None
+        torch.testing.assert_close(made(x), want, rtol=1e-4, atol=1e-4)
+        handle.remove()
+    assert seen == ["se", "se.fc1", "drop_path"]
+    made.downsample[1].register_forward_hook(lambda *a: seen.append("shortcut"))
+    assert why_plain(made, x) is None and seen.pop() != made(x) and seen[-1] == "shortcut"
+    made.bn2.register_forward_hook(lambda *a: None)
+    assert why_plain(made, x) == "bn2 carries a forward hook"
+    with rk.use_backend("cpu"), pytest.raises(BackendUnavailable, match="bn2 carries a forward hook"):
+        made(x)
+    made.bn2 = nn.GroupNorm(4, 64)
+    assert "bn2: expected one of BatchNorm2d" in why_plain(made, x)
+    made, x = block("se-basic")
+    with rk.use_backend("cuda"):
+        assert "not implemented here: gated" in why_plain(made.eval(), x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["se-grouped-drop", "se-basic"])
+def test_blocks_compile_whole(name, training):
+    torch._dynamo.reset()
+    made, x = block(name)
+    made.train(training)
+    drops = getattr(made, "drop_path", None)
+    if drops is not None:
+        drops.p = 0.0 if training else drops.p  # a compiler draws in its own way
+    compiled = torch.compile(copy.deepcopy(made), fullgraph=True, backend="aot_eager")
+    dy = draw(*made(x).shape)
+    found = []
+    for module in (compiled, made):
+        a = x.clone().requires_grad_()
+        y = module(a)
+        y.backward(dy)
+        found.append((y, a.grad))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_autocast():
+    made, x = block("se-bottleneck", down=False)
+    x16 = x.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert why_plain(made, x16) is None
+        got = made(x16)
+        with rk.use_backend("eager"):
+            want = made(x16)
+    assert got.dtype == want.dtype == torch.bfloat16
+    exact = copy.deepcopy(made).double()(x16.double())
+    assert_matches(got, want, exact, x.numel())
+
+
+def test_replaced_already_explained_and_frozen():
+    model = rk.models.seresnet50(num_classes=7, drop_path=0.2)
+    report = rk.replace_blocks(model)
+    assert not report.replaced and set(report.skipped.values()) == {"it is fused already"}
+    x = torch.randn(2, 3, 64, 64)
+    randomize_(model).eval()
+    assert [e.why_plain for e in rk.explain(model, x)] == [None] * 16
+    frozen = rk.freeze(model)
+    assert len(frozen.fused) == 16 and not frozen.left
+    for part in (frozen, copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
+        with torch.no_grad(), rk.use_backend("eager"):
+            want, exact = model(x), copy.deepcopy(model).double()(x.double())
+        assert_matches(part(x), want, exact, 9 * 2048)
+    ends = [m for m in frozen.modules() if isinstance(m, FrozenGated)]
+    assert len(ends) == 16 and all(m.last is not None and m.squeeze is not None for m in ends)
+    assert rk.explain(frozen, x)
+    with torch.no_grad():
+        model.layer1[0].se.fc2.bias.add_(1)
+    frozen.refresh()
+    with torch.no_grad():
+        torch.testing.assert_close(frozen(x), model(x), rtol=1e-3, atol=1e-3)
+    model.layer1[1].drop_path.train()
+    assert rk.freeze(model).left == {"layer1.1": "its drop_path is in training mode"}

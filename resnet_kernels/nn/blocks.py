@@ -31,30 +31,38 @@ def fused_forward(p: Parts, x: Tensor) -> Tensor:
         strides, dilations, groups = geometry
         return stem(x, weights[0], norm_of(p.norms[0]), strides[0], dilations[0], groups[0], p.pool)
     if trains(p):
-        op = preactivation_block if p.preactivation else residual_block_training
-        return op(x, weights, [norm_of(bn) for bn in p.norms], *geometry, p.shortcut)
+        norms = [norm_of(bn) for bn in p.norms]
+        if p.preactivation:
+            return preactivation_block(x, weights, norms, *geometry, p.shortcut)
+        return residual_block_training(x, weights, norms, *geometry, p.shortcut, p.relu)
     affines = [affine_of(bn) for bn in p.norms]
     # Under autocast x is in its dtype already, the weights may not be.
     weights = [w.to(x.dtype) for w in weights]
-    return residual_block(x, weights, [a for a, _ in affines], [b for _, b in affines], *geometry, p.shortcut)
+    return residual_block(x, weights, [a for a, _ in affines], [b for _, b in affines], *geometry, p.shortcut, p.relu)
 
 
 class Fused(nn.Module):
     """The forward that blocks share, before the plain one in the order of inheritance."""
 
+    def _why_plain(self, x: Tensor) -> str | None:
+        """Why the forward runs as the plain chain of torch modules for this input, or None if it runs fused."""
+        return why_plain(self, x)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        """The forward where there is no such reason."""
+        p = parts(self)
+        assert isinstance(p, Parts)
+        return fused_forward(p, x)
+
     def forward(self, x: Tensor) -> Tensor:
-        reason = why_plain(self, x)
+        reason = self._why_plain(x)
         if not torch.compiler.is_compiling() and not context(x):
             name = select.named()
             if name == select.EAGER:
                 reason = "the backend 'eager' was named"
             elif name and reason:
                 raise BackendUnavailable(f"backend {name!r} was named and this block cannot run fused: {reason}")
-        if reason:
-            return super().forward(x)  # the plain chain
-        p = parts(self)
-        assert isinstance(p, Parts)
-        return fused_forward(p, x)
+        return super().forward(x) if reason else self._fused(x)
 
 
 class BasicBlock(Fused, resnet.BasicBlock):

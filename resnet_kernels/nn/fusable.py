@@ -27,13 +27,14 @@ BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 class Parts(NamedTuple):
     """A block taken apart. `convs` and `norms` end with the projection's when there is one (before a pre-activation it
     has no batch norm); what they are is for `structure` to say. A network's stem is a chain of one convolution
-    without a shortcut, pool what ends it."""
+    without a shortcut, pool what ends it. relu: whether it ends with a ReLU; only one without a shortcut may not."""
 
     convs: list[nn.Conv2d]
     norms: list[nn.Module]
     shortcut: str
     preactivation: bool = False
     pool: Pool | None = None
+    relu: bool = True
 
 
 def parts(block: nn.Module) -> Parts | str:
@@ -88,17 +89,25 @@ def hook_on(module: nn.Module) -> str | None:
     return None
 
 
+def seen_inside(name: str, module: nn.Module) -> str | None:
+    """Why a module that would be bypassed must run itself, or None."""
+    hook = hook_on(module)
+    if hook:
+        return f"{name} carries {hook}"
+    if module.training and parametrize.is_parametrized(module):
+        return f"{name} has a parametrization in training mode, which may change each time it is read"
+    return None
+
+
 def structure(block: nn.Module) -> str | None:
     """Why the block cannot be fused whatever its input, or None."""
     p = parts(block)
     if isinstance(p, str):
         return p
     for name, module in inner_modules(block, p):
-        hook = hook_on(module)
-        if hook:
-            return f"{name} carries {hook}"
-        if module.training and parametrize.is_parametrized(module):
-            return f"{name} has a parametrization in training mode, which may change each time it is read"
+        reason = seen_inside(name, module)
+        if reason:
+            return reason
     if type(block.relu) is not nn.ReLU:
         return f"relu: expected ReLU, got {_name(block.relu)}"
     for kind, modules, why in (("conv", p.convs, convolution), ("bn", p.norms, batch_norm)):
@@ -107,10 +116,10 @@ def structure(block: nn.Module) -> str | None:
             if reason:
                 chain = len(p.convs) - (p.shortcut == "projection")
                 return f"{f'{kind}{i + 1}' if i < chain else 'downsample'}: {reason}"
-    return _shortcut(block, p)
+    return misfit(block, p)
 
 
-def _shortcut(block: nn.Module, p: Parts) -> str | None:
+def misfit(block: nn.Module, p: Parts) -> str | None:
     """Why the shortcut does not fit the chain, or None. A projection's sizes are for `tensors`."""
     chain = p.convs[:-1] if p.shortcut == "projection" else p.convs
     stride = total_stride([geometry(conv) for conv in chain])
@@ -171,11 +180,9 @@ def stem(model: nn.Module) -> Parts | str:
         return f"expected {', '.join(STEM)}"
     conv, bn, relu, pool = (getattr(model, name) for name in STEM)
     for name, module in zip(STEM, (conv, bn, relu, pool), strict=True):
-        hook = hook_on(module)
-        if hook:
-            return f"{name} carries {hook}"
-        if module.training and parametrize.is_parametrized(module):
-            return f"{name} has a parametrization in training mode, which may change each time it is read"
+        reason = seen_inside(name, module)
+        if reason:
+            return reason
     if type(relu) is not nn.ReLU:
         return f"relu: expected ReLU, got {_name(relu)}"
     window: Pool | None = None
