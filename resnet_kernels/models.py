@@ -2,12 +2,14 @@
 
     resnet18 ... resnet152, resnext50_32x4d ..., wide_resnet50_2 ...   for ImageNet, torchvision's by default; with the
                       original stride, or other shortcuts
+    seresnet18 ... seresnet152, seresnext50_32x4d   with squeeze-and-excitation, timm's by their parameters
     plain18, plain34  the same without shortcuts
     cifar_resnet, cifar_plain   6n + 2 layers for small images, with and without shortcuts
     cifar_preactivation, preactivation_resnet200   with pre-activation, up to 1001 layers
 
 Papers: He et al. 2015 (arXiv 1512.03385), He et al. 2016 (1603.05027), Xie et al. 2016 (1611.05431), Zagoruyko and
-Komodakis 2016 (1605.07146). Nothing here loads weights; a state dict of torchvision's fits its namesake.
+Komodakis 2016 (1605.07146), Hu et al. 2018 (1709.01507), Huang et al. 2016 (1603.09382). Nothing here loads weights; a
+state dict of torchvision's, or of timm's with squeeze-and-excitation, fits its namesake.
 """
 
 from __future__ import annotations
@@ -19,7 +21,18 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet
 
-from .nn import BasicBlock, Bottleneck, PreactivationBasicBlock, PreactivationBottleneck, ResNet, make_shortcut
+from .nn import (
+    BasicBlock,
+    Bottleneck,
+    GatedBasicBlock,
+    GatedBottleneck,
+    PreactivationBasicBlock,
+    PreactivationBottleneck,
+    ResNet,
+    SEBasicBlock,
+    SEBottleneck,
+    make_shortcut,
+)
 
 __all__ = [
     "CifarResNet",
@@ -40,9 +53,26 @@ __all__ = [
     "resnext50_32x4d",
     "resnext101_32x8d",
     "resnext101_64x4d",
+    "seresnet18",
+    "seresnet34",
+    "seresnet50",
+    "seresnet101",
+    "seresnet152",
+    "seresnext50_32x4d",
     "wide_resnet50_2",
     "wide_resnet101_2",
 ]
+
+# Blocks that may drop their branch, in place of those that may not.
+DROPPING: dict[type[nn.Module], type[nn.Module]] = {BasicBlock: GatedBasicBlock, Bottleneck: GatedBottleneck}
+
+
+def _drop_rates(drop_path: float, blocks: int) -> list[float]:
+    """Of the blocks, from 0 of the first to `drop_path` of the last, by their number (timm's; the paper's begin with
+    drop_path / blocks)."""
+    if not 0 <= drop_path < 1:
+        raise ValueError(f"drop_path: expected a probability below 1, got {drop_path}")
+    return [drop_path * i / max(1, blocks - 1) for i in range(blocks)]
 
 
 class PlainBlock(nn.Module):
@@ -74,9 +104,11 @@ def _stage(
     stride: int,
     shortcut: str | None,
     norm: Callable[[int], nn.Module] | None = nn.BatchNorm2d,
+    drop_rates: Sequence[float] = (),
     **width: Any,
 ) -> nn.Sequential:
-    """Blocks one after the other, the first with the stride. shortcut: None for plain blocks. norm: a projection's."""
+    """Blocks one after the other, the first with the stride. shortcut: None for plain blocks. norm: a projection's.
+    drop_rates: one per block that may drop its branch, or none."""
     outputs = planes * block.expansion  # type: ignore[attr-defined]
     made = []
     for i in range(blocks):
@@ -84,7 +116,8 @@ def _stage(
         if shortcut is None:
             made.append(block(inplanes, planes, s))
         else:
-            made.append(block(inplanes, planes, s, make_shortcut(shortcut, inplanes, outputs, s, norm), **width))
+            options = {**width, "drop_path": drop_rates[i]} if drop_rates else width
+            made.append(block(inplanes, planes, s, make_shortcut(shortcut, inplanes, outputs, s, norm), **options))
         inplanes = outputs
     return nn.Sequential(*made)
 
@@ -96,11 +129,14 @@ class ImageNetResNet(ResNet):
     The attributes and state dict of `torchvision.models.ResNet` (with option A without projections, with C with more).
 
     Args:
-        block: `nn.BasicBlock`, `nn.Bottleneck` or `PlainBlock`.
+        block: `nn.BasicBlock`, `nn.Bottleneck`, `nn.SEBasicBlock`, `nn.SEBottleneck` or `PlainBlock`.
         layers: blocks per stage.
         shortcut: "A" zero padding, "B" projection where the shape changes (torchvision's), "C" projection always.
         original_stride: a bottleneck's stride stands on its first 1x1, as in the paper, and not on its 3x3, as in
             torchvision and everywhere since ("v1.5").
+        drop_path: stochastic depth: in training the branch of an image is dropped with a probability that grows from 0
+            in the first block to this in the last (`nn.GatedBasicBlock`), as timm's drop_path_rate has it. No effect
+            on parameters or evaluation. Not of plain blocks.
         groups, width_per_group: of ResNeXt and wide ResNets, as torchvision has them.
     x: (N, 3, H, W) -> (N, num_classes).
     """
@@ -112,9 +148,14 @@ class ImageNetResNet(ResNet):
         num_classes: int = 1000,
         shortcut: str = "B",
         original_stride: bool = False,
+        drop_path: float = 0.0,
         **options: Any,
     ) -> None:
         self.shortcut, self.original_stride = shortcut, original_stride
+        if drop_path and block is PlainBlock:
+            raise ValueError("drop_path: expected blocks with shortcuts, got plain ones")
+        self._drop_rates = _drop_rates(drop_path, sum(layers)) if drop_path else []
+        block = DROPPING.get(block, block) if drop_path else block
         if shortcut not in ("A", "B", "C"):
             raise ValueError(f"shortcut: expected 'A', 'B' or 'C', got {shortcut!r}")
         super().__init__(block, list(layers), num_classes, **options)
@@ -125,7 +166,8 @@ class ImageNetResNet(ResNet):
         width = {} if block is PlainBlock else {"groups": self.groups, "base_width": self.base_width}
         shortcut = None if block is PlainBlock else self.shortcut
         inplanes: int = self.inplanes  # type: ignore[has-type]
-        stage = _stage(block, inplanes, planes, blocks, stride, shortcut, self._norm_layer, **width)
+        rates, self._drop_rates = self._drop_rates[:blocks], self._drop_rates[blocks:]
+        stage = _stage(block, inplanes, planes, blocks, stride, shortcut, self._norm_layer, rates, **width)
         self.inplanes = planes * block.expansion
         if self.original_stride:
             for b in stage:
@@ -138,7 +180,9 @@ def _imagenet(block: type[nn.Module], layers: Sequence[int], **defaults: Any) ->
     def make(num_classes: int = 1000, **options: Any) -> ImageNetResNet:
         return ImageNetResNet(block, layers, num_classes, **{**defaults, **options})
 
-    kind = "plain" if block is PlainBlock else "bottleneck" if block is Bottleneck else "basic"
+    kinds: dict[type, str] = {PlainBlock: "plain", Bottleneck: "bottleneck"}
+    kinds |= {SEBasicBlock: "SE basic", SEBottleneck: "SE bottleneck"}
+    kind = kinds.get(block, "basic")
     of = "".join(f", {name}={value}" for name, value in defaults.items())
     make.__doc__ = f"An `ImageNetResNet` of {kind} blocks {tuple(layers)}{of}; options as its arguments."
     return make
@@ -154,6 +198,12 @@ resnext101_32x8d = _imagenet(Bottleneck, (3, 4, 23, 3), groups=32, width_per_gro
 resnext101_64x4d = _imagenet(Bottleneck, (3, 4, 23, 3), groups=64, width_per_group=4)
 wide_resnet50_2 = _imagenet(Bottleneck, (3, 4, 6, 3), width_per_group=128)
 wide_resnet101_2 = _imagenet(Bottleneck, (3, 4, 23, 3), width_per_group=128)
+seresnet18 = _imagenet(SEBasicBlock, (2, 2, 2, 2))
+seresnet34 = _imagenet(SEBasicBlock, (3, 4, 6, 3))
+seresnet50 = _imagenet(SEBottleneck, (3, 4, 6, 3))
+seresnet101 = _imagenet(SEBottleneck, (3, 4, 23, 3))
+seresnet152 = _imagenet(SEBottleneck, (3, 8, 36, 3))
+seresnext50_32x4d = _imagenet(SEBottleneck, (3, 4, 6, 3), groups=32, width_per_group=4)
 plain18 = _imagenet(PlainBlock, (2, 2, 2, 2))
 plain34 = _imagenet(PlainBlock, (3, 4, 6, 3))
 
@@ -174,22 +224,32 @@ class CifarResNet(nn.Module):
     stages of n basic blocks with 16, 32 and 64 channels on maps of 1, 1/2 and 1/4 of the size, 6n + 2 layers.
 
     depth: 6n + 2. shortcut: "A" (the paper's), "B", "C", or None for the plain network. width: of the first stage.
+    drop_path: stochastic depth, as of `ImageNetResNet`; the paper's 110 layers have 0.5.
     x: (N, in_channels, H, W) -> (N, num_classes). Raises ValueError for another depth.
     """
 
     def __init__(
-        self, depth: int, num_classes: int = 10, shortcut: str | None = "A", in_channels: int = 3, width: int = 16
+        self,
+        depth: int,
+        num_classes: int = 10,
+        shortcut: str | None = "A",
+        in_channels: int = 3,
+        width: int = 16,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
+        if drop_path and shortcut is None:
+            raise ValueError("drop_path: expected blocks with shortcuts, got plain ones")
         if depth < 8 or depth % 6 != 2:
             raise ValueError(f"depth: expected 6n + 2, from 8 on, got {depth}")
-        n, block = depth // 6, PlainBlock if shortcut is None else BasicBlock
+        n, block = depth // 6, PlainBlock if shortcut is None else GatedBasicBlock if drop_path else BasicBlock
+        rates = _drop_rates(drop_path, 3 * n) if drop_path else []
         self.conv1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
-        self.layer1 = _stage(block, width, width, n, 1, shortcut)
-        self.layer2 = _stage(block, width, 2 * width, n, 2, shortcut)
-        self.layer3 = _stage(block, 2 * width, 4 * width, n, 2, shortcut)
+        self.layer1 = _stage(block, width, width, n, 1, shortcut, drop_rates=rates[:n])
+        self.layer2 = _stage(block, width, 2 * width, n, 2, shortcut, drop_rates=rates[n : 2 * n])
+        self.layer3 = _stage(block, 2 * width, 4 * width, n, 2, shortcut, drop_rates=rates[2 * n :])
         self.fc = nn.Linear(4 * width, num_classes)
         _initialize(self)
 

@@ -18,6 +18,10 @@ PARAMETERS = {
     "resnet152": (lambda: models.resnet152(), 60.2),
     "resnext50": (lambda: models.resnext50_32x4d(), 25.0),
     "wide-resnet50-2": (lambda: models.wide_resnet50_2(), 68.9),
+    "seresnet50": (lambda: models.seresnet50(), 28.1),
+    "seresnet101": (lambda: models.seresnet101(), 49.3),
+    "seresnet152": (lambda: models.seresnet152(), 66.8),
+    "seresnext50": (lambda: models.seresnext50_32x4d(), 27.56),
     "preactivation-resnet200": (lambda: models.preactivation_resnet200(), 64.7),
     "resnet20": (lambda: models.cifar_resnet(20), 0.27),
     "resnet32": (lambda: models.cifar_resnet(32), 0.46),
@@ -49,6 +53,16 @@ def test_torchvisions_state_dicts_fit_their_namesakes(name):
         ours, theirs = getattr(models, name)(), getattr(torchvision.models, name)()
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
     assert [type(m).__name__ for m in ours.layer3] == [type(m).__name__ for m in theirs.layer3]
+
+
+def test_stochastic_depth_grows_with_the_block_and_has_no_parameters():
+    with torch.device("meta"):
+        model, plain = models.resnet50(drop_path=0.3), models.resnet50()
+        small = models.cifar_resnet(20, drop_path=0.4)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    for m, depth, last in ((model, 16, 0.3), (small, 9, 0.4)):
+        rates = [b.drop_path.p if b.drop_path else 0.0 for b in m.modules() if isinstance(b, Fused)]
+        assert rates == pytest.approx([last * i / (depth - 1) for i in range(depth)])
 
 
 def convolutions(model):
@@ -96,7 +110,12 @@ MADE = {
     "resnet18-C": lambda: models.resnet18(num_classes=5, shortcut="C"),
     "resnet50-original": lambda: models.resnet50(num_classes=5, original_stride=True),
     "resnext50": lambda: models.resnext50_32x4d(num_classes=5),
+    "resnet18-drop-path": lambda: models.resnet18(num_classes=5, drop_path=0.5),
+    "seresnet18": lambda: models.seresnet18(num_classes=5),
+    "seresnet50-A": lambda: models.seresnet50(num_classes=5, shortcut="A", drop_path=0.3),
+    "seresnext50": lambda: models.seresnext50_32x4d(num_classes=5),
     "plain18": lambda: models.plain18(num_classes=5),
+    "cifar-20-drop-path": lambda: models.cifar_resnet(20, drop_path=0.5),
     "cifar-20": lambda: models.cifar_resnet(20),
     "cifar-20-B": lambda: models.cifar_resnet(20, shortcut="B"),
     "cifar-plain-20": lambda: models.cifar_plain(20),
@@ -118,6 +137,7 @@ def test_a_step_and_an_evaluation_are_those_of_plain_modules(name):
         # Named, a backend must run every block; plain blocks have none.
         with rk.use_backend(None if plain and backend == "reference" else backend):
             model.train()
+            torch.manual_seed(1)  # of what is dropped
             F.cross_entropy(model(images), labels).backward()
             model.eval()
             with torch.no_grad():
@@ -137,5 +157,10 @@ def test_options_that_do_not_exist_are_named():
         models.cifar_preactivation(111, bottleneck=True)
     with pytest.raises(ValueError, match="shortcut: expected 'A', 'B' or 'C', got 'D'"):
         models.resnet18(shortcut="D")
+    for make in (models.plain18, lambda drop_path: models.cifar_plain(20, drop_path=drop_path)):
+        with pytest.raises(ValueError, match="drop_path: expected blocks with shortcuts, got plain ones"):
+            make(drop_path=0.1)
+    with pytest.raises(ValueError, match="drop_path: expected a probability below 1, got 1.5"):
+        models.resnet50(drop_path=1.5)
     with pytest.raises(ValueError, match="expected no dilation"):
         models.resnet50(replace_stride_with_dilation=[False, False, True])
