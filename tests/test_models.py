@@ -215,7 +215,7 @@ def test_frozen_is_for_inference_and_says_so(model):
 def test_freeze_names_what_it_cannot_take(model):
     with pytest.raises(ValueError, match="expected it in evaluation mode, got 'bn1' in training mode"):
         rk.freeze(copy.deepcopy(model).train())
-    with pytest.raises(ValueError, match="expected residual blocks of torchvision or timm in it, found none in Sequential"):
+    with pytest.raises(ValueError, match="expected residual blocks of torchvision or timm in it, found none in Seq"):
         rk.freeze(nn.Sequential(nn.Conv2d(3, 3, 1)))
     with pytest.raises(ValueError, match="found none in ReLU"):
         rk.freeze(nn.ReLU())

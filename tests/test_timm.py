@@ -4,6 +4,7 @@ As in test_where_used: a ReLU's sign near zero is chance, so that the networks t
 """
 
 import copy
+import pickle
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import resnet_kernels as rk
+from resnet_kernels.inference import FrozenGated, FrozenTrunk
 from resnet_kernels.nn import gated
 from resnet_kernels.nn.blocks import Fused
 from resnet_kernels.testing import assert_matches, randomize_
@@ -126,3 +128,130 @@ def test_a_training_step_and_an_evaluation(name, poisoned):
         assert_matches(frozen, model(images), copy.deepcopy(model).double()(images.double()), 9 * 2048, "frozen")
     assert len(rk.restore_blocks(ours)) == len(blocks(model))
     assert [type(m) for m in ours.modules()] == [type(m) for m in model.modules()]
+
+
+@pytest.mark.parametrize("name", ["seresnet18", "seresnet50", "seresnext50_32x4d", "resnet34"])
+def test_a_state_dict_of_timms_fits_its_namesake(name):
+    theirs = randomize_(timm.create_model(name, zero_init_last=False)).eval()
+    ours = getattr(rk.models, name)().eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert_matches(ours(x), theirs(x), copy.deepcopy(theirs).double()(x.double()), 9 * 2048)
+
+
+def test_timm_is_imported_for_models_of_its_alone():
+    code = (
+        "import sys, torchvision, resnet_kernels as rk\n"
+        "model = torchvision.models.resnet18()\n"
+        "assert len(rk.replace_blocks(model).replaced) == 8 == len(rk.restore_blocks(model))\n"
+        "rk.freeze(model.eval())\n"
+        "sys.exit('timm' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+class Own(timm.models.resnet.BasicBlock):
+    pass
+
+
+def test_every_block_that_stays_has_a_reason():
+    model = timm.create_model("resnet18", **SMALL)
+    model.layer1[0].__class__ = Own
+    model.layer1[1].forward = model.layer1[1].forward
+    model.layer2[0].act1 = nn.SiLU()
+    model.layer3[0].bn1.register_forward_hook(lambda *a: None)
+    report = rk.replace_blocks(model)
+    assert report.replaced == ("layer3.0", "layer4.0")
+    assert report.skipped == {
+        "layer1.0": f"{__name__}.Own is a subclass and may compute something else",
+        "layer1.1": "its forward was overridden on the instance",
+        "layer2.0": "act1: expected ReLU, got SiLU",
+    }
+    assert report.notes == {"layer3.0": "bn1 carries a forward hook"}
+    assert set(rk.replace_blocks(model).skipped) == {*report.skipped, *report.replaced}
+    assert rk.restore_blocks(model) == report.replaced
+
+
+OTHERS = {
+    "resnet50_gn": "bn1: expected one of BatchNorm2d, SyncBatchNorm, FrozenBatchNorm2d, got GroupNorm",
+    "resnetv2_50x1_bit": "norm1: expected one of BatchNormAct2d, SyncBatchNormAct, got GroupNormAct",
+    "legacy_seresnet18": "SEResNetBlock is of a kind that is not known here",
+    "res2net50_26w_4s": "Bottle2neck is of a kind that is not known here",
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_with_other_blocks(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    report = rk.replace_blocks(model)
+    assert not report.replaced and len(report.skipped) >= 8 and set(report.skipped.values()) == {OTHERS[name]}
+
+
+def test_modules_in_between_keep_their_hooks(poisoned):
+    """Where they run as modules; a block whose fused parts are looked into is plain."""
+    seen = []
+    for name, inner, options in (
+        ("seresnet50", "se", {}),
+        ("seresnet50", "se.fc1", {}),
+        ("ecaresnet50d", "se", {}),
+        ("resnetblur50", "aa", {}),
+        ("resnet50", "drop_path", dict(drop_path_rate=0.2)),
+        ("resnetv2_50", "downsample", {}),
+    ):
+        model = timm.create_model(name, **{**(WIDE if "v2" in name else SMALL), **options}).eval()
+        decided_(model, torch.randn(2, 3, 64, 64))
+        x = torch.randn(2, 3, 64, 64)
+        want = model(x)
+        rk.replace_blocks(model)
+        block = model.get_submodule("stages.1.blocks.0" if "v2" in name else "layer2.0")
+        block.get_submodule(inner).register_forward_hook(lambda m, i, o, name=name: seen.append(name))
+        assert all(e.why_plain is None for e in rk.explain(model, x))
+        seen.clear()
+        torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-4)
+        assert seen == [name]
+
+
+def test_what_is_frozen_how():
+    model = timm.create_model("resnet50d", **SMALL).eval()
+    frozen = rk.freeze(model)
+    assert type(frozen.net.layer1) is FrozenTrunk and type(frozen.net.layer2[0]) is FrozenGated
+    assert frozen.fused == ("layer1.0", "layer1.1", "layer2.0", "layer3.0", "layer4.0") and not frozen.left
+    plain = rk.freeze(timm.create_model("resnetv2_50", **WIDE).eval())
+    assert not plain.fused and set(plain.left.values()) == {"its batch norms stand in front of its convolutions"}
+    model = timm.create_model("seresnet50", **SMALL).eval()
+    report = rk.replace_blocks(model)
+    frozen = pickle.loads(pickle.dumps(rk.freeze(model)))
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(frozen(x), model(x), rtol=1e-3, atol=1e-3)
+    assert frozen.fused == report.replaced
+
+
+@pytest.mark.parametrize("name", ["seresnet50", "resnetv2_50"])
+def test_compiled_whole_and_copied(name):
+    torch._dynamo.reset()
+    model = timm.create_model(name, **(WIDE if "v2" in name else SMALL)).eval()
+    x = torch.randn(2, 3, 64, 64)
+    decided_(model, x)
+    rk.replace_blocks(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(pickle.loads(pickle.dumps(copy.deepcopy(model)))(x), model(x))
+
+
+def test_synchronized_batch_norms_of_a_preactivation_are_known():
+    model = timm.create_model("resnetv2_50", **WIDE).train()
+    ours = copy.deepcopy(model)
+    ours = timm.layers.convert_sync_batchnorm(ours)
+    assert len(rk.replace_blocks(ours).replaced) == 5
+    # torch's own, in the stem, does not run on CPUs.
+    x = torch.randn(4, 64, 8, 8)
+    rk.replace_blocks(model)
+    for mine, theirs in zip(ours.stages[0].blocks, model.stages[0].blocks, strict=True):
+        assert mine._why_plain(x) is None
+        torch.testing.assert_close(mine(x), theirs(x))
+        x = theirs(x)

@@ -7,7 +7,7 @@ They are timm's classes: constructor, attributes, parameters and state dict. tim
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 from timm.layers import BatchNormAct2d, DropBlock2d, DropPath, SEModule
 from timm.layers.norm_act import SyncBatchNormAct
@@ -25,12 +25,12 @@ ACTIVATED = (BatchNormAct2d, SyncBatchNormAct)
 class _Timm(Gated):
     """What our blocks know of timm's modules."""
 
-    def _inactive(self, module: nn.Module | None) -> bool:
+    def _inactive(self, module: Any) -> bool:
         dropped = type(module) is DropBlock2d and (not module.training or not module.drop_prob)
-        return no_module(module) or (dropped and not fusable.hook_on(cast(nn.Module, module)))
+        return no_module(module) or (dropped and not fusable.hook_on(module))
 
     @staticmethod
-    def _excite(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    def _excite(module: Any) -> Callable[[Tensor], Tensor] | None:
         if type(module) is not SEModule or module.add_maxpool:
             return None
 
@@ -40,7 +40,7 @@ class _Timm(Gated):
         return excite
 
     @staticmethod
-    def _drop(module: nn.Module) -> tuple[float, bool] | None:
+    def _drop(module: Any) -> tuple[float, bool] | None:
         if type(module) is not DropPath:
             return None
         return module.drop_prob if module.training else 0.0, module.scale_by_keep
@@ -72,15 +72,15 @@ class Bottleneck(_Timm, resnet.Bottleneck):
     LAST = "act3"
 
 
-def _activated(norm: nn.Module) -> str | None:
+def _activated(norm: Any) -> str | None:
     """Why the batch norm with its ReLU is not one that is computed here, or None."""
     if type(norm) not in ACTIVATED:
         return f"expected one of {', '.join(c.__name__ for c in ACTIVATED)}, got {type(norm).__name__}"
-    if not no_module(norm.drop):  # type: ignore[arg-type]
+    if not no_module(norm.drop):
         return f"drop: expected Identity, got {type(norm.drop).__name__}"
     if (norm.running_mean is None) != (norm.running_var is None):
         return "the batch norm has one running statistic without the other"
-    reason = relu(norm.act)  # type: ignore[arg-type]
+    reason = relu(norm.act)
     return f"act: {reason}" if reason else None
 
 
@@ -144,7 +144,7 @@ class _Preactivation(_Timm, Preactivation):
         return conv if conv.kernel_size == (1, 1) and conv.groups == 1 else None
 
 
-class PreActBasic(_Preactivation, resnetv2.PreActBasic):  # type: ignore[misc]
+class PreActBasic(_Preactivation, resnetv2.PreActBasic):
     """`timm.models.resnetv2.PreActBasic`: y = conv2(norm2(conv1(h))) + shortcut, h = norm1(x), norms with their ReLU.
 
     x: (N, in_chs, H, W) fp64|fp32|bf16|fp16 -> (N, out_chs, ceil(H/stride), ceil(W/stride)), channels_last if fused.
@@ -153,7 +153,7 @@ class PreActBasic(_Preactivation, resnetv2.PreActBasic):  # type: ignore[misc]
     COUNT = 2
 
 
-class PreActBottleneck(_Preactivation, resnetv2.PreActBottleneck):  # type: ignore[misc]
+class PreActBottleneck(_Preactivation, resnetv2.PreActBottleneck):
     """`timm.models.resnetv2.PreActBottleneck`: y = conv3(norm3(conv2(norm2(conv1(h))))) + shortcut, h = norm1(x).
 
     x: (N, in_chs, H, W) fp64|fp32|bf16|fp16 -> (N, out_chs, ceil(H/stride), ceil(W/stride)), channels_last if fused.
