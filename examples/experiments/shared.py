@@ -202,7 +202,7 @@ def network(kind: str, depth: int, args: argparse.Namespace, images: Images) -> 
 
 def backends(model: nn.Module, x: Tensor) -> str:
     """What runs the residual blocks of a training step."""
-    chosen = Counter(e.chosen for e in rk.explain(model.train(), x))
+    chosen = Counter(e.chosen for e in rk.explain(model.train(), x) if not e.name.endswith("stem"))
     return ", ".join(f"{n} blocks by {name}" for name, n in chosen.items()) or "no fused block, torch's modules"
 
 
