@@ -47,6 +47,7 @@ from torchvision.models import resnet
 from .backends import select
 from .backends.contract import Geometry
 from .nn import fusable
+from .nn.gated import Gated
 from .ops.block import walk
 
 Sizes = Sequence[int]
@@ -338,6 +339,8 @@ def _bytes(elements: dict[str, int], itemsize: int) -> dict[str, int]:
 def _check_block(module: nn.Module) -> None:
     if not isinstance(module, (resnet.BasicBlock, resnet.Bottleneck)):
         raise TypeError(f"expected a torchvision ResNet, BasicBlock or Bottleneck, got {type(module).__name__}")
+    if isinstance(module, Gated):
+        raise TypeError(f"expected blocks that are one op, got {type(module).__name__}, whose end is another")
 
 
 def _block(block: nn.Module, x_sizes: Sizes, itemsize: int, plan: str) -> _Part:
@@ -417,7 +420,10 @@ def block_sizes(module: nn.Module, x_sizes: Sizes) -> dict[str, Sizes]:
         _check_block(module)
         return {"": x_sizes}
     outside = ("conv1", "avgpool", "fc")
-    return {name: sizes for name, (sizes, _) in _shapes(module, x_sizes).items() if name not in outside}
+    found = {name: sizes for name, (sizes, _) in _shapes(module, x_sizes).items() if name not in outside}
+    for name in found:
+        _check_block(module.get_submodule(name))
+    return found
 
 
 def _parts(module: nn.Module, x_sizes: Sizes, itemsize: int, plan: str) -> dict[str, _Part]:

@@ -17,7 +17,7 @@ import resnet_kernels as rk
 from resnet_kernels.inference import FrozenGated, FrozenTrunk
 from resnet_kernels.nn import gated
 from resnet_kernels.nn.blocks import Fused
-from resnet_kernels.testing import assert_matches, randomize_
+from resnet_kernels.testing import assert_matches, calibrate_, randomize_
 
 timm = pytest.importorskip("timm")
 
@@ -128,6 +128,24 @@ def test_a_training_step_and_an_evaluation(name, poisoned):
         assert_matches(frozen, model(images), copy.deepcopy(model).double()(images.double()), 9 * 2048, "frozen")
     assert len(rk.restore_blocks(ours)) == len(blocks(model))
     assert [type(m) for m in ours.modules()] == [type(m) for m in model.modules()]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["seresnet50", "ecaresnet50d", "resnetblur50", "resnetv2_50d"])
+def test_under_autocast(name, training):
+    """Of several models together: a model's rounded weights err in the same way in all its logits."""
+    found = []
+    for _ in range(4):
+        model, images = made(name, zero_init_last=False), torch.randn(6, 3, 64, 64).to(memory_format=NHWC)
+        model = calibrate_(model, images).to(memory_format=NHWC).train(training)
+        ours = replaced(model)
+        exact = copy.deepcopy(model).double()(images.double())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert all(e.why_plain is None for e in rk.explain(ours, images))
+            found.append((ours(images), model(images), exact))
+        found[-1][0].sum().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in ours.parameters())
+    assert_matches(*(torch.stack(t).detach() for t in zip(*found, strict=True)), 9 * 2048, maximum=False)
 
 
 @pytest.mark.parametrize("name", ["seresnet18", "seresnet50", "seresnext50_32x4d", "resnet34"])

@@ -319,7 +319,8 @@ def run(block: Gated, pieces: Pieces, x: Tensor) -> Tensor:
         z = fused_forward(segment.parts, z)
         for module in segment.after:
             z = module(z)
-    return gated_tail(z, gate_of(block, pieces, z), shortcut_of(block, pieces, x), pieces.relu)
+    # Under autocast a module may give another dtype; the sum has the branch's.
+    return gated_tail(z, gate_of(block, pieces, z), shortcut_of(block, pieces, x).to(z.dtype), pieces.relu)
 
 
 def gate_of(block: Gated, pieces: Pieces, z: Tensor) -> Tensor | None:
