@@ -29,11 +29,13 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 
 # By kind of data; an experiment's own come on top. The digits' rate: 110 steps of 0.1, the paper's, are too few for 56
 # layers to recover from their first ones, with shortcuts or without. CIFAR's are those of He et al. 2015, section 4.2:
-# 164 epochs of 390 batches are 64k steps. ImageNet's are those of its section 3.4.
+# 164 epochs of 390 batches are 64k steps. ImageNet's are those of its section 3.4. steps None: all of an epoch; threads
+# None: torch's choice. The digits' operations are so short that threads wait for each other longer than they work.
+COMMON: Row = {"lr": 0.1, "width": 16, "steps": None, "seeds": 1, "threads": None}
 DEFAULTS: dict[str, Row] = {
-    "digits": {"size": 8, "batch": 128, "epochs": 10, "lr": 0.02, "width": 16, "steps": None, "seeds": 1},
-    "cifar": {"size": 32, "batch": 128, "epochs": 164, "lr": 0.1, "width": 16, "steps": None, "seeds": 1},
-    "folder": {"size": 224, "batch": 256, "epochs": 90, "lr": 0.1, "width": 16, "steps": None, "seeds": 1},
+    "digits": COMMON | {"size": 8, "batch": 128, "epochs": 10, "lr": 0.02, "threads": 1},
+    "cifar": COMMON | {"size": 32, "batch": 128, "epochs": 164},
+    "folder": COMMON | {"size": 224, "batch": 256, "epochs": 90},
 }
 # Of experiments for whose networks a folder's images are made small.
 SMALL_IMAGES: Row = {"size": 32, "batch": 128}
@@ -484,6 +486,8 @@ def arguments(experiment: Experiment, description: str) -> argparse.Namespace:
 
 
 def run(experiment: Experiment, args: argparse.Namespace, console: Console) -> None:
+    if args.threads:
+        torch.set_num_threads(args.threads)
     start, say = time.perf_counter(), lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
     images = load(args)
     settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if name != "out"}
