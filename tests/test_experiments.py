@@ -70,11 +70,12 @@ def run(modules, monkeypatch, name, *options):
     return modules["shared"].main(modules[name].EXPERIMENT, modules[name].__doc__)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_an_experiment_writes_its_rows_a_plot_and_a_verdict(name, modules, monkeypatch, tmp_path, capsys):
+def test_an_experiment_writes_its_rows_a_plot_and_a_verdict(name, device, modules, monkeypatch, tmp_path, capsys):
     options, count, said = EXPERIMENTS[name]
     monkeypatch.setattr(modules["ode"], "STEPS", {"Euler": [1, 2, 4, 8], "Runge-Kutta 4": [1, 2]})
-    assert run(modules, monkeypatch, name, *TINY, *options, "--out", tmp_path) == 0
+    assert run(modules, monkeypatch, name, *TINY, *options, "--device", device, "--out", tmp_path) == 0
     text = " ".join(capsys.readouterr().out.split())
     for sentence in said:
         assert sentence in text
