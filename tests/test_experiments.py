@@ -47,7 +47,7 @@ EXPERIMENTS = {
 @pytest.fixture(scope="module")
 def modules():
     """The experiments by name, and what they share."""
-    names = ["shared", *EXPERIMENTS]
+    names = ["data", "plots", "shared", *EXPERIMENTS]
     sys.path.insert(0, str(FOLDER))
     try:
         yield {name: importlib.import_module(name) for name in names}
@@ -182,7 +182,7 @@ def test_cifar_is_read_and_augmented(modules, monkeypatch, tmp_path):
     assert run(modules, monkeypatch, "degradation", *options) == 0
     monkeypatch.setattr(sys, "argv", ["degradation.py", *map(str, options)])
     args = modules["shared"].arguments(modules["degradation"].EXPERIMENT, "")
-    images = modules["shared"].load(args)
+    images = modules["data"].load(args)
     assert (images.x.shape, images.steps, images.padding) == ((50, 3, 32, 32), 3, 4)
     assert args.lr == 0.1
 
@@ -190,7 +190,7 @@ def test_cifar_is_read_and_augmented(modules, monkeypatch, tmp_path):
 def test_crops_and_flips_are_of_the_image_in_zeros(modules):
     x = torch.rand(4, 1, 5, 5)
     labels = torch.arange(4)
-    images = modules["shared"].InMemory((x, labels), (x, labels), batch=4, padding=2)
+    images = modules["data"].InMemory((x, labels), (x, labels), batch=4, padding=2)
     padded = torch.nn.functional.pad(images.x, (2, 2, 2, 2))
     windows = [padded[:, :, r : r + 5, c : c + 5] for r in range(5) for c in range(5)]
     windows += [w.flip(3) for w in windows]
@@ -265,7 +265,7 @@ def test_lesions_put_everything_back(modules):
 
     model = rk.models.cifar_resnet(14, in_channels=1)
     before = {name: id(m) for name, m in model.named_modules()}
-    images = modules["shared"].load(type("Arguments", (), {"data": None, "size": 8, "batch": 64, "steps": None}))
+    images = modules["data"].load(type("Arguments", (), {"data": None, "size": 8, "batch": 64, "steps": None}))
     rows = modules["lesions"].lesions(model, images, 1)
     assert {name: id(m) for name, m in model.named_modules()} == before
     # Of six blocks two change the shape.

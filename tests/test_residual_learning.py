@@ -179,7 +179,7 @@ def ode(monkeypatch):
     import sys
 
     yield importlib.import_module("ode")
-    for name in ("ode", "shared"):
+    for name in ("data", "ode", "plots", "shared"):
         sys.modules.pop(name, None)
 
 

@@ -17,7 +17,9 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from shared import COLORS, Experiment, Images, Row, Run, error_curves, final, grid, main, network, spread, values_of
+from data import Images
+from plots import COLORS, Row, error_curves, final, spread, values_of
+from shared import Experiment, Run, grid, main, network
 
 KINDS = ("plain", "residual")
 

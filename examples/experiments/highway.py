@@ -23,21 +23,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from shared import (
-    COLORS,
-    SMALL_IMAGES,
-    Experiment,
-    Images,
-    Row,
-    Run,
-    error_curves,
-    final,
-    grid,
-    main,
-    network,
-    spread,
-    values_of,
-)
+from data import Images
+from plots import COLORS, Row, error_curves, final, spread, values_of
+from shared import SMALL_IMAGES, Experiment, Run, grid, main, network
 from torch import Tensor, nn
 
 import resnet_kernels as rk

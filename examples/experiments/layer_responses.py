@@ -16,7 +16,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from shared import COLORS, SMALL_IMAGES, Experiment, Images, Row, Run, band, grid, main, network, on, select, values_of
+from data import Images, on
+from plots import COLORS, Row, band, select, values_of
+from shared import SMALL_IMAGES, Experiment, Run, grid, main, network
 from torch import nn
 
 KINDS = ("plain", "residual")

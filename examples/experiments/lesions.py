@@ -16,7 +16,9 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from shared import COLORS, SMALL_IMAGES, Experiment, Images, Row, Run, band, grid, main, network, select, test_error
+from data import Images
+from plots import COLORS, Row, band, select
+from shared import SMALL_IMAGES, Experiment, Run, grid, main, network, test_error
 from torch import nn
 
 KINDS = ("plain", "residual")

@@ -22,20 +22,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from shared import (
-    COLORS,
-    SMALL_IMAGES,
-    Experiment,
-    Images,
-    Row,
-    Run,
-    band,
-    grid,
-    main,
-    select,
-    test_error,
-    values_of,
-)
+from data import Images
+from plots import COLORS, Row, band, select, values_of
+from shared import SMALL_IMAGES, Experiment, Run, grid, main, test_error
 from torch import Tensor, nn
 
 import resnet_kernels as rk

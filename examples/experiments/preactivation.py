@@ -15,22 +15,9 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from shared import (
-    COLORS,
-    SMALL_IMAGES,
-    Experiment,
-    Images,
-    Row,
-    Run,
-    error_curves,
-    final,
-    grid,
-    main,
-    network,
-    select,
-    spread,
-    values_of,
-)
+from data import Images
+from plots import COLORS, Row, error_curves, final, select, spread, values_of
+from shared import SMALL_IMAGES, Experiment, Run, grid, main, network
 
 KINDS = ("residual", "pre-activation")
 

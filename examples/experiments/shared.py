@@ -1,4 +1,4 @@
-"""What the experiments share: images, networks, the loop that trains, checkpoints, CSV, plots and the command line."""
+"""What the experiments share: networks, the loop that trains, checkpoints, CSV and the command line."""
 
 from __future__ import annotations
 
@@ -6,26 +6,24 @@ import argparse
 import csv
 import dataclasses
 import functools
-import itertools
 import os
 import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from data import Images, kind_of, load, on
+from plots import Row
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import resnet_kernels as rk
-
-Row = dict[str, Any]
-Batches = Iterator[tuple[Tensor, Tensor]]
 
 # By kind of data; an experiment's own come on top. The digits' rate: 110 steps of 0.1, the paper's, are too few for 56
 # layers to recover from their first ones, with shortcuts or without. CIFAR's are those of He et al. 2015, section 4.2:
@@ -42,142 +40,6 @@ SMALL_IMAGES: Row = {"size": 32, "batch": 128}
 MILESTONES = {"digits": (0.5, 0.75), "cifar": (0.5, 0.75), "folder": (1 / 3, 2 / 3)}
 # He et al. 2015, section 4.2: networks from 110 layers on begin with a tenth of the rate, for 400 of 64k steps.
 WARM_UP = (110, 400 / 64_000)
-COLORS = ("#1f4e9c", "#c2410c", "#15803d", "#7e22ce", "#64748b", "#be123c")
-
-
-# ---- Images
-
-
-def steps_of(images: int, batch: int, steps: int | None) -> int:
-    if images < batch * (steps or 1):
-        raise ValueError(f"batch: expected at most the {images} training images in {steps or 1} steps, got {batch}")
-    return steps or images // batch
-
-
-class InMemory:
-    """Images (N, C, H, W) fp32 and labels. padding: training images are cropped from so much wider ones, and flipped.
-    steps: of an epoch, None for all images."""
-
-    def __init__(
-        self,
-        train: tuple[Tensor, Tensor],
-        test: tuple[Tensor, Tensor],
-        batch: int,
-        steps: int | None = None,
-        padding: int = 0,
-    ) -> None:
-        mean, std = train[0].mean(0), train[0].std()
-        (self.x, self.y), (self.test_x, self.test_y) = (((x - mean) / std, y) for x, y in (train, test))
-        self.batch, self.padding = batch, padding
-        self.channels, self.classes = self.x.shape[1], int(self.y.max()) + 1
-        self.steps = steps_of(len(self.x), batch, steps)
-
-    def train(self, seed: int, epoch: int) -> Batches:
-        """What does not fill a batch is left out. The order depends on seed and epoch alone, as do the crops."""
-        g = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-        for chosen in torch.randperm(len(self.x), generator=g)[: self.steps * self.batch].split(self.batch):
-            yield self._augmented(self.x[chosen], g), self.y[chosen]
-
-    def _augmented(self, x: Tensor, g: torch.Generator) -> Tensor:
-        if not self.padding:
-            return x
-        (N, _, H, W), p = x.shape, self.padding
-        padded = F.pad(x, (p, p, p, p))
-        rows, columns = torch.randint(2 * p + 1, (2, N), generator=g).tolist()
-        crops = torch.stack([t[:, r : r + H, c : c + W] for t, r, c in zip(padded, rows, columns, strict=True)])
-        return torch.where(torch.rand(N, 1, 1, 1, generator=g) < 0.5, crops.flip(3), crops)
-
-    def test(self) -> Batches:
-        return zip(self.test_x.split(512), self.test_y.split(512), strict=True)
-
-
-class Folder:
-    """A folder of images per class, read as they are needed: crops and flips to train with, the centre to test."""
-
-    def __init__(self, data: Path, size: int, batch: int, steps: int | None, workers: int) -> None:
-        from torchvision import transforms
-        from torchvision.datasets import ImageFolder
-
-        from resnet_kernels.images import MEAN, STD
-
-        end = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
-        crops = [transforms.RandomResizedCrop(size, antialias=True), transforms.RandomHorizontalFlip()]
-        centre = [transforms.Resize(size * 8 // 7, antialias=True), transforms.CenterCrop(size)]
-        try:
-            self.train_set = ImageFolder(str(data / "train"), transforms.Compose([*crops, *end]))
-            self.test_set = ImageFolder(str(data / "val"), transforms.Compose([*centre, *end]))
-        except FileNotFoundError as error:  # no classes, or one without images
-            raise ValueError(f"data: expected a folder of images per class in train/ and val/: {error}") from error
-        if self.train_set.classes != self.test_set.classes:
-            raise ValueError(f"data: expected the same classes in train/ and val/ of {data}, got others")
-        self.batch, self.workers, self.channels = batch, workers, 3
-        self.classes = len(self.train_set.classes)
-        self.steps = steps_of(len(self.train_set), batch, steps)
-
-    def _batches(self, images: Any, **options: Any) -> Batches:
-        return iter(torch.utils.data.DataLoader(images, self.batch, num_workers=self.workers, **options))
-
-    def train(self, seed: int, epoch: int) -> Batches:
-        # The workers' seeds come of the generator, those of a loader without workers of the process.
-        torch.manual_seed(1_000_003 * seed + epoch)
-        g = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-        return itertools.islice(self._batches(self.train_set, shuffle=True, generator=g), self.steps)
-
-    def test(self) -> Batches:
-        return self._batches(self.test_set)
-
-
-Images = InMemory | Folder
-
-
-def kind_of(data: Path | None) -> str:
-    if data is None:
-        return "digits"
-    if (data / "cifar-10-batches-py").is_dir():
-        return "cifar"
-    if (data / "train").is_dir() and (data / "val").is_dir():
-        return "folder"
-    raise ValueError(
-        "data: expected a folder with cifar-10-batches-py/ (CIFAR-10, unpacked), or with train/ and val/ and in each a "
-        f"folder of images per class (ImageNet); got {data}, which has neither"
-    )
-
-
-def load(args: argparse.Namespace) -> Images:
-    kind = kind_of(args.data)
-    if kind == "folder":
-        return Folder(args.data, args.size, args.batch, args.steps, args.workers)
-    make = cifar if kind == "cifar" else digits
-    train, test, padding = make(args)
-    if train[0].shape[-1] != args.size:
-        train, test = ((F.interpolate(x, (args.size, args.size), mode="bilinear"), y) for x, y in (train, test))
-    return InMemory(train, test, args.batch, args.steps, padding)
-
-
-def digits(args: argparse.Namespace) -> tuple:
-    """scikit-learn's 1797 handwritten digits, 8 x 8; a fifth to test with, the same for every seed."""
-    try:
-        from sklearn.datasets import load_digits
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("the digits are scikit-learn's: pip install 'resnet_kernels[demo]'") from error
-    data = load_digits()
-    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
-    x, y = torch.from_numpy(data.images).float()[order, None], torch.from_numpy(data.target)[order]
-    test = len(x) // 5
-    return (x[test:], y[test:]), (x[:test], y[:test]), 0
-
-
-def cifar(args: argparse.Namespace) -> tuple:
-    from torchvision.datasets import CIFAR10
-
-    def part(train: bool) -> tuple[Tensor, Tensor]:
-        try:
-            found = CIFAR10(str(args.data), train=train, download=False)
-        except RuntimeError as error:
-            raise ValueError(f"data: expected CIFAR-10, whole, in {args.data}/cifar-10-batches-py: {error}") from error
-        return torch.from_numpy(found.data).permute(0, 3, 1, 2).float(), torch.tensor(found.targets)
-
-    return part(True), part(False), 4
 
 
 # ---- Networks
@@ -273,10 +135,6 @@ def test_error(model: nn.Module, images: Images, device: str) -> float:
         wrong += (model(on(x, device)).argmax(1) != y.to(device)).sum().item()
         total += len(y)
     return wrong / total
-
-
-def on(x: Tensor, device: str) -> Tensor:
-    return x.to(device, memory_format=torch.channels_last)
 
 
 class Training:
@@ -385,56 +243,6 @@ def write_csv(path: Path, rows: list[Row]) -> None:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-
-
-def select(rows: Iterable[Row], **values: Any) -> list[Row]:
-    return [row for row in rows if all(row[name] == value for name, value in values.items())]
-
-
-def values_of(rows: Iterable[Row], column: str) -> list[Any]:
-    """The different ones, in order."""
-    return list(dict.fromkeys(row[column] for row in rows))
-
-
-def final(rows: list[Row], column: str, **values: Any) -> list[float]:
-    """Of the last epoch, a number for each seed."""
-    chosen = select(rows, **values)
-    return [row[column] for row in chosen if row["epoch"] == max(r["epoch"] for r in chosen)]
-
-
-def spread(numbers: Sequence[float], unit: str = "%") -> str:
-    """Their mean, and the least and greatest where there are several."""
-    scale, digits = (100, 1) if unit == "%" else (1, 3)
-    text = f"{scale * statistics.fmean(numbers):.{digits}f}{unit}"
-    if len(numbers) == 1:
-        return text
-    return f"{text} ({scale * min(numbers):.{digits}f} to {scale * max(numbers):.{digits}f}, {len(numbers)} seeds)"
-
-
-# ---- Plots
-
-
-def band(axes: Any, rows: list[Row], x: str, y: str, label: str, **style: Any) -> None:
-    """The mean of the seeds against x, and between the least and the greatest a band."""
-    points = values_of(rows, x)
-    found = [[row[y] for row in select(rows, **{x: p})] for p in points]
-    (line,) = axes.plot(points, [statistics.fmean(v) for v in found], label=label, **style)
-    if any(len(v) > 1 for v in found):
-        low, high = [min(v) for v in found], [max(v) for v in found]
-        axes.fill_between(points, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-
-
-def error_curves(figure: Any, rows: list[Row], label: Callable[[Row], str], style: Callable[[Row], Row]) -> None:
-    """Training and test error by epoch, side by side, a line for each different label."""
-    rows = [row | {"label": label(row)} for row in rows]
-    left, right = figure.subplots(1, 2, sharey=True)
-    for axes, column, title in ((left, "train_error", "training"), (right, "test_error", "test")):
-        for name in values_of(rows, "label"):
-            chosen = select(rows, label=name)
-            percent = [row | {column: 100 * row[column]} for row in chosen]
-            band(axes, percent, "epoch", column, name, **style(chosen[0]))
-        axes.set(xlabel="epoch", title=f"{title} error, %", ylim=(0, None))
-    right.legend(frameon=False)
 
 
 def write_plot(path: Path, experiment: Experiment, rows: list[Row], about: str) -> None:

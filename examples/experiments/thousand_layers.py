@@ -15,7 +15,9 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from shared import COLORS, SMALL_IMAGES, Experiment, Images, Row, Run, band, main, network, select, values_of
+from data import Images
+from plots import COLORS, Row, band, select, values_of
+from shared import SMALL_IMAGES, Experiment, Run, main, network
 
 # On the digits, where there are 40 steps. At 0.02 the loss of the original's rose to 40; the pre-activation one learned
 # with the paper's 0.1, and hardly with 0.005.
