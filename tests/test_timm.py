@@ -5,6 +5,7 @@ As in test_where_used: a ReLU's sign near zero is chance, so that the networks t
 
 import copy
 import pickle
+import re
 import subprocess
 import sys
 
@@ -102,24 +103,40 @@ def step(model, images):
     return {"loss": value.detach()} | grads | dict(model.named_buffers())
 
 
+def family(name, value):
+    """With what a result is compared: a channel vector, an attention's few weights, with those of all blocks."""
+    return re.sub(r"layer\d+\.\d+\.", "", name) if value.ndim == 1 or ".se." in name else name
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_training_step_and_an_evaluation(name, poisoned):
-    model, images = made(name).train(), torch.randn(6, 3, 64, 64).to(memory_format=NHWC)
-    decided_(model, images)
-    model = model.to(memory_format=NHWC)
-    ours = replaced(model)
-    assert all(e.why_plain is None for e in rk.explain(ours, images)) and len(rk.explain(ours, images)) == len(
-        blocks(model)
-    )
-    whole = [b._pieces().whole is not None for b in ours.modules() if isinstance(b, gated.Gated)]
-    assert sum(whole) == MODELS[name][2]
-    got, theirs, exact = step(ours, images), step(model, images), step(copy.deepcopy(model).double(), images.double())
-    assert got.keys() == theirs.keys() and len(got) > 50
-    for key, want in exact.items():
-        if not want.is_floating_point():
-            assert torch.equal(got[key], want), key
-            continue
-        assert_matches(got[key], theirs[key], want, images.numel() // 3, key, maximum=False)
+    """Of three models together: by the RMS of a few values, whose errors have one cause, eager's own error is chance
+    (of 30 models one has attention weights 5 times as exact as the next)."""
+    found = {}
+    for draw in torch.randint(1 << 32, (3,)).tolist():
+        torch.manual_seed(draw)
+        model, images = made(name).train(), torch.randn(6, 3, 64, 64).to(memory_format=NHWC)
+        decided_(model, images)
+        model = model.to(memory_format=NHWC)
+        ours = replaced(model)
+        assert all(e.why_plain is None for e in rk.explain(ours, images)) and len(rk.explain(ours, images)) == len(
+            blocks(model)
+        )
+        whole = [b._pieces().whole is not None for b in ours.modules() if isinstance(b, gated.Gated)]
+        assert sum(whole) == MODELS[name][2]
+        got, theirs, exact = (
+            step(ours, images),
+            step(model, images),
+            step(copy.deepcopy(model).double(), images.double()),
+        )
+        assert got.keys() == theirs.keys() and len(got) > 50
+        for key, want in exact.items():
+            if want.is_floating_point():
+                found.setdefault(family(key, want), []).append([t.flatten() for t in (got[key], theirs[key], want)])
+            else:
+                assert torch.equal(got[key], want), key
+    for key, drawn in found.items():
+        assert_matches(*map(torch.cat, zip(*drawn, strict=True)), images.numel() // 3, key, maximum=False)
     model.eval(), ours.eval()
     assert all(e.why_plain is None for e in rk.explain(ours, images))
     with torch.no_grad():
