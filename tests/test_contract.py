@@ -438,6 +438,18 @@ def test_cpu_statistics_where_the_first_row_stands_off():
     assert ((stats.M2 - exact).abs() / exact).max() < 5e-7
 
 
+def test_second_moments_of_many_rows_by_products_of_few():
+    """A variance is what is left of them where they cancel: one product over all rows errs 4e-7."""
+    module = engine_module("onednn")
+    h = torch.randn(25, 40, 63, 63).contiguous(memory_format=NHWC)
+    rows = h.permute(0, 2, 3, 1).flatten(0, 2).double()
+    exact = rows.T @ rows
+    assert (module.second_moments(h) - exact).norm() <= 1e-7 * exact.norm()
+    rest = h[:1, :, :9, :7].contiguous(memory_format=NHWC)  # fewer rows than one product has
+    few = rest.permute(0, 2, 3, 1).flatten(0, 2)
+    torch.testing.assert_close(module.second_moments(rest), few.T @ few)
+
+
 def test_cpu_results_are_the_same_with_any_number_of_threads():
     import resnet_kernels.backends.cpu as cpu
 
