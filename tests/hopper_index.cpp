@@ -1,9 +1,14 @@
-// csrc/cuda/sm90/index.h against brute force, on the host. Exit code 0: all is as it should be.
+// csrc/cuda/sm90/index.h and statistics.h against brute force, on the host. Exit code 0: all is as it should be.
 #include "cuda/sm90/index.h"
 
+#include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <set>
+#include <type_traits>
 #include <vector>
+
+#include "cuda/sm90/statistics.h"
 
 using namespace resnet_kernels::sm90;
 
@@ -71,5 +76,57 @@ int main() {
     for (int tap = 0; tap < 9; ++tap)
       for (int q = 0; q < W; ++q)
         expect(tap_column(row, tap, pitch) + q == (row + tap / 3) * pitch + (q + tap % 3 - 1) - -1, "tap");
+  // Statistics: rows of four warps before the last position; merged, those of all.
+  for (int parts = 1; parts <= 2; ++parts)
+    for (int left = 1; left <= 200; ++left)
+      for (int warp = 0; warp < 4; ++warp) {
+        std::set<int> rows;
+        for (unsigned t = 32u * warp; t < 32u * warp + 32; ++t)
+          for (int part = 0; part < parts; ++part)
+            for (int half = 0; half < 2; ++half) {
+              const int row = 64 * part + accumulator_row(t, half);
+              if (row < left) rows.insert(row);
+            }
+        expect(rows_of_warp(left, warp, parts) == static_cast<int>(rows.size()), "rows of a warp");
+      }
+  // Eight lanes' statistics merged by halves, of one row each: lanes that lack theirs, a channel that is NaN.
+  for (int missing = 0; missing < 8; ++missing) {
+    auto value = [](int channel, int row) { return channel == 5 ? std::nanf("") : 100 + std::sin(31.f * channel + row); };
+    float mean[32][16], M2[32][16] = {}, rows[32];
+    for (unsigned lane = 0; lane < 32; ++lane) {
+      rows[lane] = static_cast<int>(lane / 4) >= missing;
+      for (int j = 0; j < 16; ++j)
+        mean[lane][j] = rows[lane] ? value(8 * (j / 2) + 2 * (lane % 4) + j % 2, lane / 4) : 0;
+    }
+    auto round = [&]<int kLeft>(std::integral_constant<int, kLeft>) {
+      float mean_given[32][kLeft], M2_given[32][kLeft];
+      for (unsigned lane = 0; lane < 32; ++lane)
+        halve<kLeft>(mean[lane], mean_given[lane], lane), halve<kLeft>(M2[lane], M2_given[lane], lane);
+      float total[32];
+      for (unsigned lane = 0; lane < 32; ++lane) {
+        const unsigned other = lane ^ (2 * kLeft);
+        total[lane] = rows[lane] + rows[other];
+        for (int j = 0; j < kLeft; ++j)
+          Merge(rows[lane], rows[other])(mean[lane][j], M2[lane][j], mean_given[other][j], M2_given[other][j]);
+      }
+      std::copy(total, total + 32, rows);
+    };
+    round(std::integral_constant<int, 8>{});
+    round(std::integral_constant<int, 4>{});
+    round(std::integral_constant<int, 2>{});
+    for (int lane = 0; lane < 32; ++lane)
+      for (int odd = 0; odd < 2; ++odd) {
+        const int channel = 2 * lane + odd;
+        double want = 0, deviations = 0;
+        for (int row = missing; row < 8; ++row) want += value(channel, row) / (8. - missing);
+        for (int row = missing; row < 8; ++row) deviations += (value(channel, row) - want) * (value(channel, row) - want);
+        expect(rows[lane] == 8 - missing, "merged: rows");
+        if (channel == 5)
+          expect(std::isnan(mean[lane][odd]) && std::isnan(M2[lane][odd]), "merged: NaN");
+        else
+          expect(std::abs(mean[lane][odd] - want) < 3e-5 && std::abs(M2[lane][odd] - deviations) < 1e-3, "merged");
+      }
+  }
+
   return wrong != 0;
 }

@@ -243,8 +243,9 @@ class Call:
     """Metadata of a call, all that `why_not` may look at.
 
     needs: names of what is asked for: a primitive ("conv", "wgrad", "moments", "bn_pass", "finalize") and features
-        ("residual", "two_products", "lazy", "two_tensors", "mask", "reduce", "data_grad", "pool"), or "gated" for that
-        pass and its gradient. "training" stands for all primitives and features but "pool" and "gated".
+        ("residual", "two_products", "lazy", "two_tensors", "mask", "stats", "reduce" (what else `Epilogue.reduce`
+        says), "data_grad", "pool"), or "gated" for that pass and its gradient. "training" stands for all primitives and
+        features but "pool" and "gated".
     weights: (K, C/groups, R, S) and geometry of each product.
     size: (N, C, H, W) of the first operand where it is known; only what was measured depends on it.
     """
@@ -278,10 +279,11 @@ def call_of(products: Sequence[Product], epilogue: Epilogue) -> Call:
         "conv": True,
         "two_products": len(products) > 1,
         "residual": epilogue.residual is not None,
-        "lazy": any(o.affine is not None or o.relu or o.stride > 1 for o in operands),
+        "lazy": epilogue.spread > 1 or any(o.affine is not None or o.relu or o.stride > 1 for o in operands),
         "two_tensors": any(o.second is not None for o in operands),
         "mask": epilogue.mask is not None or any(o.mask is not None for o in operands),
-        "reduce": epilogue.reduce is not None,
+        "stats": epilogue.reduce == "stats",
+        "reduce": epilogue.reduce not in (None, "stats"),
         "data_grad": any(p.data_grad_size for p in products),
         "pool": any(o.pooled is not None for o in operands),
     }

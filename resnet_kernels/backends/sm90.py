@@ -1,7 +1,7 @@
 """Hopper GPUs (sm_90): kernels in CUDA C++ (csrc/cuda/sm90), by wgmma and the tensor copy engine. docs/hopper.md has
 their plan and what was measured.
 
-    conv_act  a convolution with scale, shift, a second 1x1 product, residual and ReLU
+    conv_act  a convolution with scale, shift, a second 1x1 product, residual and ReLU, and the result's statistics
     pair      a bottleneck's last 1x1 and the next block's first convolution
     tail      a bottleneck's 3x3 with these two, of 64 channels
     stem      a ResNet's 7x7 convolution with shift, ReLU and max pooling
@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .contract import Call, Epilogue, Geometry, Packed, Product, beyond, check_conv, fold, nhwc_strides
+from .contract import Call, Epilogue, Geometry, Packed, Product, Stats, beyond, check_conv, fold, nhwc_strides
 
 NAME = "sm90"
-SUPPORTS = frozenset({"conv", "residual", "two_products"})
+SUPPORTS = frozenset({"conv", "residual", "two_products", "stats", "data_grad"})
 PACKS_FOR_SIZE = False
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -48,13 +48,16 @@ TILES = {
     "turn128x64": Tile(128, 64, 8),
     "both64x256": Tile(128, 256, 3),
 }
+# Those that also give the result's statistics.
+STATISTICS_TILES = {"stats128x128": Tile(128, 128, 4), "stats128x64": Tile(128, 64, 7)}
+NUMBERS = {name: i for i, name in enumerate([*TILES, *STATISTICS_TILES])}
 
 
 class _Conv(ctypes.Structure):
     """ResnetKernelsConv of csrc/cuda/sm90/api.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in "x w x2 w2 residual y scale shift".split()),
+        *((name, ctypes.c_void_p) for name in "x w x2 w2 residual y scale shift parts".split()),
         *((name, ctypes.c_int64 * 3) for name in ("x_strides", "x2_strides")),
         *(
             (name, ctypes.c_int32)
@@ -139,6 +142,20 @@ def why_not_weight(shape: Sequence[int], geometry: Geometry) -> str | None:
     return None
 
 
+def why_not_turned(shape: Sequence[int], geometry: Geometry) -> str | None:
+    """Why a data gradient by a weight (K, C, R, S) is no convolution that conv_act can do, or None."""
+    _, _, R, S = shape
+    if geometry.stride > 1 or R != S or geometry.padding > geometry.dilation * (R - 1):
+        return f"expected stride 1 and a square filter that reaches beyond its padding, got {R}x{S} with {geometry}"
+    return None
+
+
+def turned(weight: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
+    """The convolution that is the data gradient of the one by a weight (K, R, S, C): (C, R, S, K), its geometry."""
+    _, p, d, _ = geometry
+    return weight.flip(1, 2).permute(3, 1, 2, 0).contiguous(), Geometry(1, d * (weight.shape[1] - 1) - p, d)
+
+
 # Of output positions, which the kernel counts in 32 bits.
 MOST_POSITIONS = 2**31 - 2**16
 
@@ -183,12 +200,15 @@ def conv_act(
     second: tuple[Tensor, Tensor] | None = None,
     residual: Tensor | None = None,
     relu: bool = False,
+    parts: Tensor | None = None,
 ) -> None:
     """y = [relu](scale * conv(x, weight) + conv1x1(x2, weight2) + shift + residual), the sums in fp32, rounded once.
 
     x: (N, C, H, W), `aligned`. weight: (K, R, S, C), contiguous. y: (N, K, P, Q) channels_last, to be written. scale,
     shift: fp32, contiguous, one per output channel. second: (x2 (N, C2, P, Q), weight2 (K, 1, 1, C2)), likewise.
-    residual: as y. All of one dtype, bf16 or fp16, on one device. Launches on torch's current stream.
+    residual: as y. All of one dtype, bf16 or fp16, on one device. parts: (2, tiles of 128 output positions, K), fp32,
+    contiguous, to be written by a tile of `STATISTICS_TILES`: of each, of y's rounded values, mean and sum of squared
+    deviations, without atomics. Launches on torch's current stream.
 
     Raises RuntimeError where the library is missing or the launch fails; what cannot run is for `why_not_weight`,
     `aligned` and `why_not_here` to tell before.
@@ -205,6 +225,7 @@ def conv_act(
         y=_pointer(y),
         scale=_pointer(scale),
         shift=_pointer(shift),
+        parts=_pointer(parts),
         x_strides=nhwc_strides(x),
         N=N,
         H=H,
@@ -218,7 +239,7 @@ def conv_act(
         dilation=geometry.dilation,
         relu=relu,
         half=x.dtype == torch.float16,
-        tile=list(TILES).index(tile),
+        tile=NUMBERS[tile],
         multiprocessors=_multiprocessors(x.device),
     )
     if x2 is not None:
@@ -339,7 +360,10 @@ def stem(x: Tensor, packed: Tensor, shift: Tensor, y: Tensor) -> None:
 
 def why_not(call: Call) -> str | None:
     reason = beyond(call, SUPPORTS, "cuda", DTYPES) or why_not_here(call.device, call.dtype)
-    reasons = (why_not_weight((s[0], s[1] * g.groups, *s[2:]), g) for s, g in call.weights)
+    reasons = [why_not_weight((s[0], s[1] * g.groups, *s[2:]), g) for s, g in call.weights]
+    if "data_grad" in call.needs:
+        reasons += [why_not_turned(s, g) for s, g in call.weights]
+        reasons += ["expected one product, of a data gradient"] * (len(call.weights) > 1)
     return reason or next(filter(None, reasons), None)
 
 
@@ -362,6 +386,15 @@ def pack(weight: Tensor, scale: Tensor | None, geometry: Geometry, size: Sequenc
 def tile_for(K: int) -> str:
     """Of those measured on an H200 the one that was fastest or nearly so for most convolutions of ResNets."""
     return "turn128x64" if K <= 64 else "turn128x128"
+
+
+def statistics_of(parts: Tensor, rows: int) -> Stats:
+    """Of what `conv_act` gives: Chan, Golub and LeVeque's formula, in fp64."""
+    means, M2 = parts.double()
+    counts = torch.full((len(means), 1), 128.0, dtype=torch.float64, device=parts.device)
+    counts[-1] = rows - 128 * (len(means) - 1)
+    mean = (counts * means).sum(0) / rows
+    return Stats(rows, mean.float(), (M2 + counts * (means - mean).square()).sum(0).float())
 
 
 def _readable(t: Tensor) -> Tensor:
@@ -391,6 +424,18 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
         residual = F.pad(residual, (0, 0, 0, 0, 0, sizes[1] - residual.shape[1]))
         residual = residual.contiguous(memory_format=torch.channels_last)
     scale, shift = (None if t is None else t.float().contiguous() for t in (p.scale, epilogue.shift))
-    if y.numel():
-        conv_act(x, p.weight, y, first.geometry, tile_for(sizes[1]), scale, shift, second, residual, epilogue.relu)
-    return y, None
+    weight, geometry = p.weight, first.geometry
+    if first.data_grad_size is not None:
+        weight, geometry = turned(weight, geometry)
+    run = functools.partial(conv_act, x, weight, y, geometry)
+    tile, rest = tile_for(sizes[1]), (scale, shift, second, residual, epilogue.relu)
+    if epilogue.reduce is None:
+        if y.numel():
+            run(tile, *rest)
+        return y, None
+    K, rows = sizes[1], y.numel() // sizes[1]
+    parts = torch.empty((2, -(-rows // 128), K), dtype=torch.float32, device=x.device)
+    if not rows:
+        return y, Stats(0, *x.new_zeros((2, K), dtype=torch.float32))
+    run(tile.replace("turn", "stats"), *rest, parts)
+    return y, statistics_of(parts, rows)

@@ -7,11 +7,14 @@ extern "C" {
 
 // y = relu(scale * conv(x, w) + conv1x1(x2, w2) + shift + residual), of bf16 or, if half, fp16; M = N*P*Q. x (N, H, W,
 // C) and x2 (N, P, Q, C2) may be views, of strides in elements; w (K, R, S, C), w2 (K, C2), residual and y (M, K) are
-// contiguous. Null: there is none. tile: its number in resnet_kernels_sm90_tiles.
+// contiguous. Null: there is none. tile: its number in resnet_kernels_sm90_tiles. parts, of tiles with statistics: per
+// channel of the rounded y's 128 positions each (the last ones may be fewer) the mean (ceil(M / 128), K), then the sum
+// of squared deviations.
 struct ResnetKernelsConv {
   const void *x, *w, *x2, *w2, *residual;
   void* y;
   const float *scale, *shift;
+  float* parts;
   int64_t x_strides[3], x2_strides[3];  // of images, rows, columns
   int32_t N, H, W, C, K, R, S, stride, padding, dilation;
   int32_t C2, relu, half, tile, multiprocessors;

@@ -9,23 +9,26 @@
 //   movers 2 and 3    per multiplying warp group: bring the residual's tile into its buffer while products are made,
 //                     and take the result's out of it.
 //   consumers         wgmma from shared memory, accumulators in registers; then scale, shift, residual, ReLU, rounding
-//                     once, in place in the buffer.
+//                     once, in place in the buffer. With statistics, mean and squared deviations per channel of what
+//                     was rounded: of a warp's rows by shuffles (statistics.h), of the tile's through shared
+//                     memory.
 //
 // In turn (TileShape), a warp group begins its products when the other has begun its last, so tensor cores and stores
 // overlap; the turn is also what keeps a warp group from looking at a barrier two phases ahead.
 //
 // Moves: x once per tap and per tile of output channels from L2, once from device memory; w once per tile of positions
-// from L2; residual, y once.
+// from L2; residual, y once; of statistics 8 bytes per channel and tile.
 #pragma once
 
 #include "cuda/sm90/conv_act_tiles.h"
 #include "cuda/sm90/hopper.cuh"
+#include "cuda/sm90/statistics.h"
 
 namespace resnet_kernels::sm90 {
 
-template <class T, int kRows, int kColumns, int kStages, bool kInTurn>
+template <class T, int kRows, int kColumns, int kStages, bool kInTurn, bool kStatistics>
 struct ConvAct {
-  static constexpr TileShape kShape{kRows, kColumns, kStages, kInTurn};
+  static constexpr TileShape kShape{kRows, kColumns, kStages, kInTurn, kStatistics};
   static constexpr int kPositions = kShape.positions();
   static constexpr int kABytes = kPositions * kRow, kBBytes = kColumns * kRow, kStageBytes = kABytes + kBBytes;
   static constexpr int kChunkBytes = kRows * kRow, kBufferBytes = kColumns / kSlice * kChunkBytes;
@@ -39,6 +42,8 @@ struct ConvAct {
   };
   static_assert(sizeof(Barriers) <= 256);
   static_assert(shared_bytes(kShape) <= 227 * 1024);
+  // A thread merges what the four warps know of a channel.
+  static_assert(!kStatistics || (kInTurn && kColumns <= kWarpGroup));
 
   // Which tiles a warp group has: every one of the block's, or every other.
   static __device__ int first_tile(int group) { return blockIdx.x + (kInTurn ? group * gridDim.x : 0); }
@@ -137,7 +142,9 @@ struct ConvAct {
     if (threadIdx.x % kWarpGroup == 0) Barrier::arrive(&barriers.empty[released]);
   }
 
-  static __device__ void finish(const ConvParams& p, float (&d)[kParts][kColumns / 2], uint32_t buffer, int k0) {
+  // left: rows before the last output position. statistics: of the warp group, (4, kColumns).
+  static __device__ void finish(const ConvParams& p, float (&d)[kParts][kColumns / 2], uint32_t buffer, int k0,
+                                int left, float2* statistics) {
     const int t = threadIdx.x % kWarpGroup;
 #pragma unroll
     for (int i = 0; i < kColumns / 8; ++i) {
@@ -158,12 +165,94 @@ struct ConvAct {
             v.x += r.x, v.y += r.y;
           }
           if (p.relu) v = relu(v);
-          store_shared(address, Pair<T>::narrow(v));
+          const uint32_t narrow = Pair<T>::narrow(v);
+          store_shared(address, narrow);
+          if constexpr (kStatistics) {
+            const float2 rounded = Pair<T>::widen(narrow);
+            d[part][4 * i + 2 * half] = rounded.x, d[part][4 * i + 2 * half + 1] = rounded.y;
+          }
         }
+    }
+    if constexpr (kStatistics) take_statistics(d, left, statistics + t / 32 * kColumns);
+  }
+
+  // Of rounded values, what a warp knows: mean and squared deviations of its rows before `left`.
+  static __device__ void take_statistics(const float (&d)[kParts][kColumns / 2], int left, float2* of_warp) {
+    const unsigned lane = threadIdx.x % 32;
+    float there[kParts][2], rows = 0;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        there[part][half] = 64 * part + accumulator_row(threadIdx.x % kWarpGroup, half) < left ? 1.f : 0.f;
+        rows += there[part][half];
+      }
+    const float share = rows > 0 ? 1.f / rows : 0.f;
+    Merge merges[3];
+#pragma unroll
+    for (int round = 0; round < 3; ++round) {
+      const float more = __shfl_xor_sync(~0u, rows, 16 >> round);
+      merges[round] = Merge(rows, more);
+      rows += more;
+    }
+#pragma unroll
+    for (int slice = 0; slice < kColumns / kSlice; ++slice) {
+      float mean[16], M2[16];
+#pragma unroll
+      for (int j = 0; j < 16; ++j) {
+        const int column = 32 * slice + j / 2 * 4 + j % 2;  // of the accumulators, in the thread's first row
+        float sum = 0;
+        M2[j] = 0;
+#pragma unroll
+        for (int part = 0; part < kParts; ++part)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) sum = fmaf(there[part][half], d[part][column + 2 * half], sum);
+        mean[j] = sum * share;
+#pragma unroll
+        for (int part = 0; part < kParts; ++part)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const float off = d[part][column + 2 * half] - mean[j];
+            M2[j] = fmaf(there[part][half] * off, off, M2[j]);
+          }
+      }
+      merge_lanes<8>(mean, M2, merges[0], lane);
+      merge_lanes<4>(mean, M2, merges[1], lane);
+      merge_lanes<2>(mean, M2, merges[2], lane);
+      reinterpret_cast<float4*>(of_warp + slice * kSlice)[lane] = {mean[0], M2[0], mean[1], M2[1]};
     }
   }
 
-  static __device__ void consume(const ConvParams& p, uint32_t ring, uint32_t buffer, Barriers& barriers, int group) {
+  template <int kLeft>
+  static __device__ void merge_lanes(float (&mean)[16], float (&M2)[16], const Merge& merge, unsigned lane) {
+    float mean_given[kLeft], M2_given[kLeft];
+    halve<kLeft>(mean, mean_given, lane);
+    halve<kLeft>(M2, M2_given, lane);
+#pragma unroll
+    for (int j = 0; j < kLeft; ++j)
+      merge(mean[j], M2[j], __shfl_xor_sync(~0u, mean_given[j], 2 * kLeft), __shfl_xor_sync(~0u, M2_given[j], 2 * kLeft));
+  }
+
+  // Of what its four warps know, once per channel.
+  static __device__ void store_statistics(const ConvParams& p, int tile, int left, const float2* statistics, int group) {
+    cutlass::arch::NamedBarrier::sync(kWarpGroup, group);
+    const int column = threadIdx.x % kWarpGroup, k = tile % p.k_tiles * kColumns + column;
+    if (column >= kColumns || k >= p.K) return;
+    float rows = 0, mean = 0, M2 = 0;
+#pragma unroll
+    for (int warp = 0; warp < 4; ++warp) {
+      const float2 of_warp = statistics[warp * kColumns + column];
+      const float more = rows_of_warp(left, warp, kParts);
+      Merge(rows, more)(mean, M2, of_warp.x, of_warp.y);
+      rows += more;
+    }
+    float* const to = p.parts + int64_t{tile / p.k_tiles} * p.K + k;
+    to[0] = mean;
+    to[int64_t{p.tiles / p.k_tiles} * p.K] = M2;
+  }
+
+  static __device__ void consume(const ConvParams& p, uint32_t ring, uint32_t buffer, Barriers& barriers,
+                                 float2* statistics, int group) {
     const int steps = p.taps * p.slices + p.slices2;
     Ring<kStages> at;
     if (kInTurn && group == 1) at.advance(steps);
@@ -173,8 +262,11 @@ struct ConvAct {
       if (kInTurn) Barrier::wait(&barriers.turn[group], phase);
       multiply_tile(p, d, ring, barriers, at, group);
       Barrier::wait(&barriers.loaded[group], phase);
-      finish(p, d, buffer, tile % p.k_tiles * kColumns);
+      const int left = p.M - tile / p.k_tiles * kPositions;
+      finish(p, d, buffer, tile % p.k_tiles * kColumns, left, statistics);
       cutlass::arch::fence_view_async_shared();  // the copy engine reads what was written
+      // Before `ready`: who passes the next `loaded` may write what is read here.
+      if constexpr (kStatistics) store_statistics(p, tile, left, statistics, group);
       Barrier::arrive(&barriers.ready[group]);
       phase ^= 1;
     }
@@ -184,7 +276,8 @@ struct ConvAct {
     extern __shared__ uint8_t memory[];
     const uint32_t base = cute::cast_smem_ptr_to_uint(memory), ring = (base + 1023) / 1024 * 1024;
     const uint32_t buffers = ring + kStages * kStageBytes;
-    Barriers& barriers = *reinterpret_cast<Barriers*>(memory + (buffers + 2 * kBufferBytes - base));
+    uint8_t* const behind = memory + (buffers + 2 * kBufferBytes - base);
+    Barriers& barriers = *reinterpret_cast<Barriers*>(behind);
     if (threadIdx.x == 0) {
       for (int i = 0; i < kStages; ++i) {
         Barrier::init(&barriers.full[i], 1);
@@ -210,19 +303,20 @@ struct ConvAct {
     } else {
       cutlass::arch::warpgroup_reg_alloc<232>();
       const int group = threadIdx.x / kWarpGroup - 1;
-      consume(p, ring, buffers + group * kBufferBytes, barriers, group);
+      float2* const statistics = reinterpret_cast<float2*>(behind + 256 + group * statistics_bytes(kShape));
+      consume(p, ring, buffers + group * kBufferBytes, barriers, statistics, group);
     }
   }
 };
 
-template <class T, int kRows, int kColumns, int kStages, bool kInTurn>
+template <class T, int kRows, int kColumns, int kStages, bool kInTurn, bool kStatistics>
 __global__ void __launch_bounds__(kConvThreads, 1) conv_act_kernel(const __grid_constant__ ConvParams p) {
-  ConvAct<T, kRows, kColumns, kStages, kInTurn>::run(p);
+  ConvAct<T, kRows, kColumns, kStages, kInTurn, kStatistics>::run(p);
 }
 
 template <class T, const TileShape& t>
 const void* conv_act_pointer() {
-  return reinterpret_cast<const void*>(&conv_act_kernel<T, t.rows, t.columns, t.stages, t.in_turn>);
+  return reinterpret_cast<const void*>(&conv_act_kernel<T, t.rows, t.columns, t.stages, t.in_turn, t.statistics>);
 }
 
 // What a tile's file consists of.

@@ -18,23 +18,28 @@ struct ConvParams {
   int stride, padding, dilation, S, taps, slices;
   int slices2;  // of the second product; 0: there is none
   bool residual_there, relu;
+  float* parts;  // means (tiles of positions, K), then squared deviations; where the tile has statistics
 };
 
 // A kernel's tile of kRows positions per warp group x kColumns output channels. In turn: each of the two consumer warp
 // groups has tiles of its own, one multiplies while the other stores; else both share a tile of 2 * kRows positions.
+// Statistics: of the result's values in the tile, per channel; in turn only.
 struct TileShape {
   int rows, columns, stages;
-  bool in_turn;
+  bool in_turn, statistics;
 
   constexpr int positions() const { return rows * (in_turn ? 1 : 2); }
 };
 
 constexpr int kConvThreads = 384;
 
-// Bytes of shared memory: operands' ring, a buffer of the tile's results per warp group, barriers, and what aligns
-// them.
+// Of a warp group: mean and squared deviations of a channel in the rows of each of its four warps.
+constexpr int statistics_bytes(TileShape t) { return t.statistics ? 4 * t.columns * 8 : 0; }
+
+// Bytes of shared memory: operands' ring, a buffer of the tile's results per warp group, barriers, what warps know of
+// statistics, and what aligns them.
 constexpr int shared_bytes(TileShape t) {
-  return t.stages * (t.positions() + t.columns) * 128 + 2 * t.rows * t.columns * 2 + 256 + 1024;
+  return t.stages * (t.positions() + t.columns) * 128 + 2 * t.rows * t.columns * 2 + 256 + 2 * statistics_bytes(t) + 1024;
 }
 
 }  // namespace resnet_kernels::sm90

@@ -51,7 +51,7 @@ from ..contract import (
 
 NAME = "triton"
 SUPPORTS = frozenset(
-    "conv wgrad moments bn_pass finalize residual two_products lazy two_tensors mask reduce data_grad pool gated"
+    "conv wgrad moments bn_pass finalize residual two_products lazy two_tensors mask stats reduce data_grad pool gated"
     " training".split()
 )
 PACKS_FOR_SIZE = False
