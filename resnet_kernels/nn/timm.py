@@ -6,10 +6,11 @@ They are timm's classes: constructor, attributes, parameters and state dict. tim
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
-from timm.layers import BatchNormAct2d, DropBlock2d, DropPath, SEModule
+from timm.layers import BatchNormAct2d, DropBlock2d, DropPath, EcaModule, SEModule
 from timm.layers.norm_act import SyncBatchNormAct
 from timm.models import resnet, resnetv2
 from torch import Tensor, nn
@@ -22,6 +23,18 @@ from .shortcuts import Preactivation
 ACTIVATED = (BatchNormAct2d, SyncBatchNormAct)
 
 
+def _squeezed(module: Any, mean: Tensor) -> Tensor:
+    return module.gate(module.fc2(module.act(module.bn(module.fc1(mean)))))
+
+
+def _efficient(module: Any, mean: Tensor) -> Tensor:
+    """Of efficient channel attention (Wang et al. 2020, arXiv 1910.03151), a convolution along the channels."""
+    logits = module.conv(mean.flatten(2).transpose(1, 2))
+    if module.conv2 is not None:
+        logits = module.conv2(module.act(logits))
+    return module.gate(logits).transpose(1, 2).unsqueeze(3)
+
+
 class _Timm(Gated):
     """What our blocks know of timm's modules."""
 
@@ -31,13 +44,9 @@ class _Timm(Gated):
 
     @staticmethod
     def _excite(module: Any) -> Callable[[Tensor], Tensor] | None:
-        if type(module) is not SEModule or module.add_maxpool:
-            return None
-
-        def excite(mean: Tensor) -> Tensor:
-            return module.gate(module.fc2(module.act(module.bn(module.fc1(mean)))))
-
-        return excite
+        if type(module) is EcaModule:
+            return functools.partial(_efficient, module)
+        return functools.partial(_squeezed, module) if type(module) is SEModule and not module.add_maxpool else None
 
     @staticmethod
     def _drop(module: Any) -> tuple[float, bool] | None:
@@ -50,8 +59,8 @@ class BasicBlock(_Timm, resnet.BasicBlock):
     """`timm.models.resnet.BasicBlock`: y = relu(gate * bn2(conv2(aa(relu(drop_block(bn1(conv1(x))))))) + shortcut(x)).
 
     x: (N, inplanes, H, W) fp64|fp32|bf16|fp16 -> (N, planes, ceil(H/stride), ceil(W/stride)), channels_last if fused.
-    Attention other than squeeze-and-excitation, drop_block, aa, and a shortcut's pooling run as timm's modules between
-    fused parts.
+    Attention but squeeze-and-excitation and ECA's, drop_block, aa, and a shortcut's pooling run as timm's modules
+    between fused parts.
     """
 
     LAYERS = (Layer("conv1", "bn1", "act1", "drop_block", "aa"), Layer("conv2", "bn2"))
