@@ -207,22 +207,29 @@ CONVS = {
 }
 
 
+def drawn(name, dtype):
+    """x, weight, geometry, what is added, and where the result goes."""
+    sizes, K, R, g, what = CONVS[name]
+    weight = draw(K, sizes[1], R, R, dtype=dtype, scale=(sizes[1] * R * R) ** -0.5)
+    maps = (g.output_size(n, R) for n in sizes[2:])
+    y = torch.empty(sizes[0], K, *maps, device="cuda", dtype=dtype).to(memory_format=NHWC)
+    return draw(*sizes, dtype=dtype), weight, g, what, y
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("name", CONVS)
 @pytest.mark.parametrize("tile", sm90.TILES)
 def test_conv_act(tile, name, dtype, poisoned):
-    sizes, K, R, g, what = CONVS[name]
-    x, weight = draw(*sizes, dtype=dtype), draw(K, sizes[1], R, R, dtype=dtype, scale=(sizes[1] * R * R) ** -0.5)
-    P, Q = (g.output_size(n, R) for n in sizes[2:])
+    x, weight, g, what, y = drawn(name, dtype)
+    N, K, P, Q = y.shape
     scale, shift = (torch.randn(K, device="cuda") if part in what else None for part in ("scale", "shift"))
-    residual = draw(sizes[0], K, P, Q, dtype=dtype) if "residual" in what else None
+    residual = draw(N, K, P, Q, dtype=dtype) if "residual" in what else None
     second = None
     if "second" in what:
         # A view: what a projection of stride 2 samples.
-        x2, weight2 = draw(sizes[0], 136, 2 * P, 2 * Q, dtype=dtype), draw(K, 136, 1, 1, dtype=dtype, scale=0.1)
+        x2, weight2 = draw(N, 136, 2 * P, 2 * Q, dtype=dtype), draw(K, 136, 1, 1, dtype=dtype, scale=0.1)
         second = (x2[:, :, ::2, ::2], weight2)
-    y = torch.empty(sizes[0], K, P, Q, device="cuda", dtype=dtype).to(memory_format=NHWC)
     packed = None if second is None else (second[0], krsc(second[1]))
     run = (x, krsc(weight), y, g, tile, scale, shift, packed, residual, "relu" in what)
     sm90.conv_act(*run)
@@ -243,12 +250,10 @@ def test_conv_act(tile, name, dtype, poisoned):
 @pytest.mark.parametrize("name", CONVS)
 @pytest.mark.parametrize("tile", sm90.STATISTICS_TILES)
 def test_statistics_of_a_result(tile, name, dtype, poisoned):
-    sizes, K, R, g, what = CONVS[name]
-    x, weight = draw(*sizes, dtype=dtype), draw(K, sizes[1], R, R, dtype=dtype, scale=(sizes[1] * R * R) ** -0.5)
-    P, Q = (g.output_size(n, R) for n in sizes[2:])
+    x, weight, g, what, y = drawn(name, dtype)
+    plain, K = torch.empty_like(y), y.shape[1]
+    rows = y.numel() // K
     shift = 5 + torch.randn(K, device="cuda")
-    y, plain = (torch.empty(sizes[0], K, P, Q, device="cuda", dtype=dtype).to(memory_format=NHWC) for _ in range(2))
-    rows = sizes[0] * P * Q
     parts = torch.empty(2, -(-rows // 128), K, device="cuda")
     run = (x, krsc(weight), y, g, tile, None, shift, None, None, "relu" in what, parts)
     sm90.conv_act(*run)
