@@ -291,22 +291,23 @@ def step_of_a_network(model, x, t):
 
 def test_a_training_step_of_densenet121():
     """Of 600 tensors some err twice as much by chance: compared are all that are the same of a layer, norm1.weight for
-    one, each over its own size."""
-    model, x, t = torchvision.models.densenet121(num_classes=5).train(), torch.randn(4, 3, 64, 64), torch.arange(4)
-    decided_(model).to(memory_format=NHWC)
-    fused, x = copy.deepcopy(model), x.to(memory_format=NHWC)
-    rk.replace_blocks(fused)
-    assert all(e.why_plain is None for e in rk.explain(fused, x))
-    got, theirs = step_of_a_network(fused, x, t), step_of_a_network(model, x, t)
+    one, each over its own size, of three models (the transitions have three norms)."""
     alike = {}
-    for name, want in step_of_a_network(model.double(), x.double(), t).items():
-        if want.is_floating_point():
-            size = want.square().mean().sqrt().item()
-            rows = [value.flatten() / size for value in (got[name], theirs[name], want)]
-            alike.setdefault(".".join(name.split(".")[-2:]), []).append(rows)
-        else:
-            assert torch.equal(got[name], want), name
-    assert len(alike["conv2.weight"]) == 58
+    for _ in range(3):
+        model, x, t = torchvision.models.densenet121(num_classes=5).train(), torch.randn(4, 3, 64, 64), torch.arange(4)
+        decided_(model).to(memory_format=NHWC)
+        fused, x = copy.deepcopy(model), x.to(memory_format=NHWC)
+        rk.replace_blocks(fused)
+        assert all(e.why_plain is None for e in rk.explain(fused, x))
+        got, theirs = step_of_a_network(fused, x, t), step_of_a_network(model, x, t)
+        for name, want in step_of_a_network(model.double(), x.double(), t).items():
+            if want.is_floating_point():
+                size = want.square().mean().sqrt().item()
+                rows = [value.flatten() / size for value in (got[name], theirs[name], want)]
+                alike.setdefault(".".join(name.split(".")[-2:]), []).append(rows)
+            else:
+                assert torch.equal(got[name], want), name
+    assert len(alike["conv2.weight"]) == 3 * 58
     for name, rows in alike.items():
         assert_matches(*map(torch.cat, zip(*rows, strict=True)), 4 * 32 * 32, name, maximum=False)
 
