@@ -106,11 +106,16 @@ def load() -> tuple[Any, str | None]:
         library = ctypes.CDLL(str(built[0]))
     except OSError as error:
         return None, f"the kernels for sm_90a do not load: {error}"
+    return declared(library), None
+
+
+def declared(library: Any) -> Any:
+    """The library, its functions' types told."""
     for name in ("conv_act", "pair", "tail", "stem"):
         function = getattr(library, f"resnet_kernels_sm90_{name}")
         function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_char_p
     library.resnet_kernels_sm90_tiles.restype = ctypes.c_char_p
-    return library, None
+    return library
 
 
 @functools.cache
@@ -178,9 +183,11 @@ def _run(name: str, call: ctypes.Structure, device: torch.device) -> None:
     if library is None:
         raise RuntimeError(f"sm90 {name}: {reason}")
     with torch.cuda.device(device):
-        wrong = getattr(library, f"resnet_kernels_sm90_{name}")(
-            ctypes.byref(call), torch.cuda.current_stream(device).cuda_stream
-        )
+        invoke(library, name, call, torch.cuda.current_stream(device).cuda_stream)
+
+
+def invoke(library: Any, name: str, call: ctypes.Structure, stream: int | None) -> None:
+    wrong = getattr(library, f"resnet_kernels_sm90_{name}")(ctypes.byref(call), stream)
     if wrong is not None:
         raise RuntimeError(wrong.decode())
 

@@ -1,10 +1,6 @@
 // From a call of the library to a launch, on the host.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
-#include <algorithm>
-#include <cstdint>
 #include <exception>
 #include <stdexcept>
 #include <string>
@@ -13,25 +9,6 @@ namespace resnet_kernels::sm90 {
 
 inline int output_size(int size, int kernel, int stride, int padding, int dilation) {
   return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
-}
-
-// tiles: that blocks take in turn, at most one block a multiprocessor.
-template <class Params>
-void run(const void* kernel, int64_t tiles, int multiprocessors, int threads, int bytes, Params& params,
-         cudaStream_t stream) {
-  if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
-    throw std::runtime_error("no " + std::to_string(bytes) + " bytes of shared memory: " + cudaGetErrorString(error));
-  void* arguments[] = {&params};
-  // Its blocks may begin before the kernel ahead of it in the stream has ended: they wait themselves.
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(tiles, multiprocessors))),
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = bytes, config.stream = stream, config.attrs = &early, config.numAttrs = 1;
-  if (const auto error = cudaLaunchKernelExC(&config, kernel, arguments))
-    throw std::runtime_error(std::string("the launch failed: ") + cudaGetErrorString(error));
 }
 
 // Null, or what went wrong: good until the thread's next call.

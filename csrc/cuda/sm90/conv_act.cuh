@@ -102,7 +102,7 @@ struct ConvAct {
       cute::tma_store_arrive();
       cute::tma_store_wait<0>();  // the buffer has been read
     }
-    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");  // and all has been written
+    await_stores();  // and all has been written
   }
 
   static __device__ void multiply_tile(const ConvParams& p, float (&d)[kParts][kColumns / 2], uint32_t ring,

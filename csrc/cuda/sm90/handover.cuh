@@ -58,7 +58,7 @@ __device__ void move_steps(int steps, StepBarriers<kBuffers>& barriers, Load loa
     if (step + kBuffers < steps) load(step + kBuffers, at.slot, &barriers.loaded[at.slot]);
     at.advance();
   }
-  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");  // and all is written
+  await_stores();  // and all is written
 }
 
 // The multiplying warp group's.

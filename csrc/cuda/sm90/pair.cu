@@ -4,6 +4,7 @@
 
 #include "cuda/sm90/api.h"
 #include "cuda/sm90/call.h"
+#include "cuda/sm90/launch.h"
 #include "cuda/sm90/tensor_map.h"
 
 namespace resnet_kernels::sm90 {

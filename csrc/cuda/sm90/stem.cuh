@@ -83,7 +83,7 @@ struct Stem {
       if (pixel % 8) v = __ldg(reinterpret_cast<const uint2*>(w + k * 224 + value - 4));
       const uint32_t row = to + value / 64 * (kStemChannels * kRow) + k * kRow;
       const uint32_t address = row + (value % 64 / 8 ^ k % 8) * 16 + value % 8 * 2;
-      asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(address), "r"(v.x), "r"(v.y) : "memory");
+      store_shared(address, v);
     }
     cutlass::arch::fence_view_async_shared();
     cutlass::arch::NamedBarrier::arrive_and_wait(kStemGroups * kWarpGroup, kStemGroups);
@@ -145,7 +145,7 @@ struct Stem {
       for (int half = 0; half < 2; ++half) {
         const int k = 16 * (t / 32) + lane / 4 + 8 * half;
         const uint32_t address = buffer + q * kRow + ((k / 8 ^ q % 8) * 16) + k % 8 * 2;
-        asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(static_cast<uint16_t>(y >> 16 * half)) : "memory");
+        store_shared(address, static_cast<uint16_t>(y >> 16 * half));
       }
     }
   }
@@ -196,7 +196,7 @@ struct Stem {
       }
       for (int stage = 0; stage < 3; ++stage) release();
     });
-    if (t == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+    if (t == 0) await_stores();
   }
 
   static __device__ void run(const StemParams& p) {

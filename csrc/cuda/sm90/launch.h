@@ -1,0 +1,32 @@
+// A launch of the kernels for sm_90a.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace resnet_kernels::sm90 {
+
+// tiles: that blocks take in turn, at most one block a multiprocessor.
+template <class Params>
+void run(const void* kernel, int64_t tiles, int multiprocessors, int threads, int bytes, Params& params,
+         cudaStream_t stream) {
+  if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
+    throw std::runtime_error("no " + std::to_string(bytes) + " bytes of shared memory: " + cudaGetErrorString(error));
+  void* arguments[] = {&params};
+  // Its blocks may begin before the kernel ahead of it in the stream has ended: they wait themselves.
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(tiles, multiprocessors))),
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = bytes, config.stream = stream, config.attrs = &early, config.numAttrs = 1;
+  if (const auto error = cudaLaunchKernelExC(&config, kernel, arguments))
+    throw std::runtime_error(std::string("the launch failed: ") + cudaGetErrorString(error));
+}
+
+}  // namespace resnet_kernels::sm90

@@ -1,0 +1,47 @@
+// In place of csrc/cuda/sm90/launch.h: a launch on this CPU, done when it returns.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/sm90/copy_engine.h"
+#include "cuda/sm90/shared_memory.h"
+#include "cuda/sm90/tensor_cores.h"
+#include "threads.h"
+
+namespace emulation {
+
+inline const char* what_a_thread_left(unsigned thread) {
+  if (thread < stores.size() && !(stores[thread].open.empty() && stores[thread].groups.empty()))
+    return "its stores were awaited";
+  if (thread / kWarpGroup < warp_groups.size()) {
+    const auto& of = warp_groups[thread / kWarpGroup].of;
+    if (!of.empty() && !of[thread % kWarpGroup].open.empty()) return "its products were awaited";
+  }
+  return nullptr;
+}
+
+inline void begin_block(uint32_t bytes) {
+  take_shared_memory(bytes);
+  stores.clear();
+  warp_groups.clear();
+  left_behind = what_a_thread_left;
+}
+
+}  // namespace emulation
+
+namespace resnet_kernels::sm90 {
+
+template <class Params>
+void run(const void* kernel, int64_t tiles, int multiprocessors, int threads, int bytes, Params& params, cudaStream_t) {
+  const auto function = reinterpret_cast<void (*)(Params)>(const_cast<void*>(kernel));
+  const dim3 grid(std::min<int64_t>(tiles, multiprocessors)), size(threads);
+  for (unsigned x = 0; x < grid.x; ++x) {
+    emulation::begin_block(bytes);
+    emulation::run_block(grid, size, dim3(x), [&] { function(params); });
+  }
+}
+
+}  // namespace resnet_kernels::sm90
