@@ -2,6 +2,7 @@
 // waits for what will never come is told as a deadlock, with who waits.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 #include <vector_types.h>
 
@@ -19,9 +20,14 @@ namespace emulation {
 constexpr int kWarp = 32;
 constexpr size_t kStackBytes = 256 << 10;
 
+// Where a fiber runs, kept from block to block: to make one asks the system for memory. _setjmp and _longjmp, unlike
+// swapcontext, do not ask it at every turn for the signals that are blocked.
+struct Place {
+  jmp_buf at;
+  std::unique_ptr<char[]> stack;
+};
+
 struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack{new char[kStackBytes]};
   dim3 thread;
   const char* waits_for = nullptr;
   bool done = false;
@@ -37,7 +43,7 @@ struct Block {
   std::vector<Fiber> fibers;
   unsigned alive = 0, current = 0;
   bool progress = false;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   const std::function<void()>* body = nullptr;
   std::string failure;
   Meeting all, named[16];
@@ -55,7 +61,11 @@ inline Block* block = nullptr;
 // What was started and nobody awaited when a thread ends: null, or what it is.
 inline const char* (*left_behind)(unsigned thread) = nullptr;
 
-inline void yield() { swapcontext(&block->me().context, &block->scheduler); }
+inline std::vector<Place> places;
+
+inline void yield() {
+  if (!_setjmp(places[block->current].at)) _longjmp(block->scheduler, 1);
+}
 
 template <class Predicate>
 void await(const char* what, Predicate there) {
@@ -107,12 +117,34 @@ T exchange(uint32_t mask, T mine, unsigned from) {
 }
 inline unsigned lane() { return block->current % kWarp; }
 
-inline void run_fiber() {
-  (*block->body)();
-  if (const char* what = left_behind ? left_behind(block->current) : nullptr) fail(std::string("ends before ") + what);
-  block->me().done = true;
-  --block->alive;
-  block->progress = true;
+// One thread of each block after the other.
+inline void run_fibers() {
+  for (;; yield()) {
+    (*block->body)();
+    if (const char* what = left_behind ? left_behind(block->current) : nullptr) fail(std::string("ends before ") + what);
+    block->me().done = true;
+    --block->alive;
+    block->progress = true;
+  }
+}
+
+// Runs the current thread until it waits or ends.
+[[gnu::noinline]] inline void resume() {
+  if (_setjmp(block->scheduler)) return;
+  Place& place = places[block->current];
+  if (place.stack) _longjmp(place.at, 1);
+  place.stack.reset(new char[kStackBytes]);
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = place.stack.get(), context.uc_stack.ss_size = kStackBytes, context.uc_link = nullptr;
+  makecontext(&context, run_fibers, 0);
+  setcontext(&context);
+}
+
+// Those that wait for what will never come are given up, with what they hold.
+[[noreturn]] inline void give_up(const std::string& why) {
+  places.clear();
+  throw std::runtime_error(why);
 }
 
 inline bool chance(Block& b) { return (b.random = b.random * 1664525u + 1013904223u) >> 31; }
@@ -133,20 +165,15 @@ inline void run_block(dim3 grid, dim3 size, dim3 index, const std::function<void
   b.grid = grid, b.size = size, b.index = index, b.body = &body, b.random = 2 * index.x + 1;
   b.alive = b.threads();
   b.fibers.resize(b.alive), b.exchanged.resize(b.alive), b.warps.resize((b.alive + kWarp - 1) / kWarp);
-  for (unsigned i = 0; i < b.fibers.size(); ++i) {
-    Fiber& f = b.fibers[i];
-    f.thread = dim3(i % size.x, i / size.x % size.y, i / size.x / size.y);
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.get(), f.context.uc_stack.ss_size = kStackBytes;
-    f.context.uc_link = &b.scheduler;
-    makecontext(&f.context, run_fiber, 0);
-  }
+  for (unsigned i = 0; i < b.fibers.size(); ++i)
+    b.fibers[i].thread = dim3(i % size.x, i / size.x % size.y, i / size.x / size.y);
+  if (places.size() < b.fibers.size()) places.resize(b.fibers.size());
   while (b.alive > 0 || !b.under_way.empty()) {
     b.progress = false;
     for (b.current = 0; b.current < b.fibers.size(); ++b.current) {
       if (b.me().done) continue;
-      swapcontext(&b.scheduler, &b.me().context);
-      if (!b.failure.empty()) throw std::runtime_error(b.failure);
+      resume();
+      if (!b.failure.empty()) give_up(b.failure);
     }
     // What is under way arrives sooner or later, the last first.
     for (size_t i = b.under_way.size(); i-- > 0;)
@@ -156,8 +183,8 @@ inline void run_block(dim3 grid, dim3 size, dim3 index, const std::function<void
         arrives();
         b.progress = true;
       }
-    if (!b.failure.empty()) throw std::runtime_error(b.failure);
-    if (!b.progress) throw std::runtime_error(who_waits(b));
+    if (!b.failure.empty()) give_up(b.failure);
+    if (!b.progress) give_up(who_waits(b));
   }
 }
 
