@@ -1,4 +1,5 @@
-// The Python module resnet_kernels._C: what was built, and the C++ and CUDA primitives the backends call.
+// The Python module resnet_kernels._C: what was built, and the C++ primitives the backends call. Those in CUDA are in the
+// same library, behind a C interface (cuda/api.h).
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
@@ -11,10 +12,7 @@
 #include "cpu/reductions.h"
 
 #ifdef RESNET_KERNELS_CUDA
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-
-#include "cuda/launchers.h"
+#include <cuda_runtime_api.h>
 #endif
 
 namespace py = pybind11;
@@ -69,44 +67,6 @@ py::tuple bn_pass(const LazyTuple& x, const std::optional<at::Tensor>& shift, co
   return py::make_tuple(y, py::make_tuple(passed.first, passed.second));
 }
 
-#ifdef RESNET_KERNELS_CUDA
-resnet_kernels::Scalar scalar_of(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat: return resnet_kernels::Scalar::kFloat;
-    case at::kHalf: return resnet_kernels::Scalar::kHalf;
-    case at::kBFloat16: return resnet_kernels::Scalar::kBFloat16;
-    default: TORCH_CHECK(false, "x: expected float32, float16 or bfloat16, got ", type);
-  }
-}
-
-at::Tensor cuda_bn_pass(const at::Tensor& x, const std::optional<at::Tensor>& scale,
-                        const std::optional<at::Tensor>& shift, const std::optional<at::Tensor>& residual, bool relu) {
-  TORCH_CHECK(x.is_cuda(), "x: expected a CUDA tensor, got one on ", x.device());
-  resnet_kernels::check_nhwc(x, "x");
-  const int64_t C = x.size(1);
-  const auto per_channel = [&](const std::optional<at::Tensor>& t, const char* name) -> const float* {
-    if (!t.has_value()) return nullptr;
-    RK_CHECK_EQ(t->device(), x.device(), name);
-    resnet_kernels::check_per_channel(*t, C, name);
-    return t->const_data_ptr<float>();
-  };
-  if (residual.has_value()) {
-    RK_CHECK_EQ(residual->device(), x.device(), "residual");
-    RK_CHECK_EQ(residual->scalar_type(), x.scalar_type(), "residual: dtype");
-    RK_CHECK_EQ(residual->sizes(), x.sizes(), "residual: sizes");
-    resnet_kernels::check_nhwc(*residual, "residual");
-  }
-  const c10::cuda::CUDAGuard guard(x.device());
-  auto y = at::empty_like(x);
-  const auto error = resnet_kernels::bn_pass(
-      scalar_of(x.scalar_type()), y.mutable_data_ptr(), x.const_data_ptr(), per_channel(scale, "scale"),
-      per_channel(shift, "shift"), residual ? residual->const_data_ptr() : nullptr, relu, x.numel() / std::max<int64_t>(C, 1),
-      C, c10::cuda::getCurrentCUDAStream());
-  TORCH_CHECK(error == cudaSuccess, "bn_pass: ", cudaGetErrorString(error), " for x of sizes ", x.sizes());
-  return y;
-}
-#endif
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -152,7 +112,4 @@ PYBIND11_MODULE(_C, m) {
   m.def("second_moments", &resnet_kernels::cpu_second_moments, py::call_guard<py::gil_scoped_release>());
   m.def("max_pool_relu", &resnet_kernels::cpu_max_pool_relu, py::call_guard<py::gil_scoped_release>());
   m.def("max_pool_relu_winners", &resnet_kernels::cpu_max_pool_relu_winners, py::call_guard<py::gil_scoped_release>());
-#ifdef RESNET_KERNELS_CUDA
-  m.def("cuda_bn_pass", &cuda_bn_pass, py::call_guard<py::gil_scoped_release>());
-#endif
 }

@@ -1,0 +1,333 @@
+// Passes over a map with everything that training applies in them, and what they reduce to.
+//
+//     t = epilogue(x)     reduced: statistics of t  |  sum(t), sum(t * (normalized - mean))  |  bits, where not (t <= 0)
+//
+// A block owns up to 32 vectors of eight channels and `span` rows; a thread one vector and every `down`-th row, whose
+// loads it starts a few rows at a time before it waits for any, so that 32 KB or more per multiprocessor are under way:
+// at 4.3 TB/s and 700 ns that is what copy speed takes. Vectors per channel come from L1 again for every few rows; in
+// registers they would halve the threads. What an operand does not hold costs a branch that all threads take alike.
+//
+// Statistics are Welford's update per thread, then Chan's formula over the block's rows, here, and over the parts, in
+// `merge_kernel`, always in the same order.
+//
+// Moves: the operand, its second tensor and mask, the residual and its mask, the normalized tensor and the epilogue's
+// mask once (where two of them are the same tensor, the second time from L1); y once if it is wanted; a bit per element;
+// 8 bytes per channel and part.
+#pragma once
+
+#include <cmath>
+
+#include "cuda/api.h"
+#include "cuda/elements.cuh"
+#include "cuda/instructions.cuh"
+
+namespace resnet_kernels {
+
+enum Reduce { kNothing, kStats, kSums, kBits };
+enum MaskKind { kNoMask, kMaskBits, kMaskBytes, kMaskTensor };
+
+constexpr int kThreads = 256;
+constexpr int kMostAcross = 32;
+
+// How a block's threads lie over vectors of channels and rows.
+struct Layout {
+  int across, down, tiles;
+
+  __host__ __device__ explicit Layout(int C) {
+    const int vectors = (C + 7) / 8;
+    tiles = (vectors + kMostAcross - 1) / kMostAcross;
+    across = (vectors + tiles - 1) / tiles;
+    down = kThreads / across;
+  }
+};
+
+// Blocks of a multiprocessor, and rows of a thread that it loads at a time: what registers hold without spilling. kFull:
+// with a second tensor or a residual.
+template <int kReduce, bool kAligned, bool kFull>
+constexpr int kResident = !kAligned || kReduce == kStats || kReduce == kSums ? 2 : kFull ? 3 : 4;
+template <typename T, int kReduce, bool kFull>
+__host__ __device__ constexpr int rows_at_once() {
+  constexpr int kBytes = kFull ? 2 : kReduce == kStats ? 12 : kReduce == kSums ? 6 : 4;
+  return kBytes < sizeof(T) ? 1 : kBytes / static_cast<int>(sizeof(T));
+}
+
+struct Position {
+  int n, h, w;
+};
+
+__device__ inline Position position(const ResnetKernelsPass& p, uint32_t m) {
+  if (!p.mapped) return {0, 0, static_cast<int>(m)};
+  const uint32_t line = m / static_cast<uint32_t>(p.Q), image = line / static_cast<uint32_t>(p.P);
+  return {static_cast<int>(image), static_cast<int>(line - image * p.P), static_cast<int>(m - line * p.Q)};
+}
+
+__device__ inline int64_t offset(const ResnetKernelsView& view, const Position& at) {
+  return at.n * view.n + at.h * view.h + at.w * view.w;
+}
+
+// Where the residual stands, and its own position there.
+__device__ inline bool stands(const ResnetKernelsPass& p, const Position& at) {
+  return p.spread == 1 || (at.h % p.spread == 0 && at.w % p.spread == 0);
+}
+__device__ inline Position spread(const ResnetKernelsPass& p, const Position& at) {
+  return p.spread == 1 ? at : Position{at.n, at.h / p.spread, at.w / p.spread};
+}
+
+template <typename T>
+__device__ inline float rounded(float v) {
+  return widen(narrow<T>(v));
+}
+
+__device__ inline void masked(uint32_t keep, float (&t)[8]) {
+#pragma unroll
+  for (int k = 0; k < 8; ++k) t[k] = keep >> k & 1 ? t[k] : 0.f;
+}
+
+// Bit k: whether channel c + k is kept.
+template <typename T, bool kAligned>
+__device__ inline uint32_t kept(const ResnetKernelsMask& mask, const Position& at, int c, int left) {
+  const int64_t row = offset(mask.view, at);
+  if (mask.kind == kMaskBits) return static_cast<const uint8_t*>(mask.view.data)[row + c / 8];
+  uint32_t keep = 0;
+  if (mask.kind == kMaskBytes) {
+    const auto* bytes = static_cast<const uint8_t*>(mask.view.data) + row + c;
+    if constexpr (kAligned) {
+      const uint2 all = *reinterpret_cast<const uint2*>(bytes);
+#pragma unroll
+      for (int k = 0; k < 8; ++k) keep |= ((((k < 4 ? all.x : all.y) >> (k % 4 * 8)) & 0xff) != 0) << k;
+    } else {
+#pragma unroll
+      for (int k = 0; k < 8; ++k) keep |= (k < left && bytes[k] != 0) << k;
+    }
+    return keep;
+  }
+  const auto raw = load<T, kAligned>(mask.view.data, row + c, left);
+  Eight<float> t;
+#pragma unroll
+  for (int k = 0; k < 8; ++k) t.v[k] = widen(raw.v[k]);
+  if (mask.a) {
+    const auto a = per_channel<kAligned>(mask.a, c, left), b = per_channel<kAligned>(mask.b, c, left);
+#pragma unroll
+    for (int k = 0; k < 8; ++k) t.v[k] = rounded<T>(fmaf(a.v[k], t.v[k], b.v[k]));
+  }
+  // A ReLU changes nothing about what is not greater than zero. NaN is kept.
+#pragma unroll
+  for (int k = 0; k < 8; ++k) keep |= !(t.v[k] <= 0.f) << k;
+  return keep;
+}
+
+// What an operand stands for, from what was loaded of it.
+template <typename T, bool kAligned, bool kSecond>
+__device__ inline void value(const ResnetKernelsOperand& o, const Eight<T>& x, const Eight<T>& second, const Position& at,
+                             int c, int left, float (&t)[8]) {
+#pragma unroll
+  for (int k = 0; k < 8; ++k) t[k] = widen(x.v[k]);
+  if (o.mask.kind != kNoMask) masked(kept<T, kAligned>(o.mask, at, c, left), t);
+  if (o.a) {
+    const auto a = per_channel<kAligned>(o.a, c, left);
+    Eight<float> b = {};
+    if (o.b) b = per_channel<kAligned>(o.b, c, left);
+#pragma unroll
+    for (int k = 0; k < 8; ++k) t[k] = fmaf(a.v[k], t[k], b.v[k]);
+  }
+  if (kSecond && o.second.data) {
+    const auto a = per_channel<kAligned>(o.a2, c, left), mean = per_channel<kAligned>(o.mean, c, left);
+#pragma unroll
+    for (int k = 0; k < 8; ++k) t[k] = fmaf(a.v[k], widen(second.v[k]) - mean.v[k], t[k]);
+  }
+  if (o.relu) {
+#pragma unroll
+    for (int k = 0; k < 8; ++k) t[k] = relu(t[k]);
+  }
+  if constexpr (sizeof(T) < 4) {
+    if (o.rounds) {
+#pragma unroll
+      for (int k = 0; k < 8; ++k) t[k] = rounded<T>(t[k]);
+    }
+  } else if (o.centre) {
+    const auto centre = per_channel<kAligned>(o.centre, c, left);
+#pragma unroll
+    for (int k = 0; k < 8; ++k) t[k] -= centre.v[k];
+  }
+}
+
+// Of what a thread reduces per channel: statistics, or two sums.
+template <int kReduce>
+struct Totals {
+  float one[8] = {}, two[8] = {}, rows = 0;
+
+  __device__ void add(const float (&t)[8], const float (&off)[8]) {
+    rows += 1;
+    const float share = 1.f / rows;
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      if constexpr (kReduce == kStats) {
+        const float d = t[k] - one[k];
+        one[k] = fmaf(d, share, one[k]);
+        two[k] = fmaf(d, t[k] - one[k], two[k]);
+      } else {
+        one[k] += t[k];
+        two[k] = fmaf(t[k], off[k], two[k]);
+      }
+    }
+  }
+};
+
+// The block's part of what its threads reduced. rows: of the part, the i-th of which thread row i % down had.
+template <int kReduce>
+__device__ inline void store_part(const ResnetKernelsPass& p, const Layout& layout, const Totals<kReduce>& mine, int tile,
+                                  int64_t part, int rows, bool active) {
+  __shared__ float one[kThreads * 8], two[kThreads * 8];
+  const int width = layout.across * 8;
+  if (active) {
+#pragma unroll
+    for (int k = 0; k < 8; ++k) one[threadIdx.x * 8 + k] = mine.one[k], two[threadIdx.x * 8 + k] = mine.two[k];
+  }
+  __syncthreads();
+  const int c = tile * width + threadIdx.x;
+  if (static_cast<int>(threadIdx.x) >= width || c >= p.C) return;
+  const int down = rows < layout.down ? rows : layout.down;
+  // In fp64, as all that many rows share: a thousandth of the additions.
+  double first = 0, second = 0;
+  const auto count = [&](int r) { return static_cast<double>((rows - r + layout.down - 1) / layout.down); };
+  for (int r = 0; r < down; ++r) {
+    first += one[r * width + threadIdx.x] * (kReduce == kStats ? count(r) : 1.);
+    if constexpr (kReduce == kSums) second += two[r * width + threadIdx.x];
+  }
+  if constexpr (kReduce == kStats) {
+    first /= rows;
+    for (int r = 0; r < down; ++r) {
+      const double off = one[r * width + threadIdx.x] - first;
+      second += two[r * width + threadIdx.x] + count(r) * off * off;
+    }
+  }
+  const int64_t parts = (p.M + p.span - 1) / p.span;
+  p.parts[part * p.C + c] = static_cast<float>(first);
+  p.parts[(parts + part) * p.C + c] = static_cast<float>(second);
+}
+
+template <typename T, int kReduce, bool kAligned, bool kFull>
+__global__ void __launch_bounds__(kThreads, kResident<kReduce, kAligned, kFull>) pass_kernel(const __grid_constant__ ResnetKernelsPass p) {
+  constexpr int kCount = rows_at_once<T, kReduce, kFull>();
+  const Layout layout(p.C);
+  const int tile = blockIdx.x % layout.tiles;
+  const int64_t part = blockIdx.x / layout.tiles, first = part * p.span;
+  const int rows = static_cast<int>(p.M - first < p.span ? p.M - first : p.span);
+  const int across = threadIdx.x % layout.across, down = threadIdx.x / layout.across;
+  const int c = (tile * layout.across + across) * 8, left = p.C - c, left_residual = p.residual.channels - c;
+  const bool active = down < layout.down && left > 0;
+  Totals<kReduce> totals;
+  for (int i = down; active && i < rows; i += kCount * layout.down) {
+    Position at[kCount];
+    Eight<T> x[kCount], second[kCount], normalized[kCount], residual[kCount];
+    bool adds[kCount];
+#pragma unroll
+    for (int r = 0; r < kCount; ++r) {
+      // Beyond the last row the last is loaded again, and nothing made of it.
+      const int row = i + r * layout.down < rows ? i + r * layout.down : rows - 1;
+      at[r] = position(p, static_cast<uint32_t>(first + row));
+      x[r] = load<T, kAligned>(p.x.view.data, offset(p.x.view, at[r]) + c, left);
+      if (kFull && p.x.second.data)
+        second[r] = load<T, kAligned>(p.x.second.data, offset(p.x.second, at[r]) + c, left);
+      if constexpr (kFull) {
+        adds[r] = p.residual.view.data && left_residual > 0 && stands(p, at[r]);
+        if (adds[r])
+          residual[r] = load<T, kAligned>(p.residual.view.data, offset(p.residual.view, spread(p, at[r])) + c, left_residual);
+      }
+      if (kReduce == kSums && p.normalized.data)
+        normalized[r] = load<T, kAligned>(p.normalized.data, offset(p.normalized, at[r]) + c, left);
+    }
+#pragma unroll
+    for (int r = 0; r < kCount; ++r) {
+      if (i + r * layout.down >= rows) break;
+      float t[8];
+      value<T, kAligned, kFull>(p.x, x[r], second[r], at[r], c, left, t);
+      if (p.shift) {
+        const auto shift = per_channel<kAligned>(p.shift, c, left);
+#pragma unroll
+        for (int k = 0; k < 8; ++k) t[k] += shift.v[k];
+      }
+      if constexpr (kFull) {
+        if (adds[r]) {
+          float u[8];
+          value<T, kAligned, false>(p.residual, residual[r], {}, spread(p, at[r]), c, left_residual, u);
+#pragma unroll
+          for (int k = 0; k < 8; ++k)
+            if (kAligned || k < left_residual) t[k] += u[k];
+        }
+      }
+      if (p.relu) {
+#pragma unroll
+        for (int k = 0; k < 8; ++k) t[k] = relu(t[k]);
+      }
+      if (p.mask.kind != kNoMask) masked(kept<T, kAligned>(p.mask, at[r], c, left), t);
+      const int64_t m = first + i + r * layout.down;
+      Eight<T> y;
+#pragma unroll
+      for (int k = 0; k < 8; ++k) y.v[k] = narrow<T>(t[k]), t[k] = widen(y.v[k]);
+      if (p.y) store<T, kAligned>(p.y, m * p.C + c, left, y);
+      if constexpr (kReduce == kStats) totals.add(t, t);
+      if constexpr (kReduce == kSums) {
+        float off[8] = {};
+        if (p.normalized.data) {
+          const auto mean = per_channel<kAligned>(p.mean, c, left);
+#pragma unroll
+          for (int k = 0; k < 8; ++k) off[k] = widen(normalized[r].v[k]) - mean.v[k];
+        }
+        totals.add(t, off);
+      }
+      if constexpr (kReduce == kBits) {
+        uint32_t bits = 0;
+#pragma unroll
+        for (int k = 0; k < 8; ++k) bits |= ((kAligned || k < left) && !(t[k] <= 0.f)) << k;
+        p.bits[m * ((p.C + 7) / 8) + c / 8] = static_cast<uint8_t>(bits);
+      }
+    }
+  }
+  if constexpr (kReduce == kStats || kReduce == kSums)
+    store_part<kReduce>(p, layout, totals, tile, part, rows, active);
+}
+
+constexpr int kMergeChannels = 32, kMergeLanes = kThreads / kMergeChannels;
+
+// The sum of a value per lane for each of the block's channels, in the order of the lanes.
+__device__ inline double over_lanes(double mine) {
+  __shared__ double values[kThreads];
+  __syncthreads();
+  values[threadIdx.x] = mine;
+  __syncthreads();
+  double total = 0;
+  for (int lane = 0; lane < kMergeLanes; ++lane) total += values[lane * kMergeChannels + threadIdx.x % kMergeChannels];
+  return total;
+}
+
+// The parts of a pass into its result. A block owns 32 channels; reads 8 bytes per channel and part, twice for
+// statistics. In fp64: an error of a mean is the same in every row.
+template <int kReduce>
+__global__ void __launch_bounds__(kThreads) merge_kernel(const __grid_constant__ ResnetKernelsPass p) {
+  const int c = blockIdx.x * kMergeChannels + threadIdx.x % kMergeChannels, lane = threadIdx.x / kMergeChannels;
+  const bool known = c < p.C;
+  const int parts = static_cast<int>((p.M + p.span - 1) / p.span);
+  const float *one = p.parts + c, *two = one + static_cast<int64_t>(parts) * p.C;
+  const auto rows = [&](int i) { return static_cast<double>(i + 1 < parts ? p.span : p.M - i * p.span); };
+  double first = 0, second = 0;
+  for (int i = lane; known && i < parts; i += kMergeLanes) {
+    const double share = kReduce == kStats ? rows(i) : 1.;
+    first += share * one[static_cast<int64_t>(i) * p.C];
+    if constexpr (kReduce == kSums) second += two[static_cast<int64_t>(i) * p.C];
+  }
+  first = over_lanes(first);
+  if constexpr (kReduce == kStats) {
+    first /= static_cast<double>(p.M);
+    for (int i = lane; known && i < parts; i += kMergeLanes) {
+      const double off = one[static_cast<int64_t>(i) * p.C] - first;
+      second += two[static_cast<int64_t>(i) * p.C] + rows(i) * off * off;
+    }
+  }
+  second = over_lanes(second);
+  if (lane > 0 || !known) return;
+  p.first[c] = static_cast<float>(first);
+  p.second[c] = static_cast<float>(kReduce == kSums && p.rstd ? second * p.rstd[c] : second);
+}
+
+}  // namespace resnet_kernels

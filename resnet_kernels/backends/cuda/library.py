@@ -1,0 +1,186 @@
+"""The CUDA C++ kernels as a C library (csrc/cuda/api.h), called by ctypes. A thing with `Library`'s names may stand in
+its place: the tests' runs the kernels on a CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import extension
+
+
+class View(ctypes.Structure):
+    """ResnetKernelsView."""
+
+    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in "nhw")]
+
+
+class Mask(ctypes.Structure):
+    """ResnetKernelsMask."""
+
+    _fields_ = [
+        ("view", View),
+        *((name, ctypes.c_void_p) for name in "ab"),
+        *((name, ctypes.c_int32) for name in ("kind", "relu")),
+    ]
+
+
+class Source(ctypes.Structure):
+    """ResnetKernelsOperand."""
+
+    _fields_ = [
+        *((name, View) for name in ("view", "second")),
+        ("mask", Mask),
+        *((name, ctypes.c_void_p) for name in "a b a2 mean centre".split()),
+        *((name, ctypes.c_int32) for name in "relu rounds channels".split()),
+    ]
+
+
+class Pass(ctypes.Structure):
+    """ResnetKernelsPass."""
+
+    _fields_ = [
+        *((name, Source) for name in ("x", "residual")),
+        ("mask", Mask),
+        ("normalized", View),
+        *((name, ctypes.c_void_p) for name in "shift mean rstd y bits parts first second".split()),
+        *((name, ctypes.c_int64) for name in ("M", "span")),
+        *((name, ctypes.c_int32) for name in "P Q C spread relu reduce mapped aligned type".split()),
+    ]
+
+
+class Table(ctypes.Structure):
+    """ResnetKernelsTable."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in "mean M2 gamma beta table".split()),
+        *((name, ctypes.c_double) for name in "rows least eps".split()),
+        ("K", ctypes.c_int64),
+    ]
+
+
+class BnGrad(ctypes.Structure):
+    """ResnetKernelsBnGrad."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in "dbeta dgamma a rstd be shift".split()),
+        ("rows", ctypes.c_double),
+        ("K", ctypes.c_int64),
+    ]
+
+
+class ProductOf(ctypes.Structure):
+    """ResnetKernelsProduct."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in "weight mu M2 product".split()),
+        ("rows", ctypes.c_double),
+        *((name, ctypes.c_int32) for name in "K J type".split()),
+    ]
+
+
+class ProductTable(ctypes.Structure):
+    """ResnetKernelsProductTable."""
+
+    _fields_ = [
+        ("of", ProductOf),
+        *((name, ctypes.c_void_p) for name in "gamma beta table".split()),
+        *((name, ctypes.c_double) for name in ("least", "eps")),
+    ]
+
+
+class TailGradCall(ctypes.Structure):
+    """ResnetKernelsTailGrad."""
+
+    _fields_ = [
+        ("of", ProductOf),
+        *((name, ctypes.c_void_p) for name in "sg G centre a mean rstd dweight dgamma q v A B".split()),
+    ]
+
+
+class PoolCall(ctypes.Structure):
+    """ResnetKernelsPool."""
+
+    _fields_ = [
+        ("x", View),
+        *((name, ctypes.c_void_p) for name in ("y", "winners")),
+        *((name, ctypes.c_int32) for name in "N C H W P Q kernel stride padding aligned type".split()),
+    ]
+
+
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+class Library:
+    """The functions of the library at `path`, for tensors on `device`."""
+
+    device = "cuda"
+
+    def __init__(self, path: str) -> None:
+        self.functions = ctypes.CDLL(path)
+
+    def run(self, name: str, call: ctypes.Structure, device: torch.device) -> None:
+        """Raises RuntimeError where the launch fails."""
+        with torch.cuda.device(device):
+            self.invoke(name, call, torch.cuda.current_stream(device).cuda_stream)
+
+    def invoke(self, name: str, call: ctypes.Structure, stream: int | None) -> None:
+        function = getattr(self.functions, f"resnet_kernels_cuda_{name}")
+        function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_char_p
+        wrong = function(ctypes.byref(call), stream)
+        if wrong is not None:
+            raise RuntimeError(wrong.decode())
+
+    def number(self, name: str, *arguments: int) -> int:
+        function = getattr(self.functions, f"resnet_kernels_cuda_{name}")
+        function.argtypes, function.restype = [ctypes.c_int64] * len(arguments), ctypes.c_int64
+        return function(*arguments)
+
+    def multiprocessors(self, device: torch.device) -> int:
+        return _multiprocessors(device)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_opened = functools.cache(Library)
+
+
+def load() -> tuple[Any, str | None]:
+    """(the library, None), or (None, why there is none)."""
+    module, reason = extension.load()
+    if module is None:
+        return None, reason
+    if module.build_info()["cuda"] is None:
+        return None, "the extension was not built with CUDA"
+    return _opened(module.__file__), None
+
+
+def library() -> Library:
+    found, reason = load()
+    if found is None:
+        raise RuntimeError(f"cuda: {reason}")
+    return found
+
+
+def empty(like: Tensor, sizes: Sequence[int]) -> Tensor:
+    return torch.empty(tuple(sizes), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def in_rows(t: Tensor) -> Tensor:
+    """The tensor, or a copy whose channels lie next to each other."""
+    return t if t.shape[1] == 1 or t.stride(1) == 1 else t.contiguous(memory_format=torch.channels_last)
+
+
+def vector(t: Tensor, size: int, device: torch.device, name: str) -> Tensor:
+    """A value per channel, as kernels read it. Raises ValueError where there are not as many."""
+    if t.shape != (size,) or t.device != device:
+        raise ValueError(f"{name}: expected ({size},) on {device}, got {tuple(t.shape)} on {t.device}")
+    return t.float().contiguous()
