@@ -109,4 +109,20 @@ struct ResnetKernelsPool {
 };
 const char* resnet_kernels_cuda_max_pool(const ResnetKernelsPool*, void* stream);
 const char* resnet_kernels_cuda_max_pool_grad(const ResnetKernelsPool*, void* stream);
+
+// result (K, C) = sum over rows of g^T x, g (M, K) and x (M, C) contiguous, and sums (K) of g over rows, or null. With
+// moments x is g: result = sum of (g - mean)^T (g - mean), sums are the mean. parts (P, K, C), sum_parts (P, K): scratch
+// for P = ceil(M / span); of one part without moments they are result and sums. aligned: K and C are multiples of 8, g
+// and x of 16 bytes.
+struct ResnetKernelsOuter {
+  const void *g, *x;
+  float *parts, *sum_parts, *result, *sums;
+  int64_t M, span;
+  int32_t K, C, moments, aligned, type;
+};
+const char* resnet_kernels_cuda_outer(const ResnetKernelsOuter*, void* stream);
+
+// Rows of a part.
+int64_t resnet_kernels_cuda_outer_span(int64_t M, int64_t K, int64_t C, int64_t moments, int64_t type,
+                                       int64_t multiprocessors);
 }

@@ -20,6 +20,7 @@
 #include "cuda/api.h"
 #include "cuda/elements.cuh"
 #include "cuda/instructions.cuh"
+#include "cuda/lanes.cuh"
 
 namespace resnet_kernels {
 
@@ -288,23 +289,10 @@ __global__ void __launch_bounds__(kThreads, kResident<kReduce, kAligned, kFull>)
     store_part<kReduce>(p, layout, totals, tile, part, rows, active);
 }
 
-constexpr int kMergeChannels = 32, kMergeLanes = kThreads / kMergeChannels;
-
-// The sum of a value per lane for each of the block's channels, in the order of the lanes.
-__device__ inline double over_lanes(double mine) {
-  __shared__ double values[kThreads];
-  __syncthreads();
-  values[threadIdx.x] = mine;
-  __syncthreads();
-  double total = 0;
-  for (int lane = 0; lane < kMergeLanes; ++lane) total += values[lane * kMergeChannels + threadIdx.x % kMergeChannels];
-  return total;
-}
-
 // The parts of a pass into its result. A block owns 32 channels; reads 8 bytes per channel and part, twice for
 // statistics. In fp64: an error of a mean is the same in every row.
 template <int kReduce>
-__global__ void __launch_bounds__(kThreads) merge_kernel(const __grid_constant__ ResnetKernelsPass p) {
+__global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_constant__ ResnetKernelsPass p) {
   const int c = blockIdx.x * kMergeChannels + threadIdx.x % kMergeChannels, lane = threadIdx.x / kMergeChannels;
   const bool known = c < p.C;
   const int parts = static_cast<int>((p.M + p.span - 1) / p.span);

@@ -113,6 +113,16 @@ class PoolCall(ctypes.Structure):
     ]
 
 
+class Outer(ctypes.Structure):
+    """ResnetKernelsOuter."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in "g x parts sum_parts result sums".split()),
+        *((name, ctypes.c_int64) for name in ("M", "span")),
+        *((name, ctypes.c_int32) for name in "K C moments aligned type".split()),
+    ]
+
+
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
