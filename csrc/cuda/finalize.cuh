@@ -134,12 +134,11 @@ __global__ void __launch_bounds__(kFinalizeThreads) tail_kernel(const __grid_con
   }
   const double sg = p.sg[k], a = p.a[k], rstd = p.rstd[k];
   const double dgamma = rstd * (over_warp(along) - sg * (p.mean[k] - over_warp(centred)));
-  const float q = static_cast<float>(a * rstd * dgamma / p.of.rows);
-  if (lane == 0) p.dgamma[k] = static_cast<float>(dgamma), p.q[k] = q;
+  const double q = a * rstd * dgamma / p.of.rows;
+  if (lane == 0) p.dgamma[k] = static_cast<float>(dgamma), p.q[k] = static_cast<float>(q);
   for (int j = lane; j < J; j += kWarp) {
     const double off = p.of.mu[j] - (p.centre ? static_cast<double>(p.centre[j]) : 0.);
-    const float per_row = static_cast<float>(-a * sg * off);
-    p.dweight[row + j] = fmaf(-q, p.of.product[row + j], fmaf(p.a[k], p.G[row + j], per_row));
+    p.dweight[row + j] = static_cast<float>(a * (p.G[row + j] - sg * off) - q * p.of.product[row + j]);
     static_cast<T*>(p.A)[row + j] = narrow<T>(p.a[k] * widen(weight[j]));
   }
 }
