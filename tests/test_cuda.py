@@ -57,6 +57,7 @@ def built(tmp_path_factory):
     sources = sorted((HERE.parent / "csrc/cuda").glob("*.cu"))
     flags = ["-O1", "-std=c++20", "-fPIC", "-Wno-unknown-pragmas"]
     folders = [f"-I{p}" for p in (HERE / "emulation", HERE.parent / "csrc", *include)]
+    folders += ["-idirafter", HERE / "emulation/host"]
     objects = [folder / f"{s.stem}.o" for s in sources]
     compiles = [
         subprocess.Popen([compiler, *flags, *folders, "-x", "c++", "-c", s, "-o", o])
@@ -440,6 +441,17 @@ def test_passes_move_16_bytes_at_a_time(machine_code):
     aligned = [code for name, code in machine_code.items() if re.match(r"11pass_kernelI.*Li\dELb1ELb\dE", name)]
     assert len(aligned) == 24
     assert all("LDG.E.128" in code and "STG.E.128" in code for code in aligned)
+
+
+def test_weight_gradients_and_moments_are_products_of_tensor_cores(machine_code):
+    """In 16 bits, with large and small tiles; both operands transposed from shared memory, copied asynchronously."""
+    kernels = {name: code for name, code in machine_code.items() if name.startswith("12outer_kernel")}
+    assert len(kernels) == 8
+    for name, code in kernels.items():
+        assert ("HMMA.16816.F32.BF16" if "bfloat16" in name else "HMMA.16816.F32 ") in code, name
+        assert re.search(r"LDSM\.16\.MT88\.4", code) and "FADD" in code, name
+        aligned = re.search(r"Lb1EEE", name) is not None
+        assert ("LDGSTS.E.BYPASS.128" in code) == aligned, name
 
 
 def test_no_maximum_drops_nan(machine_code):
