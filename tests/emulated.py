@@ -22,6 +22,8 @@ FLAGS = [
     *("-std=c++20", "-O2", "-fPIC", "-w", "-Wno-psabi", "-fno-strict-aliasing", f"-I{HERE / 'emulation'}"),
     # The library for GPUs, where it is loaded too, has functions of the same names: no static of theirs is shared.
     "-fno-gnu-unique",
+    # Packages' headers ask for one that only the toolkit has.
+    f"-idirafter{HERE / 'emulation/host'}",
 ]
 
 
@@ -48,7 +50,7 @@ def library(sources: Sequence[Path], includes: Sequence[Path] = (ROOT / "csrc",)
     if compiler is None or headers is None:
         pytest.skip("kernels are emulated with a C++ compiler and CUDA's headers; one of them is not here")
     digest = hashlib.sha256(repr((FLAGS, headers)).encode())
-    folders = dict.fromkeys([HERE / "emulation", *(source.parent for source in sources)])
+    folders = dict.fromkeys([HERE / "emulation", HERE / "emulation/cuda", *(source.parent for source in sources)])
     for file in (file for folder in folders for file in sorted(folder.glob("*.*"))):
         digest.update(file.read_bytes())
     made = BUILT / f"{digest.hexdigest()[:16]}.so"

@@ -63,6 +63,9 @@ inline const char* (*left_behind)(unsigned thread) = nullptr;
 
 inline std::vector<Place> places;
 
+// Whether threads of every second block take their turns from the last to the first: who is first must not matter.
+inline bool turned = false;
+
 inline void yield() {
   if (!_setjmp(places[block->current].at)) _longjmp(block->scheduler, 1);
 }
@@ -170,7 +173,8 @@ inline void run_block(dim3 grid, dim3 size, dim3 index, const std::function<void
   if (places.size() < b.fibers.size()) places.resize(b.fibers.size());
   while (b.alive > 0 || !b.under_way.empty()) {
     b.progress = false;
-    for (b.current = 0; b.current < b.fibers.size(); ++b.current) {
+    for (unsigned turn = 0; turn < b.fibers.size(); ++turn) {
+      b.current = turned && index.x % 2 ? static_cast<unsigned>(b.fibers.size()) - 1 - turn : turn;
       if (b.me().done) continue;
       resume();
       if (!b.failure.empty()) give_up(b.failure);

@@ -12,6 +12,7 @@ const char* launch(const char* name, void (*kernel)(Parameters...), int64_t bloc
   try {
     if (blocks > 0x7fffffff || threads > 1024) throw std::runtime_error("too many blocks or threads");
     if (shared_bytes > sizeof(emulation::shared)) throw std::runtime_error("too much shared memory");
+    emulation::turned = true;
     for (auto& groups : emulation::copies) groups.clear();
     std::memset(emulation::shared, 0xff, shared_bytes);
     emulation::run_grid(dim3(static_cast<unsigned>(blocks)), dim3(threads), [&] { kernel(arguments...); });
