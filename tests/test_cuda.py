@@ -2,12 +2,12 @@
 (tests/emulation); and its machine code, read."""
 
 import dataclasses
-import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import emulated as emulation
 import pytest
 import test_contract as contract
 import test_training as training
@@ -29,6 +29,9 @@ class Emulated(library.Library):
     device = "cpu"
     processors = 2
 
+    def why_not(self, device):
+        return None
+
     def run(self, name, call, device):
         self.invoke(name, call, None)
 
@@ -36,36 +39,10 @@ class Emulated(library.Library):
         return self.processors
 
 
-def headers():
-    """Folders of CUDA's headers: nvcc's, else those of packages; none where there are none."""
-    nvcc = shutil.which("nvcc")
-    if nvcc:
-        dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True).stderr
-        top = [line.partition("TOP=")[2] for line in dry.splitlines() if "TOP=" in line]
-        return [Path(t.strip()) / "include" for t in top[:1]]
-    packages = Path(torch.__file__).parent.parent
-    found = [packages / "nvidia/cu13/include", packages / "triton/backends/nvidia/include"]
-    return found if all(f.is_dir() for f in found) else []
-
-
-@pytest.fixture(scope="session")
-def built(tmp_path_factory):
-    compiler, include = shutil.which("g++"), headers()
-    if compiler is None or not include:
-        pytest.skip("wants g++ and CUDA's headers")
-    folder = tmp_path_factory.mktemp("emulated")
-    sources = sorted((HERE.parent / "csrc/cuda").glob("*.cu"))
-    flags = ["-O1", "-std=c++20", "-fPIC", "-Wno-unknown-pragmas"]
-    folders = [f"-I{p}" for p in (HERE / "emulation", HERE.parent / "csrc", *include)]
-    folders += ["-idirafter", HERE / "emulation/host"]
-    objects = [folder / f"{s.stem}.o" for s in sources]
-    compiles = [
-        subprocess.Popen([compiler, *flags, *folders, "-x", "c++", "-c", s, "-o", o])
-        for s, o in zip(sources, objects, strict=True)
-    ]
-    assert all(c.wait() == 0 for c in compiles)
-    subprocess.run([compiler, "-shared", *objects, "-o", folder / "emulated.so"], check=True)
-    return Emulated(str(folder / "emulated.so"))
+@pytest.fixture(scope="module")
+def built():
+    functions = emulation.library(tuple(sorted((HERE.parent / "csrc/cuda").glob("*.cu"))))
+    return Emulated(functions, "")
 
 
 @pytest.fixture
@@ -253,6 +230,26 @@ def test_passes_of_views(emulated, C, channels, dtype, poisoned):
     matches(run, 160)
 
 
+def test_addresses_of_more_than_32_bits(emulated):
+    """Two images 2^32 elements apart, of a tensor of which little is touched."""
+    try:
+        memory = torch.empty(2**32 + 4096, dtype=torch.bfloat16)
+    except RuntimeError:
+        pytest.skip("9 GB of address space are not to be had")
+    far = memory.as_strided((2, 16, 3, 4), (2**32, 1, 64, 16))
+    near = rows(2, 16, 3, 4, torch.bfloat16)
+    far.copy_(near)
+    a, b, a2, mean = torch.randn(4, 16)
+
+    def run(t):
+        lazy = Operand(t, (a, b), relu=True)
+        operand = Operand(t, (a, b), (t, a2, mean), mask=lazy)
+        y, sums = cuda.bn_pass(operand, Epilogue(None, lazy, mask=lazy, reduce=Normalized(t, mean, a)))
+        return y, *sums, cuda.bn_pass(operand, Epilogue(reduce="mask"))[1]
+
+    assert all(map(torch.equal, run(far), run(near)))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("C", [8, 13])
 def test_bits_tell_what_is_kept(emulated, C, dtype):
@@ -362,6 +359,23 @@ def test_a_launch_that_fails_tells_which(emulated):
     call = library.Pass(type=7)
     with pytest.raises(RuntimeError, match="pass: expected a type of 0 to 2"):
         emulated.run("pass", call, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "archs, capability, runs",
+    [
+        ("8.0;9.0a;10.0;12.0+PTX", (8, 6), True),
+        ("8.0;9.0a;10.0;12.0+PTX", (9, 0), True),
+        ("8.0;9.0a;10.0;12.0+PTX", (7, 5), False),
+        ("8.0;9.0a;10.0;12.0+PTX", (13, 0), True),
+        ("8.6", (8, 0), False),
+        ("8.0 8.6", (8, 9), True),
+        ("9.0a", (10, 0), False),
+        ("10.0a", (10, 3), False),
+    ],
+)
+def test_which_gpus_it_was_built_for(archs, capability, runs):
+    assert library.built_for(archs, capability) == runs
 
 
 def test_it_is_chosen_by_name_only(emulated):

@@ -48,7 +48,7 @@ template <int kReduce, bool kAligned, bool kFull>
 constexpr int kResident = !kAligned || kReduce == kStats || kReduce == kSums ? 2 : kFull ? 3 : 4;
 template <typename T, int kReduce, bool kFull>
 __host__ __device__ constexpr int rows_at_once() {
-  constexpr int kBytes = kFull ? 2 : kReduce == kStats ? 12 : kReduce == kSums ? 6 : 4;
+  constexpr int kBytes = kFull ? 2 : kReduce == kStats ? 10 : kReduce == kSums ? 6 : 4;
   return kBytes < sizeof(T) ? 1 : kBytes / static_cast<int>(sizeof(T));
 }
 

@@ -64,7 +64,8 @@ __all__ = [
 
 def why_not(call: Call) -> str | None:
     library, reason = load()
-    return beyond(call, SUPPORTS, "cuda" if library is None else library.device, tuple(TYPES)) or reason
+    beyond_it = beyond(call, SUPPORTS, "cuda" if library is None else library.device, tuple(TYPES))
+    return beyond_it or reason or library.why_not(call.device)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

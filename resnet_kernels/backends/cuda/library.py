@@ -123,16 +123,35 @@ class Outer(ctypes.Structure):
     ]
 
 
+# The functions that launch, and those that compute a number of so many.
+LAUNCHES = "pass table bn_grad product_table tail_grad max_pool max_pool_grad outer".split()
+NUMBERS = {"span": 3, "outer_span": 6}
+
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 class Library:
-    """The functions of the library at `path`, for tensors on `device`."""
+    """The functions of a library that was built for `archs`, for tensors on `device`."""
 
     device = "cuda"
 
-    def __init__(self, path: str) -> None:
-        self.functions = ctypes.CDLL(path)
+    def __init__(self, functions: ctypes.CDLL, archs: str) -> None:
+        self.archs = archs
+        self.calls = {name: getattr(functions, f"resnet_kernels_cuda_{name}") for name in LAUNCHES}
+        self.numbers = {name: getattr(functions, f"resnet_kernels_cuda_{name}") for name in NUMBERS}
+        for function in self.calls.values():
+            function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_char_p
+        for name, function in self.numbers.items():
+            function.argtypes, function.restype = [ctypes.c_int64] * NUMBERS[name], ctypes.c_int64
+
+    def why_not(self, device: torch.device) -> str | None:
+        """Why the kernels do not run on the device, or None."""
+        if not torch.cuda.is_available():
+            return None
+        capability = torch.cuda.get_device_capability(device)
+        if not built_for(self.archs, capability):
+            return f"expected a GPU of {self.archs}, which it was built for, got {capability[0]}.{capability[1]}"
+        return None
 
     def run(self, name: str, call: ctypes.Structure, device: torch.device) -> None:
         """Raises RuntimeError where the launch fails."""
@@ -140,19 +159,29 @@ class Library:
             self.invoke(name, call, torch.cuda.current_stream(device).cuda_stream)
 
     def invoke(self, name: str, call: ctypes.Structure, stream: int | None) -> None:
-        function = getattr(self.functions, f"resnet_kernels_cuda_{name}")
-        function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_char_p
-        wrong = function(ctypes.byref(call), stream)
+        wrong = self.calls[name](ctypes.byref(call), stream)
         if wrong is not None:
             raise RuntimeError(wrong.decode())
 
     def number(self, name: str, *arguments: int) -> int:
-        function = getattr(self.functions, f"resnet_kernels_cuda_{name}")
-        function.argtypes, function.restype = [ctypes.c_int64] * len(arguments), ctypes.c_int64
-        return function(*arguments)
+        return self.numbers[name](*arguments)
 
     def multiprocessors(self, device: torch.device) -> int:
         return _multiprocessors(device)
+
+
+def built_for(archs: str, capability: tuple[int, int]) -> bool:
+    """Whether code for `archs` ("8.0;9.0a;12.0+PTX") runs on a GPU of that compute capability: for the same major one
+    and no later minor one (exactly these with a letter), or, as PTX, for any that is not later."""
+    for arch in archs.replace(" ", ";").split(";"):
+        number, ptx = arch.removesuffix("+PTX"), arch.endswith("+PTX")
+        major, minor = (int(n) for n in number.rstrip("af").split("."))
+        exact = number[-1:].isalpha()
+        if (major, minor) == capability or (not exact and major == capability[0] and minor <= capability[1]):
+            return True
+        if ptx and not exact and (major, minor) <= capability:
+            return True
+    return False
 
 
 @functools.cache
@@ -160,17 +189,18 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-_opened = functools.cache(Library)
+@functools.cache
+def _opened(module: Any) -> tuple[Any, str | None]:
+    info = module.build_info()
+    if info["cuda"] is None:
+        return None, "the extension was not built with CUDA"
+    return Library(ctypes.CDLL(module.__file__), info["archs"]), None
 
 
 def load() -> tuple[Any, str | None]:
     """(the library, None), or (None, why there is none)."""
     module, reason = extension.load()
-    if module is None:
-        return None, reason
-    if module.build_info()["cuda"] is None:
-        return None, "the extension was not built with CUDA"
-    return _opened(module.__file__), None
+    return (None, reason) if module is None else _opened(module)
 
 
 def library() -> Library:
@@ -193,4 +223,4 @@ def vector(t: Tensor, size: int, device: torch.device, name: str) -> Tensor:
     """A value per channel, as kernels read it. Raises ValueError where there are not as many."""
     if t.shape != (size,) or t.device != device:
         raise ValueError(f"{name}: expected ({size},) on {device}, got {tuple(t.shape)} on {t.device}")
-    return t.float().contiguous()
+    return t if t.dtype == torch.float32 and t.is_contiguous() else t.float().contiguous()

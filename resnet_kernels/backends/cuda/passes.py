@@ -82,8 +82,7 @@ class Filled:
         operand = mask if isinstance(mask, Operand) else Operand(mask)
         if operand.sizes != tuple(sizes):
             raise ValueError(f"mask: expected {tuple(sizes)}, got {operand.sizes}")
-        simple = dataclasses.replace(operand, affine=None, relu=False, stride=1)
-        if not simple.plain:
+        if any(v is not None for v in (operand.second, operand.mask, operand.centre, operand.pooled)):
             operand = Operand(computed(operand))
         a, b = operand.affine or (None, None)
         view = self.view(operand.tensor, stride * operand.stride, "mask", seen)
