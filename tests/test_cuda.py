@@ -167,6 +167,15 @@ def test_weight_gradients_of_1x1(emulated, name, dtype, poisoned, monkeypatch):
     matches(run, g.numel() // K)
 
 
+def test_long_sums_are_promoted(emulated, monkeypatch):
+    """Of one sign, in one part: what tensor cores cut off at every step adds up."""
+    monkeypatch.setattr(emulated, "processors", 1)
+    g, x = (torch.rand(2, 8, 64, 64).add(1).bfloat16().contiguous(memory_format=NHWC) for _ in "gx")
+    dweight, sums = cuda.wgrad(Operand(g), Operand(x), (1, 1), Geometry(), sums=True)
+    exact, exact_sums = reference.wgrad(Operand(g.double()), Operand(x.double()), (1, 1), Geometry(), sums=True)
+    assert ((dweight - exact) / exact).abs().max() < 5e-7 and ((sums - exact_sums) / exact_sums).abs().max() < 5e-7
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("C, sizes", [(16, (3, 37, 31)), (21, (2, 19, 17)), (136, (2, 17, 9)), (8, (1, 1, 1))])
 def test_moments(emulated, C, sizes, dtype, poisoned, monkeypatch):
@@ -472,6 +481,23 @@ def test_no_maximum_drops_nan(machine_code):
     for name, code in machine_code.items():
         assert not re.search(r"FMNMX(?!\.NAN)", code), name
     assert any("FMNMX.NAN" in code for code in machine_code.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", training.RESNET_CASES + tuple(training.SMALL), ids=str)
+def test_blocks_on_a_gpu(case, dtype):
+    def make():
+        return case.make().train().cuda(), case.input(device="cuda")
+
+    training.check(make, DTYPES[dtype], "cuda", draws=-(-64 // case.planes))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", training.STEMS)
+def test_stems_on_a_gpu(name, dtype):
+    training.check_stem(name, DTYPES[dtype], "cuda", "cuda")
 
 
 @pytest.mark.gpu

@@ -74,8 +74,13 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   const unsigned lane = emulation::lane();
   for (int i = 0; i < 4; ++i) {
     const unsigned row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    double sum = d[i];
     for (int k = 0; k < 16; ++k)
-      d[i] += all[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2][k % 2] * all[column * 4 + k % 8 / 2].b[k / 8][k % 2];
+      sum += double{all[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2][k % 2]} *
+             all[column * 4 + k % 8 / 2].b[k / 8][k % 2];
+    // The PTX ISA leaves the rounding open; tensor cores cut off.
+    d[i] = static_cast<float>(sum);
+    if (std::fabs(d[i]) > std::fabs(sum) && std::isfinite(sum)) d[i] = std::nextafter(d[i], 0.f);
   }
 }
 
