@@ -1,6 +1,7 @@
 """The backend `cuda` without a GPU: its source, launchers and kernels, compiled by g++ and run on fibers
 (tests/emulation); and its machine code, read."""
 
+import copy
 import dataclasses
 import re
 import shutil
@@ -13,6 +14,7 @@ import test_contract as contract
 import test_training as training
 import torch
 
+import resnet_kernels as rk
 from resnet_kernels.backends import cuda, extension, reference, select
 from resnet_kernels.backends.contract import Affine, Call, Epilogue, Geometry, Moments, Normalized, Operand, Stats
 from resnet_kernels.backends.cuda import library
@@ -412,6 +414,38 @@ def test_blocks(emulated, name, dtype, poisoned):
 @pytest.mark.parametrize("case", [training.BY_MOMENTS, training.STORED], ids=str)
 def test_blocks_of_large_means(emulated, case, dtype, size):
     training.check(lambda: training.adversarial(case, "large-mean", size), DTYPES[dtype], "cuda", draws=4)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("frozen", [(2,), (0, 1, 2)], ids=["last", "all"])
+@pytest.mark.parametrize("case", [training.BY_MOMENTS, training.STORED], ids=str)
+def test_blocks_with_frozen_batch_norms(emulated, case, frozen, dtype, poisoned):
+    def make():
+        block = case.make().train()
+        for i in frozen:
+            (block.bn1, block.bn2, block.bn3)[i].eval()
+        return block, case.input()
+
+    training.check(make, DTYPES[dtype], "cuda", draws=3)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kind", [rk.nn.PreactivationBasicBlock, rk.nn.PreactivationBottleneck])
+def test_preactivation(emulated, kind, stride, poisoned):
+    """As the reference in fp64."""
+    channels = 16 * kind.expansion
+    shortcut = torch.nn.Conv2d(channels, channels, 1, stride, bias=False) if stride > 1 else None
+    block = kind(channels, 16, stride, shortcut).train()
+    x = torch.randn(3, channels, 9, 7)
+    found = []
+    for name, dtype in (("cuda", torch.float32), ("reference", torch.float64)):
+        mine, leaf = copy.deepcopy(block).to(dtype), x.to(dtype, copy=True).requires_grad_()
+        with rk.use_backend(name):
+            y = mine(leaf)
+            y.backward(torch.ones_like(y).cumsum(1) / channels)
+        found.append({"y": y.detach(), "x": leaf.grad} | {n: p.grad for n, p in mine.named_parameters()})
+    for name, exact in found[1].items():
+        assert (found[0][name] - exact).norm() <= 1e-5 * exact.norm().clamp_min(1e-3), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
