@@ -1,6 +1,6 @@
-// What Python calls through ctypes, so that tests can put another library in this one's place: raw pointers, sizes and a
-// stream. Every function launches on the stream of the current device, and returns null or what is wrong; the text is
-// good until the thread's next call. Python checks what tensors fit each other before it calls.
+// What Python calls through ctypes, so that tests can put another library in this one's place: raw pointers, sizes and
+// a stream. Every function launches on the stream of the current device, and returns null or what is wrong; the text
+// is good until the thread's next call. Python checks what tensors fit each other before it calls.
 #pragma once
 
 #include <cstdint>
@@ -15,16 +15,16 @@ struct ResnetKernelsView {
   int64_t n, h, w;
 };
 
-// kind: 0 none; 1 bits, bit j of byte b tells of channel 8b + j; 2 bytes, not 0 keeps; 3 a tensor t of the pass's type,
-// where not (t <= 0), t = relu(a*t + b) rounded, where there are a and b.
+// kind: 0 none; 1 bits, bit j of byte b tells of channel 8b + j; 2 bytes, not 0 keeps; 3 a tensor t of the pass's type:
+// where not (t <= 0), or not (a*t + b <= 0), rounded, where there are a and b.
 struct ResnetKernelsMask {
   ResnetKernelsView view;
   const float *a, *b;
-  int32_t kind, relu;
+  int64_t kind;
 };
 
-// contract.Operand without pooling; its view and those of `second` and `mask` are of the positions that its stride leaves.
-// b: null is zero. rounds: whether its value is rounded to the pass's type.
+// contract.Operand without pooling; its view and those of `second` and `mask` are of the positions that its stride
+// leaves. b: null is zero. rounds: whether its value is rounded to the pass's type.
 struct ResnetKernelsOperand {
   ResnetKernelsView view, second;
   ResnetKernelsMask mask;
@@ -34,10 +34,10 @@ struct ResnetKernelsOperand {
 
 // y = epilogue(x) over a map of N*P*Q = M positions and C channels; y null: reduced alone. residual: of `channels`,
 // which may be fewer; it stands at every spread-th row and column of the map. mapped: 0 where all views are rows one
-// after the other, so that `w` is enough. reduce: 0 none; 1 statistics; 2 the sums of t and, where it is there, of
-// t * (normalized - mean) * rstd; 3 `bits` (M, ceil(C / 8)). parts (2, ceil(M / span), C): of each span rows the mean and the sum of squared
-// deviations, or the sums; first, second (C): what they make. aligned: 1 where channels and residual's are multiples of
-// 8, and all views, per-channel vectors and y allow 16 bytes at a time.
+// after the other, so that `w` is enough. reduce: 0 none; 1 statistics; 2 the sums of t and, where it is there, of t *
+// (normalized - mean) * rstd; 3 `bits` (M, ceil(C / 8)). parts (2, ceil(M / span), C): of each span rows the mean and
+// the sum of squared deviations, or the sums; first, second (C): what they make. aligned: 1 where channels and
+// residual's are multiples of 8, and all views, per-channel vectors and y allow 16 bytes at a time.
 struct ResnetKernelsPass {
   ResnetKernelsOperand x, residual;
   ResnetKernelsMask mask;
@@ -98,9 +98,9 @@ struct ResnetKernelsTailGrad {
 };
 const char* resnet_kernels_cuda_tail_grad(const ResnetKernelsTailGrad*, void* stream);
 
-// y (N, P, Q, C) = the maxima of windows of x (N, H, W, C), NaN above all, padding below; winners (N, P, Q, C), or null:
-// which element of its window each first is (the last NaN), row by row, 255 where y <= 0. And its gradient: y (N, H, W,
-// C) from x (N, P, Q, C) and winners. aligned: as in a pass, of 8 bytes for winners.
+// y (N, P, Q, C) = the maxima of windows of x (N, H, W, C), NaN above all, padding below; winners (N, P, Q, C), or
+// null: which element of its window each first is (the last NaN), row by row, 255 where y <= 0. And its gradient: y
+// (N, H, W, C) from x (N, P, Q, C) and winners. aligned: as in a pass, of 8 bytes for winners.
 struct ResnetKernelsPool {
   ResnetKernelsView x;
   void* y;
@@ -111,9 +111,9 @@ const char* resnet_kernels_cuda_max_pool(const ResnetKernelsPool*, void* stream)
 const char* resnet_kernels_cuda_max_pool_grad(const ResnetKernelsPool*, void* stream);
 
 // result (K, C) = sum over rows of g^T x, g (M, K) and x (M, C) contiguous, and sums (K) of g over rows, or null. With
-// moments x is g: result = sum of (g - mean)^T (g - mean), sums are the mean. parts (P, K, C), sum_parts (P, K): scratch
-// for P = ceil(M / span); of one part without moments they are result and sums. aligned: K and C are multiples of 8, g
-// and x of 16 bytes.
+// moments x is g: result = sum of (g - mean)^T (g - mean), sums are the mean. parts (P, K, C), sum_parts (P, K):
+// scratch for P = ceil(M / span); of one part without moments they are result and sums. aligned: K and C are multiples
+// of 8, g and x of 16 bytes.
 struct ResnetKernelsOuter {
   const void *g, *x;
   float *parts, *sum_parts, *result, *sums;

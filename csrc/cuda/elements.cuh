@@ -63,7 +63,8 @@ template <bool kAligned>
 __device__ inline Eight<float> per_channel(const float* p, int c, int left) {
   Eight<float> out;
   if constexpr (kAligned) {
-    const float4 low = __ldg(reinterpret_cast<const float4*>(p + c)), high = __ldg(reinterpret_cast<const float4*>(p + c) + 1);
+    const auto* from = reinterpret_cast<const float4*>(p + c);
+    const float4 low = __ldg(from), high = __ldg(from + 1);
     memcpy(out.v, &low, 16), memcpy(out.v + 4, &high, 16);
   } else {
 #pragma unroll

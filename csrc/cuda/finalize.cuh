@@ -7,9 +7,9 @@
 //                    dweight = a (G + sg (centre - mu)^T) - q T: a warp owns a channel
 //     shift          v = -m1 A - (mu - centre) B, of the rounded A and B: a block owns 16 columns
 //
-// A launch each; a table of a product takes two, a tail's gradient four, since a row of T or B is done only when the whole
-// product's sum is. Matrices are fp32 by FMA, whatever torch's flags say; vectors are computed in fp64 and rounded once:
-// their errors are the same in every row. Moves every matrix once per launch from device memory or L2.
+// A launch each; a table of a product takes two, a tail's gradient four, since a row of T or B is done only when the
+// whole product's sum is. Matrices are fp32 by FMA, whatever torch's flags say; vectors are computed in fp64 and
+// rounded once: their errors are the same in every row. Moves every matrix once per launch from device memory or L2.
 #pragma once
 
 #include "cuda/api.h"
@@ -21,8 +21,8 @@ constexpr int kFinalizeThreads = 256, kWarp = 32, kWarps = kFinalizeThreads / kW
 constexpr int kTile = 64, kStep = 16, kPerThread = 4;
 constexpr int kColumns = 16, kShiftThreads = 1024, kShiftLanes = kShiftThreads / kColumns;
 
-__device__ inline void store_table(float* table, int64_t K, int64_t k, double mean, double M2, double gamma, double beta,
-                                   double rows, double least, double eps) {
+__device__ inline void store_table(float* table, int64_t K, int64_t k, double mean, double M2, double gamma,
+                                   double beta, double rows, double least, double eps) {
   const double rstd = 1. / sqrt(M2 / rows + eps);
   const float a = static_cast<float>(gamma * rstd);
   table[k] = a;
@@ -48,8 +48,8 @@ __global__ void __launch_bounds__(kFinalizeThreads) bn_grad_kernel(const __grid_
 
 template <typename T>
 __device__ inline float element(const void* matrix, int row, int column, int rows, int columns) {
-  return row < rows && column < columns ? widen(static_cast<const T*>(matrix)[static_cast<int64_t>(row) * columns + column])
-                                        : 0.f;
+  if (row >= rows || column >= columns) return 0.f;
+  return widen(static_cast<const T*>(matrix)[static_cast<int64_t>(row) * columns + column]);
 }
 
 // kSquare: B (J, J) of T, with q; else `product` (K, J) fp32.

@@ -44,10 +44,10 @@ using namespace resnet_kernels;
 
 const char* resnet_kernels_cuda_outer(const ResnetKernelsOuter* p, void* stream) {
   if (const char* wrong = products(*p, stream)) return wrong;
-  if (p->moments)
-    return launch("merge_moments", merge_moments_kernel, p->K * ceil_div(p->K, kMergeChannels), kMergeThreads, 0, stream, *p);
+  const int64_t across = ceil_div(p->K, kMergeChannels);
+  if (p->moments) return launch("merge_moments", merge_moments_kernel, p->K * across, kMergeThreads, 0, stream, *p);
   if (p->span >= p->M) return nullptr;
-  const int64_t blocks = ceil_div(int64_t{p->K} * p->C, kMergeChannels) + (p->sums ? ceil_div(p->K, kMergeChannels) : 0);
+  const int64_t blocks = ceil_div(int64_t{p->K} * p->C, kMergeChannels) + (p->sums ? across : 0);
   return launch("add_parts", add_parts_kernel, blocks, kMergeThreads, 0, stream, *p);
 }
 

@@ -6,14 +6,14 @@
 // memory, three steps ahead, and multiplies them by tensor cores; both lie with their rows outside, so that ldmatrix
 // transposes both. Chunks of 16 bytes are placed by exclusive or with the row: eight rows of a column then lie in
 // different banks. Tensor cores truncate as they accumulate: every 128 rows the sum is added to another. The sums of g
-// are products with ones, which the warps of a row of tiles share. fp32 multiplies by FMA.
+// are products with ones, which the warps that have the same rows of g share. fp32 multiplies by FMA.
 //
-// A second launch adds the parts in their order, in fp64. Moments are centred about each part's own mean, and merged by
-// Chan's formula; of their symmetric tiles those on and above the diagonal are made. Operands are plain: what an operand
-// holds beyond that is computed before, once (fp32 moments minus their mean, too).
+// A second launch adds the parts in their order, in fp64. Moments are centred about each part's own mean, and merged
+// by Chan's formula; of their symmetric tiles those on and above the diagonal are made. Operands are plain: what an
+// operand holds beyond that is computed before, once (fp32 moments minus their mean, too).
 //
-// Moves: g once per tile of C, x once per tile of K, mostly from L2 after the first; (parts, K, C) fp32 written and read
-// again, mostly in L2; the result once.
+// Moves: g once per tile of C, x once per tile of K, mostly from L2 after the first; (parts, K, C) fp32 written and
+// read again, mostly in L2; the result once.
 #pragma once
 
 #include "cuda/api.h"

@@ -16,8 +16,10 @@ template <typename T, int kReduce, bool kAligned, bool kFull>
 const char* run(const ResnetKernelsPass& p, void* stream) {
   const int64_t blocks = Layout(p.C).tiles * ((p.M + p.span - 1) / p.span);
   const char* wrong = launch("pass", pass_kernel<T, kReduce, kAligned, kFull>, blocks, kThreads, 0, stream, p);
-  if constexpr (kReduce == kStats || kReduce == kSums)
-    wrong = wrong ? wrong : launch("merge", merge_kernel<kReduce>, (p.C + kMergeChannels - 1) / kMergeChannels, kMergeThreads, 0, stream, p);
+  if constexpr (kReduce == kStats || kReduce == kSums) {
+    const int64_t across = (p.C + kMergeChannels - 1) / kMergeChannels;
+    if (!wrong) wrong = launch("merge", merge_kernel<kReduce>, across, kMergeThreads, 0, stream, p);
+  }
   return wrong;
 }
 

@@ -1,6 +1,6 @@
 // Passes over a map with everything that training applies in them, and what they reduce to.
 //
-//     t = epilogue(x)     reduced: statistics of t  |  sum(t), sum(t * (normalized - mean))  |  bits, where not (t <= 0)
+//     t = epilogue(x)    reduced: statistics of t  |  sum(t), sum(t * (normalized - mean))  |  bits, where not (t <= 0)
 //
 // A block owns up to 32 vectors of eight channels and `span` rows; a thread one vector and every `down`-th row, whose
 // loads it starts a few rows at a time before it waits for any, so that 32 KB or more per multiprocessor are under way:
@@ -11,8 +11,8 @@
 // `merge_kernel`, always in the same order.
 //
 // Moves: the operand, its second tensor and mask, the residual and its mask, the normalized tensor and the epilogue's
-// mask once (where two of them are the same tensor, the second time from L1); y once if it is wanted; a bit per element;
-// 8 bytes per channel and part.
+// mask once (a mask that is a tensor is mostly one of the others, and comes from L1); y once if it is wanted; a bit per
+// element; 8 bytes per channel and part.
 #pragma once
 
 #include <cmath>
@@ -42,10 +42,10 @@ struct Layout {
   }
 };
 
-// Blocks of a multiprocessor, and rows of a thread that it loads at a time: what registers hold without spilling. kFull:
-// with a second tensor or a residual.
+// Blocks of a multiprocessor, and rows of a thread that it loads at a time: what registers hold without spilling.
+// kFull: with a second tensor or a residual.
 template <int kReduce, bool kAligned, bool kFull>
-constexpr int kResident = !kAligned || kReduce == kStats || kReduce == kSums ? 2 : kFull ? 3 : 4;
+constexpr int kResident = !kAligned || kReduce == kStats || kReduce == kSums ? 2 : kFull || kReduce == kBits ? 3 : 4;
 template <typename T, int kReduce, bool kFull>
 __host__ __device__ constexpr int rows_at_once() {
   constexpr int kBytes = kFull ? 2 : kReduce == kStats ? 10 : kReduce == kSums ? 6 : 4;
@@ -79,16 +79,26 @@ __device__ inline float rounded(float v) {
   return widen(narrow<T>(v));
 }
 
+template <typename T>
+__device__ inline void widened(const Eight<T>& x, float (&t)[8]) {
+#pragma unroll
+  for (int k = 0; k < 8; ++k) t[k] = widen(x.v[k]);
+}
+
 __device__ inline void masked(uint32_t keep, float (&t)[8]) {
 #pragma unroll
   for (int k = 0; k < 8; ++k) t[k] = keep >> k & 1 ? t[k] : 0.f;
 }
 
+__device__ inline uint32_t bits_of(const ResnetKernelsMask& mask, const Position& at, int c) {
+  return static_cast<const uint8_t*>(mask.view.data)[offset(mask.view, at) + c / 8];
+}
+
 // Bit k: whether channel c + k is kept.
 template <typename T, bool kAligned>
 __device__ inline uint32_t kept(const ResnetKernelsMask& mask, const Position& at, int c, int left) {
+  if (mask.kind == kMaskBits) return bits_of(mask, at, c);
   const int64_t row = offset(mask.view, at);
-  if (mask.kind == kMaskBits) return static_cast<const uint8_t*>(mask.view.data)[row + c / 8];
   uint32_t keep = 0;
   if (mask.kind == kMaskBytes) {
     const auto* bytes = static_cast<const uint8_t*>(mask.view.data) + row + c;
@@ -102,28 +112,22 @@ __device__ inline uint32_t kept(const ResnetKernelsMask& mask, const Position& a
     }
     return keep;
   }
-  const auto raw = load<T, kAligned>(mask.view.data, row + c, left);
-  Eight<float> t;
-#pragma unroll
-  for (int k = 0; k < 8; ++k) t.v[k] = widen(raw.v[k]);
+  float t[8];
+  widened(load<T, kAligned>(mask.view.data, row + c, left), t);
   if (mask.a) {
     const auto a = per_channel<kAligned>(mask.a, c, left), b = per_channel<kAligned>(mask.b, c, left);
 #pragma unroll
-    for (int k = 0; k < 8; ++k) t.v[k] = rounded<T>(fmaf(a.v[k], t.v[k], b.v[k]));
+    for (int k = 0; k < 8; ++k) t[k] = rounded<T>(fmaf(a.v[k], t[k], b.v[k]));
   }
-  // A ReLU changes nothing about what is not greater than zero. NaN is kept.
+  // NaN is kept.
 #pragma unroll
-  for (int k = 0; k < 8; ++k) keep |= !(t.v[k] <= 0.f) << k;
+  for (int k = 0; k < 8; ++k) keep |= !(t[k] <= 0.f) << k;
   return keep;
 }
 
-// What an operand stands for, from what was loaded of it.
+// What an operand stands for, from what was loaded of it: x where its mask is, and second.
 template <typename T, bool kAligned, bool kSecond>
-__device__ inline void value(const ResnetKernelsOperand& o, const Eight<T>& x, const Eight<T>& second, const Position& at,
-                             int c, int left, float (&t)[8]) {
-#pragma unroll
-  for (int k = 0; k < 8; ++k) t[k] = widen(x.v[k]);
-  if (o.mask.kind != kNoMask) masked(kept<T, kAligned>(o.mask, at, c, left), t);
+__device__ inline void value(const ResnetKernelsOperand& o, const Eight<T>& second, int c, int left, float (&t)[8]) {
   if (o.a) {
     const auto a = per_channel<kAligned>(o.a, c, left);
     Eight<float> b = {};
@@ -176,8 +180,8 @@ struct Totals {
 
 // The block's part of what its threads reduced. rows: of the part, the i-th of which thread row i % down had.
 template <int kReduce>
-__device__ inline void store_part(const ResnetKernelsPass& p, const Layout& layout, const Totals<kReduce>& mine, int tile,
-                                  int64_t part, int rows, bool active) {
+__device__ inline void store_part(const ResnetKernelsPass& p, const Layout& layout, const Totals<kReduce>& mine,
+                                  int tile, int64_t part, int rows, bool active) {
   __shared__ float one[kThreads * 8], two[kThreads * 8];
   const int width = layout.across * 8;
   if (active) {
@@ -208,7 +212,8 @@ __device__ inline void store_part(const ResnetKernelsPass& p, const Layout& layo
 }
 
 template <typename T, int kReduce, bool kAligned, bool kFull>
-__global__ void __launch_bounds__(kThreads, kResident<kReduce, kAligned, kFull>) pass_kernel(const __grid_constant__ ResnetKernelsPass p) {
+__global__ void __launch_bounds__(kThreads, kResident<kReduce, kAligned, kFull>)
+    pass_kernel(const __grid_constant__ ResnetKernelsPass p) {
   constexpr int kCount = rows_at_once<T, kReduce, kFull>();
   const Layout layout(p.C);
   const int tile = blockIdx.x % layout.tiles;
@@ -221,6 +226,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kReduce, kAligned, kFull>)
   for (int i = down; active && i < rows; i += kCount * layout.down) {
     Position at[kCount];
     Eight<T> x[kCount], second[kCount], normalized[kCount], residual[kCount];
+    uint32_t bits[kCount];
     bool adds[kCount];
 #pragma unroll
     for (int r = 0; r < kCount; ++r) {
@@ -228,12 +234,15 @@ __global__ void __launch_bounds__(kThreads, kResident<kReduce, kAligned, kFull>)
       const int row = i + r * layout.down < rows ? i + r * layout.down : rows - 1;
       at[r] = position(p, static_cast<uint32_t>(first + row));
       x[r] = load<T, kAligned>(p.x.view.data, offset(p.x.view, at[r]) + c, left);
+      if (p.x.mask.kind == kMaskBits) bits[r] = bits_of(p.x.mask, at[r], c);
       if (kFull && p.x.second.data)
         second[r] = load<T, kAligned>(p.x.second.data, offset(p.x.second, at[r]) + c, left);
       if constexpr (kFull) {
         adds[r] = p.residual.view.data && left_residual > 0 && stands(p, at[r]);
-        if (adds[r])
-          residual[r] = load<T, kAligned>(p.residual.view.data, offset(p.residual.view, spread(p, at[r])) + c, left_residual);
+        if (adds[r]) {
+          const int64_t row = offset(p.residual.view, spread(p, at[r]));
+          residual[r] = load<T, kAligned>(p.residual.view.data, row + c, left_residual);
+        }
       }
       if (kReduce == kSums && p.normalized.data)
         normalized[r] = load<T, kAligned>(p.normalized.data, offset(p.normalized, at[r]) + c, left);
@@ -242,7 +251,10 @@ __global__ void __launch_bounds__(kThreads, kResident<kReduce, kAligned, kFull>)
     for (int r = 0; r < kCount; ++r) {
       if (i + r * layout.down >= rows) break;
       float t[8];
-      value<T, kAligned, kFull>(p.x, x[r], second[r], at[r], c, left, t);
+      widened(x[r], t);
+      if (p.x.mask.kind == kMaskBits) masked(bits[r], t);
+      else if (p.x.mask.kind != kNoMask) masked(kept<T, kAligned>(p.x.mask, at[r], c, left), t);
+      value<T, kAligned, kFull>(p.x, second[r], c, left, t);
       if (p.shift) {
         const auto shift = per_channel<kAligned>(p.shift, c, left);
 #pragma unroll
@@ -251,7 +263,10 @@ __global__ void __launch_bounds__(kThreads, kResident<kReduce, kAligned, kFull>)
       if constexpr (kFull) {
         if (adds[r]) {
           float u[8];
-          value<T, kAligned, false>(p.residual, residual[r], {}, spread(p, at[r]), c, left_residual, u);
+          widened(residual[r], u);
+          if (p.residual.mask.kind != kNoMask)
+            masked(kept<T, kAligned>(p.residual.mask, spread(p, at[r]), c, left_residual), u);
+          value<T, kAligned, false>(p.residual, {}, c, left_residual, u);
 #pragma unroll
           for (int k = 0; k < 8; ++k)
             if (kAligned || k < left_residual) t[k] += u[k];
@@ -278,10 +293,10 @@ __global__ void __launch_bounds__(kThreads, kResident<kReduce, kAligned, kFull>)
         totals.add(t, off);
       }
       if constexpr (kReduce == kBits) {
-        uint32_t bits = 0;
+        uint32_t byte = 0;
 #pragma unroll
-        for (int k = 0; k < 8; ++k) bits |= ((kAligned || k < left) && !(t[k] <= 0.f)) << k;
-        p.bits[m * ((p.C + 7) / 8) + c / 8] = static_cast<uint8_t>(bits);
+        for (int k = 0; k < 8; ++k) byte |= ((kAligned || k < left) && !(t[k] <= 0.f)) << k;
+        p.bits[m * ((p.C + 7) / 8) + c / 8] = static_cast<uint8_t>(byte);
       }
     }
   }

@@ -26,7 +26,7 @@ class Mask(ctypes.Structure):
     _fields_ = [
         ("view", View),
         *((name, ctypes.c_void_p) for name in "ab"),
-        *((name, ctypes.c_int32) for name in ("kind", "relu")),
+        ("kind", ctypes.c_int64),
     ]
 
 

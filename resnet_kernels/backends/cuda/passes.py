@@ -87,7 +87,8 @@ class Filled:
         a, b = operand.affine or (None, None)
         view = self.view(operand.tensor, stride * operand.stride, "mask", seen)
         vectors = self.vector(a, "mask: a", C), self.vector(b, "mask: b", C)
-        return Mask(view, *vectors, TENSOR, operand.relu)
+        # A ReLU changes nothing about what is not greater than zero.
+        return Mask(view, *vectors, TENSOR)
 
     def source(self, o: Operand, name: str, scale: Tensor | None = None) -> Source:
         """scale: in place of an affine, and then nothing is rounded before the epilogue."""

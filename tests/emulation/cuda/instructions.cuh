@@ -95,7 +95,8 @@ inline void load_transposed(uint32_t (&r)[4], const void* row) {
 // As late as they may arrive.
 inline void copy_async(void* to, const void* from, bool there) {
   auto& mine = emulation::copies[emulation::block->current];
-  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16) emulation::fail("a copy off 16 bytes");
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16)
+    emulation::fail("a copy off 16 bytes");
   if (mine.empty()) mine.emplace_back();
   mine.back().push_back({to, from, there});
 }
