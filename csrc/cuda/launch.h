@@ -15,6 +15,7 @@ const char* launch(const char* name, void (*kernel)(Parameters...), int64_t bloc
   // Beyond 48 KB a kernel has to ask.
   if (shared_bytes > 48 << 10)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (blocks > 0x7fffffff) error = cudaErrorInvalidConfiguration;
   if (error == cudaSuccess && blocks > 0) {
     kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
     error = cudaGetLastError();
