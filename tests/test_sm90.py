@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch.nn.grad import conv2d_weight
 
 import resnet_kernels as rk
 from resnet_kernels.backends import extension, reference, sm90
@@ -77,7 +78,7 @@ def test_tiles_are_those_that_were_built(library):
 # kernels' machine code is the same.
 PROVED = "ff7880e7d32fecd8"
 # Files of kernels that no GPU has run, and that nothing chooses.
-UNPROVED: set[str] = set()
+UNPROVED = {"wgrad.cu", "wgrad.cuh", "wgrad.h"}
 
 
 def test_the_kernels_are_those_that_a_gpu_has_proved():
@@ -92,22 +93,22 @@ def test_the_kernels_are_those_that_a_gpu_has_proved():
 def test_kernels_have_no_stack_and_the_registers_that_three_warp_groups_can_have(library):
     resources = r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)"
     usage = re.findall(resources, cuobjdump(library, "-res-usage"))
-    kinds = [re.search(r"(conv_act|tail|pair|stem)_kernel", name)[1] for name, *_ in usage]
-    expected = {"conv_act": 2 * len(sm90.NUMBERS), "tail": 4, "pair": 2 * len(sm90.PAIRS), "stem": 2}
+    kinds = [re.search(r"(conv_act|tail|pair|stem|wgrad)_kernel", name)[1] for name, *_ in usage]
+    expected = {"conv_act": 2 * len(sm90.NUMBERS), "tail": 4, "pair": 2 * len(sm90.PAIRS), "stem": 2, "wgrad": 4}
     assert {kind: kinds.count(kind) for kind in kinds} == expected
     # 65536 for 384 or 512 threads; the warp groups that multiply take more from the one that moves.
-    most = {"conv_act": 168, "tail": 168, "pair": 168, "stem": 128}
+    most = {"conv_act": 168, "tail": 168, "pair": 168, "stem": 128, "wgrad": 168}
     assert all(int(reg) == most[kind] for kind, (_, reg, _, _) in zip(kinds, usage, strict=True))
     assert all((stack, local) == ("0", "0") for *_, stack, local in usage)
 
 
 def test_kernels_multiply_by_wgmma_move_by_the_copy_engine_and_keep_nan(library):
     functions = re.split(r"Function : ", cuobjdump(library, "-sass"))[1:]
-    assert len(functions) == 2 * len(sm90.NUMBERS) + 4 + 2 * len(sm90.PAIRS) + 2
+    assert len(functions) == 2 * len(sm90.NUMBERS) + 4 + 2 * len(sm90.PAIRS) + 2 + 4
     for sass in functions:
         name = sass.split()[0]
         assert "HGMMA" in sass and "HMMA." not in sass, name
-        assert "UTMALDG" in sass and "UTMASTG" in sass, name
+        assert "UTMALDG" in sass and ("UTMASTG" in sass or "wgrad" in name), name
         assert "LDL" not in sass and "STL" not in sass, name
         # fmaxf would make NaN a zero.
         assert not re.search(r"FMNMX(?!\.NAN)", sass), name
@@ -302,6 +303,84 @@ def test_conv_act_reads_views_and_keeps_nan(device):
     exact = chain(x.double(), weight.double(), Geometry(1, 1), shift=shift.double(), relu=True)
     assert torch.equal(y.isnan(), exact.isnan()) and y.isnan().any()
     assert_matches(y, eager, exact, 576)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("name", CONVS)
+@pytest.mark.parametrize("columns", sm90.WGRAD_COLUMNS)
+def test_parts_of_a_weight_gradient(columns, name, dtype, device, poisoned):
+    x, weight, g, _, y = drawn(name, dtype, device)
+    dy, (K, C, R, _) = draw(*y.shape, dtype=dtype, device=device), weight.shape
+    M = dy.numel() // K
+    span = 256 if M > 256 else 128
+    parts = torch.empty(-(-M // span), K, R, R, C, device=device)
+    sums = parts.new_empty(len(parts), K)
+    run = (dy, x, (R, R), g, span, columns, parts, sums)
+    sm90.wgrad_parts(*run)
+    shape = (K, C, R, R)
+    exact, eager = (conv2d_weight(x.to(w), shape, dy.to(w), *g) for w in (torch.float64, torch.float32))
+    assert_matches(parts.sum(0).permute(0, 3, 1, 2), eager, exact, M)
+    rows = dy.permute(0, 2, 3, 1).flatten(0, 2)
+    for i, some in enumerate(rows.split(span)):
+        assert_matches(sums[i], some.float().sum(0), some.double().sum(0), span)
+    first = parts.clone()
+    sm90.wgrad_parts(*run)
+    assert torch.equal(parts, first), "another result the second time"
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_weight_gradients_of_views_keep_nan(dtype, device, poisoned):
+    x = draw(3, 40, 14, 9, dtype=dtype, device=device)
+    whole = draw(3, 80, 7, 5, dtype=dtype, device=device)
+    g, geometry = whole[:, 8:], Geometry(2, 1)
+    got, sums = sm90.wgrad(Operand(g), Operand(x), (3, 3), geometry, sums=True)
+    eager, _ = reference.wgrad(Operand(g), Operand(x), (3, 3), geometry)
+    exact, totals = reference.wgrad(Operand(g.double()), Operand(x.double()), (3, 3), geometry, sums=True)
+    assert_matches(got, eager, exact, 105)
+    assert_matches(sums, g.float().sum((0, 2, 3)), totals, 105)
+    one, _ = sm90.wgrad(Operand(whole), Operand(x, stride=2), (1, 1), Geometry())
+    eager, exact = (
+        reference.wgrad(Operand(whole.to(w)), Operand(x.to(w), stride=2), (1, 1), Geometry())[0]
+        for w in (torch.float32, torch.float64)
+    )
+    assert_matches(one, eager, exact, 105)
+    x[1, 5, 6, 8] = float("nan")
+    got, _ = sm90.wgrad(Operand(g), Operand(x), (3, 3), geometry)
+    exact, _ = reference.wgrad(Operand(g.double()), Operand(x.double()), (3, 3), geometry)
+    assert torch.equal(got.isnan(), exact.isnan()) and got.isnan().any()
+    nothing, sums = sm90.wgrad(Operand(g[:0]), Operand(x[:0]), (3, 3), geometry, sums=True)
+    assert nothing.shape == (72, 40, 3, 3) and not nothing.any() and not sums.any()
+    with pytest.raises(TypeError, match="expected operands computed before"):
+        sm90.wgrad(Operand(g, relu=True), Operand(x), (3, 3), geometry)
+
+
+@pytest.mark.parametrize("mean", [0.0, 5.0])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("J", [8, 64, 136, 296])
+def test_moments(J, dtype, mean, device, poisoned):
+    h = (mean + draw(3, J, 19, 23, dtype=torch.float32, device=device)).to(dtype).contiguous(memory_format=NHWC)
+    got, exact = sm90.moments(Operand(h)), reference.moments(Operand(h.double()))
+    # As a product in fp32, of which the mean's is then subtracted: what is lost grows with the mean's square.
+    rows = h.permute(0, 2, 3, 1).flatten(0, 2).float()
+    products = (rows.T @ rows).double() - len(rows) * exact.mean[:, None] * exact.mean
+    assert got.rows == exact.rows
+    assert_matches(got.mean, rows.mean(0), exact.mean, got.rows)
+    assert_matches(got.M2, products.float(), exact.M2, got.rows)
+    assert torch.equal(got.M2, got.M2.T)
+    nothing = sm90.moments(Operand(h[:0]))
+    assert nothing.rows == 0 and nothing.mean.isnan().all() and not nothing.M2.any()
+
+
+def test_parts_fill_the_multiprocessors():
+    for M, K, C, taps in ((802816, 64, 256, 1), (200704, 128, 512, 1), (12544, 512, 512, 9), (50176, 256, 256, 9)):
+        columns = sm90.wgrad_columns(C, taps)
+        tiles = sm90.wgrad_tiles(K, C, taps, columns)
+        span = sm90.wgrad_span(M, tiles, K * C * taps, 132)
+        parts = -(-M // span)
+        assert span % sm90.FLUSH == 0 and (parts - 1) * span < M
+        rounds = tiles * parts / 132
+        assert rounds / -(-rounds // 1) > 0.85, (M, K, C, taps, parts)
+    assert sm90.wgrad_span(5, 1, 64, 132) == sm90.FLUSH
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

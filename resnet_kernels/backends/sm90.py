@@ -5,6 +5,7 @@ their plan and what was measured.
     pair      a bottleneck's last 1x1 and the next block's first convolution
     tail      a bottleneck's 3x3 with these two, of 64 channels
     stem      a ResNet's 7x7 convolution with shift, ReLU and max pooling
+    wgrad     a convolution's weight gradient, or the second moments of an activation
 
 As a backend of its own it is chosen by name; the Triton backend takes single kernels from here where they are faster.
 The library is C, loaded by ctypes: one build serves every Python.
@@ -23,10 +24,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .contract import Call, Epilogue, Geometry, Packed, Product, Stats, beyond, check_conv, fold, nhwc_strides
+from .contract import (
+    Call,
+    Epilogue,
+    Geometry,
+    Moments,
+    Operand,
+    Packed,
+    Product,
+    Stats,
+    beyond,
+    check_conv,
+    fold,
+    nhwc_strides,
+)
 
 NAME = "sm90"
-SUPPORTS = frozenset({"conv", "residual", "two_products", "stats", "data_grad"})
+SUPPORTS = frozenset({"conv", "residual", "two_products", "stats", "data_grad", "wgrad", "moments"})
 PACKS_FOR_SIZE = False
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -93,6 +107,19 @@ class _Pair(ctypes.Structure):
     ]
 
 
+class _Wgrad(ctypes.Structure):
+    """ResnetKernelsWgrad."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in "g x parts sums".split()),
+        *((name, ctypes.c_int64 * 3) for name in ("g_strides", "x_strides")),
+        *(
+            (name, ctypes.c_int32)
+            for name in "N H W C K R S stride padding dilation span columns upper half multiprocessors".split()
+        ),
+    ]
+
+
 @functools.cache
 def load() -> tuple[Any, str | None]:
     """(the library, None), or (None, why there is none)."""
@@ -111,7 +138,7 @@ def load() -> tuple[Any, str | None]:
 
 def declared(library: Any) -> Any:
     """The library, its functions' types told."""
-    for name in ("conv_act", "pair", "tail", "stem"):
+    for name in ("conv_act", "pair", "tail", "stem", "wgrad"):
         function = getattr(library, f"resnet_kernels_sm90_{name}")
         function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_char_p
     library.resnet_kernels_sm90_tiles.restype = ctypes.c_char_p
@@ -362,6 +389,83 @@ def stem(x: Tensor, packed: Tensor, shift: Tensor, y: Tensor) -> None:
     _run("stem", call, x.device)
 
 
+# Of wgrad's tiles: channels of g, slices of 64 channels of x of one tap or more, output positions of a step; positions
+# that tensor cores may sum before the sum is promoted (a part has a multiple of them), and the fewest worth a part.
+WGRAD_ROWS, WGRAD_COLUMNS, WGRAD_STEP, FLUSH, LEAST_SPAN = 128, (2, 3), 64, 128, 512
+# What a step takes where L2 limits it, and what parts cost that are written and read again: estimates.
+STEP_US, PART_BYTES_PER_US = 0.5, 4e6
+
+
+def wgrad_columns(C: int, taps: int) -> int:
+    """Slices in a tile: three where they come out even, so that less is read again from L2."""
+    return 3 if -(-C // 64) * taps % 3 == 0 else 2
+
+
+def wgrad_tiles(K: int, C: int, taps: int, columns: int, upper: bool = False) -> int:
+    rows = -(-K // WGRAD_ROWS)
+    return rows * (rows + 1) // 2 if upper else rows * -(-(-(-C // 64) * taps) // columns)
+
+
+@functools.cache
+def wgrad_span(M: int, tiles: int, elements: int, multiprocessors: int) -> int:
+    """How many of M positions a part has: blocks take units of work, tiles by parts, in turn; so many that the last
+    round is nearly full, so few that parts, of `elements` each, are soon added."""
+
+    def span_of(parts: int) -> int:
+        return -(-M // (parts * FLUSH)) * FLUSH
+
+    def time(parts: int) -> float:
+        rounds = -(-tiles * parts // multiprocessors)
+        return rounds * span_of(parts) / WGRAD_STEP * STEP_US + parts * elements * 8 / PART_BYTES_PER_US
+
+    return span_of(min(range(1, max(1, min(M // LEAST_SPAN, 4 * multiprocessors)) + 1), key=time))
+
+
+def wgrad_parts(
+    g: Tensor,
+    x: Tensor,
+    kernel: tuple[int, int],
+    geometry: Geometry,
+    span: int,
+    columns: int,
+    parts: Tensor,
+    sums: Tensor | None = None,
+    upper: bool = False,
+) -> None:
+    """parts[i, k, r, s, c] = sum over positions m of part i of g[m, k] * x[what tap (r, s) sees from m, c].
+
+    g: (N, K, P, Q), x: (N, C, H, W), `aligned`, bf16 or fp16. Part i: positions from i * span on, counted over columns,
+    rows, images; span a multiple of 128. parts: fp32, contiguous, to be written; sums (parts, K): those of g. upper: g
+    is x, kernel (1, 1): of tiles of 128 x 128 those below the diagonal are not written. columns: of `WGRAD_COLUMNS`.
+    Sums in fp32, every 128 positions apart, without atomics. Launches on torch's current stream.
+    """
+    N, C, H, W = x.shape
+    call = _Wgrad(
+        g=_pointer(g),
+        x=_pointer(x),
+        parts=_pointer(parts),
+        sums=_pointer(sums),
+        g_strides=nhwc_strides(g),
+        x_strides=nhwc_strides(x),
+        N=N,
+        H=H,
+        W=W,
+        C=C,
+        K=g.shape[1],
+        R=kernel[0],
+        S=kernel[1],
+        stride=geometry.stride,
+        padding=geometry.padding,
+        dilation=geometry.dilation,
+        span=span,
+        columns=columns,
+        upper=upper,
+        half=x.dtype == torch.float16,
+        multiprocessors=_multiprocessors(x.device),
+    )
+    _run("wgrad", call, x.device)
+
+
 # The backend
 
 
@@ -446,3 +550,51 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
         return y, Stats(0, *x.new_zeros((2, K), dtype=torch.float32))
     run(tile.replace("turn", "stats"), *rest, parts)
     return y, statistics_of(parts, rows)
+
+
+def _plain(operand: Operand, what: str) -> Tensor:
+    """Its tensor, as the copy engine can read it."""
+    s = operand.stride
+    if not dataclasses.replace(operand, stride=1).plain:
+        raise TypeError(f"sm90 {what}: expected operands computed before, got one with more than a stride: {operand}")
+    return _readable(operand.tensor[:, :, ::s, ::s])
+
+
+def _summed(
+    g: Tensor, x: Tensor, kernel: tuple[int, int], geometry: Geometry, sums: bool, upper: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """`wgrad_parts`."""
+    (N, K, P, Q), C, taps = g.shape, x.shape[1], kernel[0] * kernel[1]
+    columns = 2 if upper else wgrad_columns(C, taps)
+    M, tiles = N * P * Q, wgrad_tiles(K, C, taps, columns, upper)
+    span = wgrad_span(M, tiles, K * C * taps, _multiprocessors(x.device))
+    new = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
+    parts = new((-(-M // span), K, *kernel, C))
+    totals = new((len(parts), K)) if sums else None
+    wgrad_parts(g, x, kernel, geometry, span, columns, parts, totals, upper)
+    return parts, totals
+
+
+def wgrad(
+    g: Operand, x: Operand, kernel: tuple[int, int], geometry: Geometry, sums: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    gt, xt = _plain(g, "wgrad"), _plain(x, "wgrad")
+    K, C = gt.shape[1], xt.shape[1]
+    if not gt.numel():
+        nothing = gt.new_zeros((K, C, *kernel), dtype=torch.float32)
+        return nothing, nothing.new_zeros(K) if sums else None
+    parts, totals = _summed(gt, xt, kernel, geometry, sums)
+    return parts.sum(0).permute(0, 3, 1, 2), None if totals is None else totals.sum(0)
+
+
+def moments(h: Operand) -> Moments:
+    t = _plain(h, "moments")
+    J, rows = t.shape[1], t.numel() // t.shape[1]
+    if not rows:
+        return Moments(0, t.new_full((J,), float("nan"), dtype=torch.float32), t.new_zeros((J, J), dtype=torch.float32))
+    parts, totals = _summed(t, t, (1, 1), Geometry(), sums=True, upper=True)
+    assert totals is not None
+    # In fp64, where the difference of large sums errs less than they do: a mean of m deviations costs m^2 units.
+    total = totals.sum(0, dtype=torch.float64)
+    upper = torch.triu(parts.view(-1, J, J).sum(0, dtype=torch.float64) - total[:, None] * (total / rows))
+    return Moments(rows, (total / rows).float(), (upper + torch.triu(upper, 1).T).float())

@@ -56,6 +56,19 @@ struct ResnetKernelsPair {
 };
 const char* resnet_kernels_sm90_pair(const ResnetKernelsPair*, void* stream);
 
+// Of a weight gradient: parts (ceil(M / span), K, R, S, C), each the sum over `span` output positions (a multiple of
+// 128) of g (m, k) * x (what the tap sees from m, c), and if not null sums (ceil(M / span), K) of g. g (N, P, Q, K) and
+// x (N, H, W, C) may be views. columns: 2 or 3, slices of 64 channels of x in a tile. upper: x is g, R = S = 1, columns
+// 2: of tiles of 128 x 128 those below the diagonal are not written.
+struct ResnetKernelsWgrad {
+  const void *g, *x;
+  float *parts, *sums;
+  int64_t g_strides[3], x_strides[3];  // of images, rows, columns
+  int32_t N, H, W, C, K, R, S, stride, padding, dilation;
+  int32_t span, columns, upper, half, multiprocessors;
+};
+const char* resnet_kernels_sm90_wgrad(const ResnetKernelsWgrad*, void* stream);
+
 // Names of conv_act's tiles, separated by spaces, in the order of their numbers.
 const char* resnet_kernels_sm90_tiles();
 }

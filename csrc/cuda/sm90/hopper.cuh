@@ -22,6 +22,16 @@ __device__ inline uint64_t swizzled_matrix(uint32_t address) {
 // 16 channels further along the rows.
 constexpr uint64_t kNextProduct = 32 / 16;
 
+// The same memory seen the other way: what is summed over are rows, 16 a product, and channels are the result's rows or
+// columns. `slice`: bytes from 64 channels to the next 64. Begins at a multiple of 1024 bytes.
+__device__ inline uint64_t transposed_matrix(uint32_t address, uint32_t slice) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightRows = uint64_t{8 * kRow / 16} << 32;
+  return kSwizzle128 | kEightRows | uint64_t{slice / 16} << 16 | ((address & 0x3FFFF) >> 4);
+}
+
+// 16 rows further down.
+constexpr uint64_t kNextTransposed = 16 * kRow / 16;
+
 __device__ inline float relu(float v) { return max_nan(v, 0.f); }
 
 __device__ inline float2 relu(float2 v) { return {relu(v.x), relu(v.y)}; }

@@ -51,4 +51,14 @@ RESNET_KERNELS_BOTH constexpr int tap_column(int output_row, int tap, int pitch)
   return (output_row + tap / 3) * pitch + tap % 3;
 }
 
+// Of tiles of a symmetric matrix of n x n, those on and above the diagonal, number t of n (n + 1) / 2.
+struct UpperTile {
+  int row, column;
+  RESNET_KERNELS_BOTH explicit UpperTile(int t) {
+    column = 0;
+    while ((column + 1) * (column + 2) / 2 <= t) ++column;
+    row = t - column * (column + 1) / 2;
+  }
+};
+
 }  // namespace resnet_kernels::sm90

@@ -63,6 +63,32 @@ RESNET_KERNELS_PRODUCT(128)
 RESNET_KERNELS_PRODUCT(256)
 #undef RESNET_KERNELS_PRODUCT
 
+template <class T, int kColumns>
+struct ProductTransposed;
+
+#define RESNET_KERNELS_PRODUCT(N)                                                                                       \
+  template <>                                                                                                           \
+  struct ProductTransposed<__nv_bfloat16, N> : cute::SM90::GMMA::MMA_64x##N##x16_F32BF16BF16_SS<Major::MN, Major::MN> { \
+  };                                                                                                                    \
+  template <>                                                                                                           \
+  struct ProductTransposed<__half, N> : cute::SM90::GMMA::MMA_64x##N##x16_F32F16F16_SS<Major::MN, Major::MN> {};
+RESNET_KERNELS_PRODUCT(128)
+RESNET_KERNELS_PRODUCT(192)
+#undef RESNET_KERNELS_PRODUCT
+
+template <class T>
+struct ProductByOnes;
+template <>
+struct ProductByOnes<__nv_bfloat16> : cute::SM90::GMMA::MMA_64x8x16_F32BF16BF16_SS<Major::MN, Major::K> {};
+template <>
+struct ProductByOnes<__half> : cute::SM90::GMMA::MMA_64x8x16_F32F16F16_SS<Major::MN, Major::K> {};
+
+template <class T, int kColumns, size_t... I>
+__device__ inline void multiply_transposed(float (&d)[kColumns / 2], uint64_t a, uint64_t b, bool add,
+                                           std::index_sequence<I...>) {
+  ProductTransposed<T, kColumns>::fma(a, b, d[I]..., add ? ScaleOut::One : ScaleOut::Zero);
+}
+
 template <class T, int kColumns, size_t... I>
 __device__ inline void multiply(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b, bool add,
                                 std::index_sequence<I...>) {
@@ -88,6 +114,18 @@ __device__ inline void multiply(float (&d)[kColumns / 2], uint64_t a, uint64_t b
 template <class T, int kColumns>
 __device__ inline void multiply(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b, bool add) {
   detail::multiply<T, kColumns>(d, a, b, add, std::make_index_sequence<kColumns / 2>{});
+}
+
+// d (64 x kColumns) = a^T b [+ d], a (16 x 64) and b (16 x kColumns) with contiguous rows.
+template <class T, int kColumns>
+__device__ inline void multiply_transposed(float (&d)[kColumns / 2], uint64_t a, uint64_t b, bool add) {
+  detail::multiply_transposed<T, kColumns>(d, a, b, add, std::make_index_sequence<kColumns / 2>{});
+}
+
+// d (64 x 8) = a^T b [+ d], a as above, b (8 x 16) as `multiply` has it.
+template <class T>
+__device__ inline void multiply_by_ones(float (&d)[4], uint64_t a, uint64_t b, bool add) {
+  detail::ProductByOnes<T>::fma(a, b, d[0], d[1], d[2], d[3], add ? detail::ScaleOut::One : detail::ScaleOut::Zero);
 }
 
 __device__ inline void begin_products() { cute::warpgroup_arrive(); }

@@ -102,10 +102,7 @@ struct Stores {
 };
 inline std::vector<Stores> stores;  // by thread
 
-inline Stores& my_stores() {
-  if (stores.size() < block->threads()) stores.resize(block->threads());
-  return stores[block->current];
-}
+inline Stores& my_stores() { return stores[block->current]; }
 
 inline void store_box(const CUtensorMap* map, uint32_t address, std::vector<int> corner) {
   const TensorMap& m = TensorMap::of(map);

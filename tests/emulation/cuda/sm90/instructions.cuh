@@ -102,7 +102,13 @@ void multiply(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b, bool
 template <class T, int kColumns>
 void multiply_transposed(float (&d)[kColumns / 2], uint64_t a, uint64_t b, bool add) {
   auto p = product<T, kColumns>(d, b, add);
-  p.a = a, p.transposed = true;
+  p.a = a, p.a_transposed = p.b_transposed = true;
+  emulation::my_batches().open.push_back(p);
+}
+template <class T>
+void multiply_by_ones(float (&d)[4], uint64_t a, uint64_t b, bool add) {
+  auto p = product<T, 8>(d, b, add);
+  p.a = a, p.a_transposed = true;
   emulation::my_batches().open.push_back(p);
 }
 

@@ -14,19 +14,16 @@
 namespace emulation {
 
 inline const char* what_a_thread_left(unsigned thread) {
-  if (thread < stores.size() && !(stores[thread].open.empty() && stores[thread].groups.empty()))
-    return "its stores were awaited";
-  if (thread / kWarpGroup < warp_groups.size()) {
-    const auto& of = warp_groups[thread / kWarpGroup].of;
-    if (!of.empty() && !of[thread % kWarpGroup].open.empty()) return "its products were awaited";
-  }
+  if (!stores[thread].open.empty() || !stores[thread].groups.empty()) return "its stores were awaited";
+  const auto& products = warp_groups[thread / kWarpGroup].of[thread % kWarpGroup];
+  if (!products.open.empty() || !products.ended.empty()) return "its products were awaited";
   return nullptr;
 }
 
-inline void begin_block(uint32_t bytes) {
+inline void begin_block(uint32_t threads, uint32_t bytes) {
   take_shared_memory(bytes);
-  stores.clear();
-  warp_groups.clear();
+  stores.assign(threads, {});
+  warp_groups.assign((threads + kWarpGroup - 1) / kWarpGroup, {});
   left_behind = what_a_thread_left;
 }
 
@@ -39,7 +36,7 @@ void run(const void* kernel, int64_t tiles, int multiprocessors, int threads, in
   const auto function = reinterpret_cast<void (*)(Params)>(const_cast<void*>(kernel));
   const dim3 grid(std::min<int64_t>(tiles, multiprocessors)), size(threads);
   for (unsigned x = 0; x < grid.x; ++x) {
-    emulation::begin_block(bytes);
+    emulation::begin_block(threads, bytes);
     emulation::run_block(grid, size, dim3(x), [&] { function(params); });
   }
 }

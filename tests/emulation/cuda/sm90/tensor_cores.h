@@ -15,17 +15,18 @@ namespace emulation {
 
 constexpr unsigned kWarpGroup = 128;
 
-// d (64 x columns) = a b^T [+ d], a (64 x 16) and b (columns x 16) given by descriptors, or a in registers.
+// d (64 x columns) = a b^T [+ d], a (64 x 16) and b (columns x 16) given by descriptors, or a in registers; transposed:
+// as (16 x 64) and (16 x columns) in memory.
 struct Product {
   float* d;
   int columns;
-  bool half, add, a_in_registers, transposed;
+  bool half, add, a_in_registers, a_transposed, b_transposed;
   uint64_t a, b;
   uint32_t registers[4];
 
   bool same(const Product& p) const {
     return columns == p.columns && half == p.half && add == p.add && a_in_registers == p.a_in_registers &&
-           transposed == p.transposed && a == p.a && b == p.b;
+           a_transposed == p.a_transposed && b_transposed == p.b_transposed && a == p.a && b == p.b;
   }
 };
 
@@ -34,17 +35,12 @@ struct Batches {
   std::vector<std::vector<Product>> ended;
 };
 struct WarpGroup {
-  std::vector<Batches> of;  // its threads
+  std::vector<Batches> of = std::vector<Batches>(kWarpGroup);  // its threads
   size_t done = 0;          // batches
 };
 inline std::vector<WarpGroup> warp_groups;
 
-inline WarpGroup& my_warp_group() {
-  const unsigned mine = block->current / kWarpGroup;
-  if (warp_groups.size() <= mine) warp_groups.resize(mine + 1);
-  if (warp_groups[mine].of.empty()) warp_groups[mine].of.resize(kWarpGroup);
-  return warp_groups[mine];
-}
+inline WarpGroup& my_warp_group() { return warp_groups[block->current / kWarpGroup]; }
 inline Batches& my_batches() { return my_warp_group().of[block->current % kWarpGroup]; }
 
 inline float value(uint16_t bits, bool half) {
@@ -87,8 +83,8 @@ inline void read_matrix(float (*to)[16], int rows, uint64_t descriptor, bool hal
 inline void make_product(std::vector<Batches>& threads, size_t i) {
   const Product& first = threads[0].ended.front()[i];
   static float a[64][16], b[256][16];
-  read_matrix(b, first.columns, first.b, first.half, first.transposed);
-  if (!first.a_in_registers) read_matrix(a, 64, first.a, first.half, first.transposed);
+  read_matrix(b, first.columns, first.b, first.half, first.b_transposed);
+  if (!first.a_in_registers) read_matrix(a, 64, first.a, first.half, first.a_transposed);
   for (unsigned t = 0; t < kWarpGroup; ++t) {
     const Product& p = threads[t].ended.front()[i];
     if (!p.same(first)) fail("threads of a warp group begin different products");
