@@ -74,9 +74,9 @@ def test_tiles_are_those_that_were_built(library):
 
 
 # Of csrc/cuda/sm90 without comments and spaces: what all tests marked gpu passed with, on an NVIDIA H200. Since then
-# `STATISTICS_TILES` came, which no GPU has run and nothing chooses, and instructions got a file of their own; the other
-# kernels' machine code is the same.
-PROVED = "ff7880e7d32fecd8"
+# `STATISTICS_TILES` and `SUMS_TILES` came, which no GPU has run and nothing chooses, and instructions got a file of their
+# own; the other kernels' machine code is the same.
+PROVED = "2af237c6db20fb9b"
 # Files of kernels that no GPU has run, and that nothing chooses.
 UNPROVED = {"wgrad.cu", "wgrad.cuh", "wgrad.h"}
 
@@ -290,6 +290,50 @@ def test_statistics_of_a_result(tile, name, dtype, device, poisoned):
     first = parts.clone()
     sm90.conv_act(*run)
     assert torch.equal(parts, first), "another result the second time"
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("name", CONVS)
+@pytest.mark.parametrize("tile", sm90.SUMS_TILES)
+def test_masks_and_sums_of_a_result(tile, name, dtype, device, poisoned):
+    x, weight, g, what, y = drawn(name, dtype, device)
+    (N, K, P, Q), second = y.shape, None
+    z, (shift, a, b, mean) = 3 + draw(N, K, P, Q, dtype=dtype, device=device), torch.randn(4, K, device=device)
+    mean, b = mean + 3, b - 3 * a
+    z[0, 1, 0, 0] = float("nan")
+    if "second" in what:
+        second = (draw(N, 72, P, Q, dtype=dtype, device=device), draw(K, 72, 1, 1, dtype=dtype, device=device) * 0.1)
+    parts = torch.empty(2, -(-y.numel() // K // 128), K, device=device)
+    packed = None if second is None else (second[0], krsc(second[1]))
+    masks = torch.stack((shift, a, b, mean), 1)
+    run = (x, krsc(weight), y, g, tile, None, None, packed, z, False, parts, masks)
+    sm90.conv_act(*run)
+
+    def plain(w):
+        """Where and what, and the sums of what came out above."""
+        h = torch.relu(a[:, None, None].to(w) * z.to(w) + b[:, None, None].to(w)).to(dtype)
+        t = chain(x.to(w), weight.to(w), g, shift=shift.to(w), second=second and tuple(v.to(w) for v in second))
+        off = z.to(w) - mean[:, None, None].to(w)
+        return torch.where(h <= 0, 0, t), y.to(w).sum((0, 2, 3)), (y.to(w) * off).sum((0, 2, 3))
+
+    exact, eager = plain(torch.float64), plain(torch.float32)
+    # A mask may fall the other way where what it masks by is within rounding of zero.
+    flipped = (exact[0] == 0) != (y == 0)
+    edge = a[:, None, None].double() * z.double() + b[:, None, None].double()
+    assert (edge[flipped].abs() < 1e-5).all()
+    assert_matches(
+        torch.where(flipped, 0, y),
+        torch.where(flipped, 0, eager[0]).to(dtype),
+        torch.where(flipped, 0, exact[0]),
+        weight[0].numel(),
+    )
+    for got, e, d in zip(parts.sum(1), eager[1:], exact[1:], strict=True):
+        assert torch.equal(got.isnan(), d.isnan())
+        assert_matches(got, e, d, y.numel() // K)
+    assert y.isfinite().any() and (y == 0).any()
+    first = y.clone(), parts.clone()
+    sm90.conv_act(*run)
+    assert torch.equal(y, first[0]) and torch.equal(parts.nan_to_num(7), first[1].nan_to_num(7)), "another result"
 
 
 def test_conv_act_reads_views_and_keeps_nan(device):

@@ -64,14 +64,16 @@ TILES = {
 }
 # Those that also give the result's statistics.
 STATISTICS_TILES = {"stats128x128": Tile(128, 128, 4), "stats128x64": Tile(128, 64, 7)}
-NUMBERS = {name: i for i, name in enumerate([*TILES, *STATISTICS_TILES])}
+# That which masks the result, and gives the sums of a batch norm's gradient.
+SUMS_TILES = {"sums128x64": Tile(128, 64, 7)}
+NUMBERS = {name: i for i, name in enumerate([*TILES, *STATISTICS_TILES, *SUMS_TILES])}
 
 
 class _Conv(ctypes.Structure):
     """ResnetKernelsConv of csrc/cuda/sm90/api.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in "x w x2 w2 residual y scale shift parts".split()),
+        *((name, ctypes.c_void_p) for name in "x w x2 w2 residual y scale shift masks parts".split()),
         *((name, ctypes.c_int64 * 3) for name in ("x_strides", "x2_strides")),
         *(
             (name, ctypes.c_int32)
@@ -235,6 +237,7 @@ def conv_act(
     residual: Tensor | None = None,
     relu: bool = False,
     parts: Tensor | None = None,
+    masks: Tensor | None = None,
 ) -> None:
     """y = [relu](scale * conv(x, weight) + conv1x1(x2, weight2) + shift + residual), the sums in fp32, rounded once.
 
@@ -243,6 +246,9 @@ def conv_act(
     residual: as y. All of one dtype, bf16 or fp16, on one device. parts: (2, tiles of 128 output positions, K), fp32,
     contiguous, to be written by a tile of `STATISTICS_TILES`: of each, of y's rounded values, mean and sum of squared
     deviations, without atomics. Launches on torch's current stream.
+
+    With masks, of a tile of `SUMS_TILES`: residual is z, y = conv(x, weight) + conv1x1(x2, weight2) + shift where not
+    (relu(a * z + b), rounded, <= 0), else 0; masks (K, 4): shift, a, b, centre; parts: sums of y and y * (z - centre).
 
     Raises RuntimeError where the library is missing or the launch fails; what cannot run is for `why_not_weight`,
     `aligned` and `why_not_here` to tell before.
@@ -259,6 +265,7 @@ def conv_act(
         y=_pointer(y),
         scale=_pointer(scale),
         shift=_pointer(shift),
+        masks=_pointer(masks),
         parts=_pointer(parts),
         x_strides=nhwc_strides(x),
         N=N,

@@ -7,13 +7,15 @@ extern "C" {
 
 // y = relu(scale * conv(x, w) + conv1x1(x2, w2) + shift + residual), of bf16 or, if half, fp16; M = N*P*Q. x (N, H, W,
 // C) and x2 (N, P, Q, C2) may be views, of strides in elements; w (K, R, S, C), w2 (K, C2), residual and y (M, K) are
-// contiguous. Null: there is none. tile: its number in resnet_kernels_sm90_tiles. parts, of tiles with statistics: per
-// channel of the rounded y's 128 positions each (the last ones may be fewer) the mean (ceil(M / 128), K), then the sum
-// of squared deviations.
+// contiguous. Null: there is none. tile: its number in resnet_kernels_sm90_tiles. parts, of tiles that reduce: per
+// channel of the rounded y's 128 positions each (the last ones may be fewer), (ceil(M / 128), K) twice: with statistics
+// the mean, and the sum of squared deviations; with sums the sum of y, and of y * (z - centre). Then residual is z, which
+// is not added: y = conv + shift where relu(a * z + b), rounded, is positive or NaN, else 0; shift, a, b and centre are
+// the rows of masks (K, 4).
 struct ResnetKernelsConv {
   const void *x, *w, *x2, *w2, *residual;
   void* y;
-  const float *scale, *shift;
+  const float *scale, *shift, *masks;
   float* parts;
   int64_t x_strides[3], x2_strides[3];  // of images, rows, columns
   int32_t N, H, W, C, K, R, S, stride, padding, dilation;

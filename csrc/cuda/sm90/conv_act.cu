@@ -26,7 +26,7 @@ ConvParams parameters(const ResnetKernelsConv& c, TileShape t) {
   p.tiles = (p.M + positions - 1) / positions * p.k_tiles;
   p.stride = c.stride, p.padding = c.padding, p.dilation = c.dilation;
   p.S = c.S, p.taps = c.R * c.S, p.slices = slices(c.C);
-  p.parts = c.parts, p.scale = c.scale, p.shift = c.shift, p.relu = c.relu, p.residual_there = c.residual;
+  p.parts = c.parts, p.masks = reinterpret_cast<const float4*>(c.masks), p.scale = c.scale, p.shift = c.shift, p.relu = c.relu, p.residual_there = c.residual;
   const bool half = c.half;
   p.x = im2col_map("x", half, c.x, {c.N, c.H, c.W, c.C}, {c.x_strides[0], c.x_strides[1], c.x_strides[2]}, c.stride,
                    c.padding, c.dilation * (c.S - 1), c.dilation * (c.R - 1), positions);
@@ -46,8 +46,11 @@ void launch(const ResnetKernelsConv& c, cudaStream_t stream) {
   if (c.tile < 0 || c.tile >= static_cast<int>(std::size(kTiles)))
     throw std::runtime_error("there is no tile " + std::to_string(c.tile));
   const ConvTile& tile = kTiles[c.tile];
-  if (tile.shape.statistics != (c.parts != nullptr))
-    throw std::runtime_error(std::string(tile.name) + (c.parts ? " has no statistics" : " has statistics, which go nowhere"));
+  const Reduce reduce = tile.shape.reduce;
+  if ((reduce != Reduce::kNothing) != (c.parts != nullptr))
+    throw std::runtime_error(std::string(tile.name) + (c.parts ? " reduces nothing" : " reduces, and nothing takes it"));
+  if ((reduce == Reduce::kSums) != (c.masks != nullptr) || (c.masks && !c.residual))
+    throw std::runtime_error(std::string(tile.name) + ": masks belong to tiles of sums, and to what they mask");
   ConvParams p = parameters(c, tile.shape);
   run(tile.kernel(c.half), p.tiles, c.multiprocessors, kConvThreads, shared_bytes(tile.shape), p, stream);
 }

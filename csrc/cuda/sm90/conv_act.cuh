@@ -11,13 +11,14 @@
 //   consumers         wgmma from shared memory, accumulators in registers; then scale, shift, residual, ReLU, rounding
 //                     once, in place in the buffer. With statistics, mean and squared deviations per channel of what
 //                     was rounded: of a warp's rows by shuffles (statistics.h), of the tile's through shared
-//                     memory.
+//                     memory. With sums the buffer's tile is not added, but tells where the result is kept, and what it
+//                     is multiplied with: the gradient through a batch norm and its ReLU.
 //
 // In turn (TileShape), a warp group begins its products when the other has begun its last, so tensor cores and stores
 // overlap; the turn is also what keeps a warp group from looking at a barrier two phases ahead.
 //
 // Moves: x once per tap and per tile of output channels from L2, once from device memory; w once per tile of positions
-// from L2; residual, y once; of statistics 8 bytes per channel and tile.
+// from L2; residual, y once; of what is reduced 8 bytes per channel and tile.
 #pragma once
 
 #include "cuda/sm90/conv_act_tiles.h"
@@ -26,9 +27,9 @@
 
 namespace resnet_kernels::sm90 {
 
-template <class T, int kRows, int kColumns, int kStages, bool kInTurn, bool kStatistics>
+template <class T, int kRows, int kColumns, int kStages, bool kInTurn, Reduce kReduce>
 struct ConvAct {
-  static constexpr TileShape kShape{kRows, kColumns, kStages, kInTurn, kStatistics};
+  static constexpr TileShape kShape{kRows, kColumns, kStages, kInTurn, kReduce};
   static constexpr int kPositions = kShape.positions();
   static constexpr int kABytes = kPositions * kRow, kBBytes = kColumns * kRow, kStageBytes = kABytes + kBBytes;
   static constexpr int kChunkBytes = kRows * kRow, kBufferBytes = kColumns / kSlice * kChunkBytes;
@@ -43,7 +44,7 @@ struct ConvAct {
   static_assert(sizeof(Barriers) <= 256);
   static_assert(shared_bytes(kShape) <= 227 * 1024);
   // A thread merges what the four warps know of a channel.
-  static_assert(!kStatistics || (kInTurn && kColumns <= kWarpGroup));
+  static_assert(kReduce == Reduce::kNothing || (kInTurn && kColumns <= kWarpGroup));
 
   // Which tiles a warp group has: every one of the block's, or every other.
   static __device__ int first_tile(int group) { return blockIdx.x + (kInTurn ? group * gridDim.x : 0); }
@@ -142,9 +143,9 @@ struct ConvAct {
     if (threadIdx.x % kWarpGroup == 0) Barrier::arrive(&barriers.empty[released]);
   }
 
-  // left: rows before the last output position. statistics: of the warp group, (4, kColumns).
+  // left: rows before the last output position. reduced: of the warp group, (4, kColumns).
   static __device__ void finish(const ConvParams& p, float (&d)[kParts][kColumns / 2], uint32_t buffer, int k0,
-                                int left, float2* statistics) {
+                                int left, float2* reduced) {
     const int t = threadIdx.x % kWarpGroup;
 #pragma unroll
     for (int i = 0; i < kColumns / 8; ++i) {
@@ -167,13 +168,88 @@ struct ConvAct {
           if (p.relu) v = relu(v);
           const uint32_t narrow = Pair<T>::narrow(v);
           store_shared(address, narrow);
-          if constexpr (kStatistics) {
+          if constexpr (kReduce == Reduce::kStatistics) {
             const float2 rounded = Pair<T>::widen(narrow);
             d[part][4 * i + 2 * half] = rounded.x, d[part][4 * i + 2 * half + 1] = rounded.y;
           }
         }
     }
-    if constexpr (kStatistics) take_statistics(d, left, statistics + t / 32 * kColumns);
+    if constexpr (kReduce == Reduce::kStatistics) take_statistics(d, left, reduced + t / 32 * kColumns);
+  }
+
+  // The same with masks and sums.
+  static __device__ void finish_sums(const ConvParams& p, float (&d)[kParts][kColumns / 2], uint32_t buffer, int k0,
+                                     int left, float2* reduced) {
+    const int t = threadIdx.x % kWarpGroup;
+    const uint32_t masks = bring_masks(p, k0, reduced);
+#pragma unroll
+    for (int i = 0; i < kColumns / 8; ++i) {
+      const uint32_t at = masks + (8 * i + 2 * (t % 4)) * 16;
+      const float4 x = load_shared_four(at), y = load_shared_four(at + 16);  // shift, a, b, centre
+      float2 sum{0.f, 0.f}, product{0.f, 0.f};
+#pragma unroll
+      for (int part = 0; part < kParts; ++part)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = 64 * part + accumulator_row(t, half);
+          const uint32_t address = buffer + i / 8 * kChunkBytes + swizzled(row, i % 8) + t % 4 * 4;
+          const float2 z = Pair<T>::widen(load_shared(address));
+          const float2 v{d[part][4 * i + 2 * half] + x.x, d[part][4 * i + 2 * half + 1] + y.x};
+          const uint32_t narrow = Pair<T>::narrow(kept(v, z, {x.y, y.y}, {x.z, y.z}));
+          store_shared(address, narrow);
+          if (row < left) {
+            const float2 rounded = Pair<T>::widen(narrow);
+            sum.x += rounded.x, sum.y += rounded.y;
+            product.x = fmaf(rounded.x, z.x - x.w, product.x);
+            product.y = fmaf(rounded.y, z.y - y.w, product.y);
+          }
+        }
+      // Of the accumulators that are done with.
+      d[0][4 * i] = sum.x, d[0][4 * i + 1] = sum.y, d[0][4 * i + 2] = product.x, d[0][4 * i + 3] = product.y;
+    }
+    take_sums(d[0], reduced + t / 32 * kColumns);
+  }
+
+  // The tile's, behind what is reduced.
+  static __device__ uint32_t bring_masks(const ConvParams& p, int k0, float2* reduced) {
+    float4* const masks = reinterpret_cast<float4*>(reduced + 4 * kColumns);
+    const int t = threadIdx.x % kWarpGroup;
+    if (t < kColumns && k0 + t < p.K) masks[t] = __ldg(p.masks + k0 + t);
+    cutlass::arch::NamedBarrier::sync(kWarpGroup, threadIdx.x / kWarpGroup - 1);
+    return cute::cast_smem_ptr_to_uint(masks);
+  }
+
+  // v where relu(a * z + b), rounded, is positive or NaN, else 0.
+  static __device__ float2 kept(float2 v, float2 z, float2 a, float2 b) {
+    const float2 h = Pair<T>::widen(Pair<T>::narrow(relu(float2{fmaf(a.x, z.x, b.x), fmaf(a.y, z.y, b.y)})));
+    return {h.x <= 0.f ? 0.f : v.x, h.y <= 0.f ? 0.f : v.y};
+  }
+
+  // Of the thread's rows, sums of a channel number j of the i-th eight in d[4 * i + j], of products in d[4 * i + 2 + j]:
+  // a warp's.
+  static __device__ void take_sums(const float (&d)[kColumns / 2], float2* of_warp) {
+    const unsigned lane = threadIdx.x % 32;
+#pragma unroll
+    for (int slice = 0; slice < kColumns / kSlice; ++slice) {
+      float sum[16], product[16];
+#pragma unroll
+      for (int j = 0; j < 16; ++j) {
+        const int at = 4 * (8 * slice + j / 2) + j % 2;
+        sum[j] = d[at], product[j] = d[at + 2];
+      }
+      add_lanes<8>(sum, lane), add_lanes<8>(product, lane);
+      add_lanes<4>(sum, lane), add_lanes<4>(product, lane);
+      add_lanes<2>(sum, lane), add_lanes<2>(product, lane);
+      reinterpret_cast<float4*>(of_warp + slice * kSlice)[lane] = {sum[0], product[0], sum[1], product[1]};
+    }
+  }
+
+  template <int kLeft>
+  static __device__ void add_lanes(float (&v)[16], unsigned lane) {
+    float given[kLeft];
+    halve<kLeft>(v, given, lane);
+#pragma unroll
+    for (int j = 0; j < kLeft; ++j) v[j] += __shfl_xor_sync(~0u, given[j], 2 * kLeft);
   }
 
   // Of rounded values, what a warp knows: mean and squared deviations of its rows before `left`.
@@ -234,25 +310,29 @@ struct ConvAct {
   }
 
   // Of what its four warps know, once per channel.
-  static __device__ void store_statistics(const ConvParams& p, int tile, int left, const float2* statistics, int group) {
+  static __device__ void store_reduced(const ConvParams& p, int tile, int left, const float2* reduced, int group) {
     cutlass::arch::NamedBarrier::sync(kWarpGroup, group);
     const int column = threadIdx.x % kWarpGroup, k = tile % p.k_tiles * kColumns + column;
     if (column >= kColumns || k >= p.K) return;
-    float rows = 0, mean = 0, M2 = 0;
+    float rows = 0, first = 0, second = 0;
 #pragma unroll
     for (int warp = 0; warp < 4; ++warp) {
-      const float2 of_warp = statistics[warp * kColumns + column];
-      const float more = rows_of_warp(left, warp, kParts);
-      Merge(rows, more)(mean, M2, of_warp.x, of_warp.y);
-      rows += more;
+      const float2 of_warp = reduced[warp * kColumns + column];
+      if constexpr (kReduce == Reduce::kSums) {
+        first += of_warp.x, second += of_warp.y;
+      } else {
+        const float more = rows_of_warp(left, warp, kParts);
+        Merge(rows, more)(first, second, of_warp.x, of_warp.y);
+        rows += more;
+      }
     }
     float* const to = p.parts + int64_t{tile / p.k_tiles} * p.K + k;
-    to[0] = mean;
-    to[int64_t{p.tiles / p.k_tiles} * p.K] = M2;
+    to[0] = first;
+    to[int64_t{p.tiles / p.k_tiles} * p.K] = second;
   }
 
   static __device__ void consume(const ConvParams& p, uint32_t ring, uint32_t buffer, Barriers& barriers,
-                                 float2* statistics, int group) {
+                                 float2* reduced, int group) {
     const int steps = p.taps * p.slices + p.slices2;
     Ring<kStages> at;
     if (kInTurn && group == 1) at.advance(steps);
@@ -263,10 +343,13 @@ struct ConvAct {
       multiply_tile(p, d, ring, barriers, at, group);
       Barrier::wait(&barriers.loaded[group], phase);
       const int left = p.M - tile / p.k_tiles * kPositions;
-      finish(p, d, buffer, tile % p.k_tiles * kColumns, left, statistics);
+      if constexpr (kReduce == Reduce::kSums)
+        finish_sums(p, d, buffer, tile % p.k_tiles * kColumns, left, reduced);
+      else
+        finish(p, d, buffer, tile % p.k_tiles * kColumns, left, reduced);
       cutlass::arch::fence_view_async_shared();  // the copy engine reads what was written
       // Before `ready`: who passes the next `loaded` may write what is read here.
-      if constexpr (kStatistics) store_statistics(p, tile, left, statistics, group);
+      if constexpr (kReduce != Reduce::kNothing) store_reduced(p, tile, left, reduced, group);
       Barrier::arrive(&barriers.ready[group]);
       phase ^= 1;
     }
@@ -303,20 +386,20 @@ struct ConvAct {
     } else {
       cutlass::arch::warpgroup_reg_alloc<232>();
       const int group = threadIdx.x / kWarpGroup - 1;
-      float2* const statistics = reinterpret_cast<float2*>(behind + 256 + group * statistics_bytes(kShape));
-      consume(p, ring, buffers + group * kBufferBytes, barriers, statistics, group);
+      float2* const reduced = reinterpret_cast<float2*>(behind + 256 + group * reduced_bytes(kShape));
+      consume(p, ring, buffers + group * kBufferBytes, barriers, reduced, group);
     }
   }
 };
 
-template <class T, int kRows, int kColumns, int kStages, bool kInTurn, bool kStatistics>
+template <class T, int kRows, int kColumns, int kStages, bool kInTurn, Reduce kReduce>
 __global__ void __launch_bounds__(kConvThreads, 1) conv_act_kernel(const __grid_constant__ ConvParams p) {
-  ConvAct<T, kRows, kColumns, kStages, kInTurn, kStatistics>::run(p);
+  ConvAct<T, kRows, kColumns, kStages, kInTurn, kReduce>::run(p);
 }
 
 template <class T, const TileShape& t>
 const void* conv_act_pointer() {
-  return reinterpret_cast<const void*>(&conv_act_kernel<T, t.rows, t.columns, t.stages, t.in_turn, t.statistics>);
+  return reinterpret_cast<const void*>(&conv_act_kernel<T, t.rows, t.columns, t.stages, t.in_turn, t.reduce>);
 }
 
 // What a tile's file consists of.

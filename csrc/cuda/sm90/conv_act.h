@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cuda.h>
+#include <vector_types.h>
 
 #include <cstdint>
 
@@ -18,28 +19,38 @@ struct ConvParams {
   int stride, padding, dilation, S, taps, slices;
   int slices2;  // of the second product; 0: there is none
   bool residual_there, relu;
-  float* parts;  // means (tiles of positions, K), then squared deviations; where the tile has statistics
+  // Where the tile sums: per channel shift, a, b and centre. What residual brings is z, a result is kept where relu(a * z
+  // + b) is.
+  const float4* masks;
+  float* parts;  // (2, tiles of positions, K), of tiles that reduce
 };
+
+// What a tile makes of its result per channel: nothing, its mean and squared deviations, or its sum and that of its
+// products with z - centre.
+enum class Reduce { kNothing, kStatistics, kSums };
 
 // A kernel's tile of kRows positions per warp group x kColumns output channels. In turn: each of the two consumer warp
 // groups has tiles of its own, one multiplies while the other stores; else both share a tile of 2 * kRows positions.
-// Statistics: of the result's values in the tile, per channel; in turn only.
+// It reduces in turn only.
 struct TileShape {
   int rows, columns, stages;
-  bool in_turn, statistics;
+  bool in_turn;
+  Reduce reduce;
 
   constexpr int positions() const { return rows * (in_turn ? 1 : 2); }
 };
 
 constexpr int kConvThreads = 384;
 
-// Of a warp group: mean and squared deviations of a channel in the rows of each of its four warps.
-constexpr int statistics_bytes(TileShape t) { return t.statistics ? 4 * t.columns * 8 : 0; }
+// Of a warp group: the two values of a channel in the rows of each of its four warps; masks, where it sums.
+constexpr int reduced_bytes(TileShape t) {
+  return t.reduce == Reduce::kNothing ? 0 : t.columns * (t.reduce == Reduce::kSums ? 4 * 8 + 16 : 4 * 8);
+}
 
-// Bytes of shared memory: operands' ring, a buffer of the tile's results per warp group, barriers, what warps know of
-// statistics, and what aligns them.
+// Bytes of shared memory: operands' ring, a buffer of the tile's results per warp group, barriers, what warps have
+// reduced, and what aligns them.
 constexpr int shared_bytes(TileShape t) {
-  return t.stages * (t.positions() + t.columns) * 128 + 2 * t.rows * t.columns * 2 + 256 + 2 * statistics_bytes(t) + 1024;
+  return t.stages * (t.positions() + t.columns) * 128 + 2 * t.rows * t.columns * 2 + 256 + 2 * reduced_bytes(t) + 1024;
 }
 
 }  // namespace resnet_kernels::sm90

@@ -5,13 +5,14 @@
 
 namespace resnet_kernels::sm90 {
 
-// Positions per warp group, output channels, stages, in turn, statistics.
-#define RESNET_KERNELS_TILES(X)            \
-  X(turn128x128, 128, 128, 5, true, false) \
-  X(turn128x64, 128, 64, 8, true, false)   \
-  X(both64x256, 64, 256, 3, false, false)  \
-  X(stats128x128, 128, 128, 4, true, true) \
-  X(stats128x64, 128, 64, 7, true, true)
+// Positions per warp group, output channels, stages, in turn, what it reduces.
+#define RESNET_KERNELS_TILES(X)                           \
+  X(turn128x128, 128, 128, 5, true, Reduce::kNothing)     \
+  X(turn128x64, 128, 64, 8, true, Reduce::kNothing)       \
+  X(both64x256, 64, 256, 3, false, Reduce::kNothing)      \
+  X(stats128x128, 128, 128, 4, true, Reduce::kStatistics) \
+  X(stats128x64, 128, 64, 7, true, Reduce::kStatistics)   \
+  X(sums128x64, 128, 64, 7, true, Reduce::kSums)
 
 #define X(NAME, ...)                            \
   namespace tiles {                             \

@@ -146,11 +146,14 @@ template <class V>
 void store_shared(uint32_t address, V v) {
   std::memcpy(emulation::at(address, sizeof(V)), &v, sizeof(V));
 }
-inline uint32_t load_shared(uint32_t address) {
-  uint32_t v;
-  std::memcpy(&v, emulation::at(address, 4), 4);
+template <class V>
+V loaded_from_shared(uint32_t address) {
+  V v;
+  std::memcpy(&v, emulation::at(address, sizeof(V)), sizeof(V));
   return v;
 }
+inline uint32_t load_shared(uint32_t address) { return loaded_from_shared<uint32_t>(address); }
+inline float4 load_shared_four(uint32_t address) { return loaded_from_shared<float4>(address); }
 
 inline void await_stores() { emulation::await_stores_but(0); }
 
