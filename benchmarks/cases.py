@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
 from resnet_kernels import traffic
 from resnet_kernels.backends.contract import Geometry
@@ -48,6 +49,17 @@ class ConvStats(nn.Module):
         c = self.conv1(x)
         wide = c if c.dtype == torch.float64 else c.float()
         return c, wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3))
+
+
+class ConvWgrad(nn.Module):
+    """The gradient of conv's weight, from x and dL/dconv."""
+
+    def __init__(self, C: int, K: int, R: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(C, K, R, stride, R // 2, bias=False)
+
+    def forward(self, x: Tensor, dy: Tensor) -> Tensor:
+        return conv2d_weight(x, list(self.conv1.weight.shape), dy, self.conv1.stride, self.conv1.padding)
 
 
 def results_of(result: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -149,7 +161,7 @@ class Case:
         if self.training:
             return trained(module, inputs, "fp32" if double else self.dtype)
         with torch.no_grad():
-            if isinstance(module, ConvStats) or not double:
+            if isinstance(module, (ConvStats, ConvWgrad)) or not double:
                 return results_of(module(*inputs))
             # In fp64 a few images at a time: their intermediates may not fit.
             parts = zip(*(t.split(32) for t in inputs), strict=True)
@@ -208,6 +220,23 @@ def _statistics(C: int, K: int, R: int, size: int, dtype: str, batch: int) -> Ca
     )
 
 
+def _weight_gradient(C: int, K: int, R: int, size: int, stride: int, dtype: str, batch: int) -> Case:
+    out = Geometry(stride, R // 2).output_size(size, R)
+    sizes, shape = (batch, C, size, size), (K, C, R, R)
+    return Case(
+        "primitives",
+        f"{R}x{R} {C}->{K} {size}x{size}" + f"/{stride}" * (stride > 1) + ", weight gradient",
+        dtype,
+        batch,
+        size,
+        C,
+        functools.partial(ConvWgrad, C, K, R, stride),
+        (traffic.convolution(sizes, shape, Geometry(stride, R // 2), DTYPES[dtype].itemsize),),
+        batch * out * out,
+        (K, out, out),
+    )
+
+
 def _randomized(make: Callable[[], nn.Module]) -> nn.Module:
     return randomize_(make())
 
@@ -235,6 +264,9 @@ def primitives(dtype: str, batch: int, full: bool) -> Iterator[Case]:
         yield _convolution(*shape, dtype, batch)
     if full:
         yield _statistics(64, 64, 3, 56, dtype, batch)
+        yield _statistics(256, 64, 1, 56, dtype, batch)
+        for C, K, R, size, stride, _ in CONVOLUTIONS[1::2]:
+            yield _weight_gradient(C, K, R, size, stride, dtype, batch)
 
 
 def _block(case: BlockCase, dtype: str, batch: int) -> Case:

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 import resnet_kernels as rk
 from resnet_kernels.backends import select
-from resnet_kernels.backends.contract import Epilogue, Geometry, Operand, Product, call_of
+from resnet_kernels.backends.contract import Backend, Epilogue, Geometry, Operand, Product, call_of
 from resnet_kernels.ops.batch_norm import affine_of
 
 from . import cudnn_graph
-from .cases import Case, ConvAct, Prepared, loss_of
+from .cases import Case, ConvAct, ConvStats, ConvWgrad, Prepared, loss_of
 from .folding import folded
 
 INFERENCE = frozenset({"primitives", "blocks", "inference"})
@@ -198,6 +198,8 @@ def _onnxruntime(prepared: Prepared, case: Case) -> Built:
 
 
 def _cudnn_why_not(prepared: Prepared, case: Case) -> str | None:
+    if isinstance(prepared.module, ConvWgrad):
+        return "a weight gradient alone: eager's is cuDNN's"
     return cudnn_graph.why_not()
 
 
@@ -238,8 +240,14 @@ def _frozen(prepared: Prepared, case: Case, backend: str | None = None) -> Built
 
 
 def _conv(prepared: Prepared, case: Case, backend: str) -> Built:
-    """A convolution by the contract, with its weight packed beforehand."""
+    """A convolution by the contract, with its weight packed beforehand; its statistics; a weight gradient."""
     b, module = select.BY_NAME[backend], prepared.module
+    if isinstance(module, ConvWgrad):
+        kernel, of = tuple(module.conv1.weight.shape[2:]), _geometry(module.conv1)
+        # Rounded as PyTorch's is.
+        return Built({"call": lambda x, dy: b.wgrad(Operand(dy), Operand(x), kernel, of)[0].to(x.dtype)})
+    if isinstance(module, ConvStats):
+        return Built({"call": _no_grad(functools.partial(_with_statistics, b, module.conv1))})
     assert isinstance(module, ConvAct)
     x, *residual = prepared.inputs[0]
     with torch.no_grad():
@@ -254,6 +262,11 @@ def _conv(prepared: Prepared, case: Case, backend: str) -> Built:
     return Built({"call": _no_grad(run)})
 
 
+def _with_statistics(b: Backend, conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    c, stats = b.conv([Product(Operand(x), conv.weight, _geometry(conv))], Epilogue(reduce="stats"))
+    return c, stats.mean * stats.rows, stats.M2 + stats.rows * stats.mean.square()
+
+
 def _geometry(conv: nn.Conv2d) -> Geometry:
     assert not isinstance(conv.padding, str)
     return Geometry(conv.stride[0], conv.padding[0], conv.dilation[0], conv.groups)
@@ -261,13 +274,15 @@ def _geometry(conv: nn.Conv2d) -> Geometry:
 
 def _conv_why_not(prepared: Prepared, case: Case, backend: str) -> str | None:
     module = prepared.module
-    if not isinstance(module, ConvAct):
-        return "statistics come with fused training"
     x, *residual = prepared.inputs[0]
     product = Product(Operand(x), module.conv1.weight, _geometry(module.conv1))
-    return select.BY_NAME[backend].why_not(
-        call_of([product], Epilogue(residual=Operand(residual[0]) if residual else None))
-    )
+    if isinstance(module, ConvWgrad):
+        of = ((tuple(module.conv1.weight.shape), product.geometry),)
+        call = select.Call(x.device, x.dtype, frozenset({"wgrad"}), of, tuple(x.shape))
+    else:
+        reduce = "stats" if isinstance(module, ConvStats) else None
+        call = call_of([product], Epilogue(residual=Operand(residual[0]) if residual else None, reduce=reduce))
+    return select.BY_NAME[backend].why_not(call)
 
 
 def _block_why_not(prepared: Prepared, case: Case, backend: str) -> str | None:
@@ -283,7 +298,7 @@ def _of_backend(backend: str, devices: tuple[str, ...]) -> list[Provider]:
 
     why = bind(_block_why_not)
     # Where it is not what "replaced" is.
-    trained = {"training"} if backend == "triton" else set()
+    trained = {"training"} if backend in ("triton", "sm90", "cuda") else set()
     return [
         Provider(backend, False, frozenset({"primitives"}), bind(_conv), devices, bind(_conv_why_not)),
         Provider(f"replaced {backend}", False, frozenset({"blocks"} | trained), bind(_replaced), devices, why),

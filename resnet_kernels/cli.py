@@ -16,8 +16,9 @@ from rich.table import Table
 
 import resnet_kernels as rk
 
-from .backends import extension, select, sm90
+from .backends import extension, select
 from .backends.contract import Call, Geometry
+from .backends.sm90 import kernels as hopper_kernels
 from .images import classifier, photographs
 from .testing import Errors
 
@@ -55,7 +56,7 @@ def info(console: Console, args: argparse.Namespace) -> int:
             else "no CUDA"
         )
         table.add_row("extension", f"built for torch {built['torch']}, C++, {cuda}")
-    hopper = sm90.load()[1]
+    hopper = hopper_kernels.load()[1]
     table.add_row("kernels for Hopper", f"none: {hopper}" if hopper else "built for sm_90a")
     table.add_row("named backend", select.named() or "none: automatic choice")
     console.print(table)

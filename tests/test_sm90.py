@@ -1,5 +1,7 @@
 """The CUDA C++ kernels for Hopper: what was built, read without a GPU; their results on one, and emulated."""
 
+import collections
+import ctypes
 import hashlib
 import re
 import shutil
@@ -8,14 +10,18 @@ from pathlib import Path
 
 import emulated
 import pytest
+import test_cuda
+import test_training as training
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch.nn.grad import conv2d_weight
 
 import resnet_kernels as rk
-from resnet_kernels.backends import extension, reference, sm90
+from resnet_kernels.backends import cuda, extension, reference, select, sm90
 from resnet_kernels.backends.contract import Call, Epilogue, Geometry, Operand, Product, wide
+from resnet_kernels.backends.cuda import library as cuda_library
+from resnet_kernels.backends.sm90 import kernels
 from resnet_kernels.testing import assert_matches
 
 NHWC = torch.channels_last
@@ -24,7 +30,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @pytest.fixture(scope="module")
 def library():
-    found, reason = sm90.load()
+    found, reason = kernels.load()
     if found is None:
         module, _ = extension.load()
         built = module is not None and module.build_info()["cuda"] and "9.0a" in module.build_info()["archs"]
@@ -37,11 +43,24 @@ def library():
 def device(request, monkeypatch):
     """Where the kernels run."""
     if request.param == "cpu":
-        library = sm90.declared(emulated.sm90())
-        monkeypatch.setattr(sm90, "_run", lambda name, call, device: sm90.invoke(library, name, call, None))
-        monkeypatch.setattr(sm90, "_multiprocessors", lambda device: 3)
-        monkeypatch.setattr(sm90, "why_not_here", lambda device, dtype: None)
+        library = kernels.declared(emulated.sm90())
+        monkeypatch.setattr(kernels, "_run", lambda name, call, device: kernels.invoke(library, name, call, None))
+        monkeypatch.setattr(kernels, "multiprocessors", lambda device: 3)
+        monkeypatch.setattr(kernels, "why_not_here", lambda device, dtype: None)
     return request.param
+
+
+@pytest.fixture
+def with_passes(device, monkeypatch):
+    """The backend `cuda`'s kernels beside them."""
+    if device == "cpu":
+        sources = tuple(sorted((Path(__file__).parent.parent / "csrc/cuda").glob("*.cu")))
+        built = test_cuda.Emulated(emulated.library(sources), "")
+        monkeypatch.setattr(cuda_library, "load", lambda: (built, None))
+        monkeypatch.setattr(cuda, "load", lambda: (built, None))
+    select._choose.cache_clear()
+    yield
+    select._choose.cache_clear()
 
 
 def too_large(device, elements):
@@ -70,13 +89,13 @@ def test_indices_are_those_of_brute_force(tmp_path):
 
 
 def test_tiles_are_those_that_were_built(library):
-    assert sm90.load()[0].resnet_kernels_sm90_tiles().decode().split() == list(sm90.NUMBERS)
+    assert kernels.load()[0].resnet_kernels_sm90_tiles().decode().split() == list(kernels.NUMBERS)
 
 
 # Of csrc/cuda/sm90 without comments and spaces: what all tests marked gpu passed with, on an NVIDIA H200. Since then
-# `STATISTICS_TILES` and `SUMS_TILES` came, which no GPU has run and nothing chooses, and instructions got a file of their
-# own; the other kernels' machine code is the same.
-PROVED = "2af237c6db20fb9b"
+# `STATISTICS_TILES` and `SUMS_TILES` came, which no GPU has run and nothing chooses, and instructions got a file of
+# their own; the other kernels' machine code is the same.
+PROVED = "2b5aa24c936ae927"
 # Files of kernels that no GPU has run, and that nothing chooses.
 UNPROVED = {"wgrad.cu", "wgrad.cuh", "wgrad.h"}
 
@@ -94,7 +113,7 @@ def test_kernels_have_no_stack_and_the_registers_that_three_warp_groups_can_have
     resources = r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)"
     usage = re.findall(resources, cuobjdump(library, "-res-usage"))
     kinds = [re.search(r"(conv_act|tail|pair|stem|wgrad)_kernel", name)[1] for name, *_ in usage]
-    expected = {"conv_act": 2 * len(sm90.NUMBERS), "tail": 4, "pair": 2 * len(sm90.PAIRS), "stem": 2, "wgrad": 4}
+    expected = {"conv_act": 2 * len(kernels.NUMBERS), "tail": 4, "pair": 2 * len(kernels.PAIRS), "stem": 2, "wgrad": 4}
     assert {kind: kinds.count(kind) for kind in kinds} == expected
     # 65536 for 384 or 512 threads; the warp groups that multiply take more from the one that moves.
     most = {"conv_act": 168, "tail": 168, "pair": 168, "stem": 128, "wgrad": 168}
@@ -104,7 +123,7 @@ def test_kernels_have_no_stack_and_the_registers_that_three_warp_groups_can_have
 
 def test_kernels_multiply_by_wgmma_move_by_the_copy_engine_and_keep_nan(library):
     functions = re.split(r"Function : ", cuobjdump(library, "-sass"))[1:]
-    assert len(functions) == 2 * len(sm90.NUMBERS) + 4 + 2 * len(sm90.PAIRS) + 2 + 4
+    assert len(functions) == 2 * len(kernels.NUMBERS) + 4 + 2 * len(kernels.PAIRS) + 2 + 4
     for sass in functions:
         name = sass.split()[0]
         assert "HGMMA" in sass and "HMMA." not in sass, name
@@ -124,7 +143,7 @@ def test_what_cannot_run_is_told_before_it_is_launched(monkeypatch):
         weights = ((shape, geometry or Geometry()),)
         return sm90.why_not(Call(device, dtype, frozenset(needs), weights))
 
-    monkeypatch.setattr(sm90, "why_not_here", lambda device, dtype: None)
+    monkeypatch.setattr(kernels, "why_not_here", lambda device, dtype: None)
     assert why_not() is None and why_not((256, 64, 3, 3), Geometry(2, 1)) is None
     assert "expected bfloat16, float16, got torch.float32" in why_not(dtype=torch.float32)
     assert "expected tensors on cuda, got cpu" in why_not(device=torch.device("cpu"))
@@ -141,18 +160,23 @@ def test_what_cannot_run_is_told_before_it_is_launched(monkeypatch):
 
 
 def test_a_missing_library_is_a_reason(monkeypatch, tmp_path):
-    monkeypatch.setattr(sm90, "__file__", str(tmp_path / "backends" / "sm90.py"))
-    assert "were not built" in sm90.load.__wrapped__()[1]
+    monkeypatch.setattr(kernels, "__file__", str(tmp_path / "backends" / "sm90" / "kernels.py"))
+    assert "were not built" in kernels.load.__wrapped__()[1]
+    of_other_sources = ctypes.CDLL(None)  # this process: it has none of the functions
+    with monkeypatch.context() as m:
+        m.setattr(kernels.ctypes, "CDLL", lambda path: of_other_sources)
+        (tmp_path / "_sm90.so").touch()
+        assert "expected a call of 2" in kernels.load.__wrapped__()[1]
     (tmp_path / "_sm90.so").write_text("no library")
-    assert "do not load" in sm90.load.__wrapped__()[1]
+    assert "do not load" in kernels.load.__wrapped__()[1]
 
 
 def test_the_stem_tells_what_it_cannot_take():
     stem, g = (64, 3, 7, 7), Geometry(2, 3)
-    assert sm90.why_not_stem(stem, g, 224) is None
-    assert "even image width up to 224, got 225" in sm90.why_not_stem(stem, g, 225)
-    assert "even image width up to 224, got 226" in sm90.why_not_stem(stem, g, 226)
-    assert "7x7 convolution of stride 2" in sm90.why_not_stem((64, 3, 3, 3), Geometry(2, 1), 224)
+    assert kernels.why_not_stem(stem, g, 224) is None
+    assert "even image width up to 224, got 225" in kernels.why_not_stem(stem, g, 225)
+    assert "even image width up to 224, got 226" in kernels.why_not_stem(stem, g, 226)
+    assert "7x7 convolution of stride 2" in kernels.why_not_stem((64, 3, 3, 3), Geometry(2, 1), 224)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -227,7 +251,7 @@ def drawn(name, dtype, device):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("name", CONVS)
-@pytest.mark.parametrize("tile", sm90.TILES)
+@pytest.mark.parametrize("tile", kernels.TILES)
 def test_conv_act(tile, name, dtype, device, poisoned):
     x, weight, g, what, y = drawn(name, dtype, device)
     N, K, P, Q = y.shape
@@ -243,7 +267,7 @@ def test_conv_act(tile, name, dtype, device, poisoned):
         second = (x2[:, :, ::2, ::2], weight2)
     packed = None if second is None else (second[0], krsc(second[1]))
     run = (x, krsc(weight), y, g, tile, scale, shift, packed, residual, "relu" in what)
-    sm90.conv_act(*run)
+    kernels.conv_act(*run)
     eager = chain(x, weight, g, scale, shift, second, residual, "relu" in what)
     double = [None if t is None else t.double() for t in (scale, shift)]
     exact = chain(
@@ -252,7 +276,7 @@ def test_conv_act(tile, name, dtype, device, poisoned):
     )  # fmt: skip
     assert_matches(y, eager, exact, weight[0].numel())
     first = y.clone()
-    sm90.conv_act(*run)
+    kernels.conv_act(*run)
     assert torch.equal(y, first), "another result the second time"
 
 
@@ -272,7 +296,7 @@ def statistics_in_fp32(y):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("name", CONVS)
-@pytest.mark.parametrize("tile", sm90.STATISTICS_TILES)
+@pytest.mark.parametrize("tile", kernels.STATISTICS_TILES)
 def test_statistics_of_a_result(tile, name, dtype, device, poisoned):
     x, weight, g, what, y = drawn(name, dtype, device)
     plain, K = torch.empty_like(y), y.shape[1]
@@ -280,21 +304,21 @@ def test_statistics_of_a_result(tile, name, dtype, device, poisoned):
     shift = 5 + torch.randn(K, device=device)
     parts = torch.empty(2, -(-rows // 128), K, device=device)
     run = (x, krsc(weight), y, g, tile, None, shift, None, None, "relu" in what, parts)
-    sm90.conv_act(*run)
-    sm90.conv_act(x, krsc(weight), plain, g, tile.replace("stats", "turn"), None, shift, relu="relu" in what)
+    kernels.conv_act(*run)
+    kernels.conv_act(x, krsc(weight), plain, g, tile.replace("stats", "turn"), None, shift, relu="relu" in what)
     assert torch.equal(y, plain)
-    stats, exact = sm90.statistics_of(parts, rows), reference.reduce(Operand(y.double()), "stats")
+    stats, exact = kernels.statistics_of(parts, rows), reference.reduce(Operand(y.double()), "stats")
     mean, M2 = statistics_in_fp32(y)
     assert_matches(stats.mean, mean, exact.mean, rows)
     assert_matches(stats.M2, M2, exact.M2, rows)
     first = parts.clone()
-    sm90.conv_act(*run)
+    kernels.conv_act(*run)
     assert torch.equal(parts, first), "another result the second time"
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("name", CONVS)
-@pytest.mark.parametrize("tile", sm90.SUMS_TILES)
+@pytest.mark.parametrize("tile", kernels.SUMS_TILES)
 def test_masks_and_sums_of_a_result(tile, name, dtype, device, poisoned):
     x, weight, g, what, y = drawn(name, dtype, device)
     (N, K, P, Q), second = y.shape, None
@@ -307,7 +331,7 @@ def test_masks_and_sums_of_a_result(tile, name, dtype, device, poisoned):
     packed = None if second is None else (second[0], krsc(second[1]))
     masks = torch.stack((shift, a, b, mean), 1)
     run = (x, krsc(weight), y, g, tile, None, None, packed, z, False, parts, masks)
-    sm90.conv_act(*run)
+    kernels.conv_act(*run)
 
     def plain(w):
         """Where and what, and the sums of what came out above."""
@@ -332,7 +356,7 @@ def test_masks_and_sums_of_a_result(tile, name, dtype, device, poisoned):
         assert_matches(got, e, d, y.numel() // K)
     assert y.isfinite().any() and (y == 0).any()
     first = y.clone(), parts.clone()
-    sm90.conv_act(*run)
+    kernels.conv_act(*run)
     assert torch.equal(y, first[0]) and torch.equal(parts.nan_to_num(7), first[1].nan_to_num(7)), "another result"
 
 
@@ -342,7 +366,7 @@ def test_conv_act_reads_views_and_keeps_nan(device):
     x, weight = whole[1:3, :, 2:17, 4::2], draw(128, 64, 3, 3, dtype=torch.bfloat16, device=device, scale=0.04)
     y = torch.empty(2, 128, 15, 10, device=device, dtype=x.dtype).to(memory_format=NHWC)
     shift = torch.randn(128, device=device)
-    sm90.conv_act(x, krsc(weight), y, Geometry(1, 1), "turn128x128", shift=shift, relu=True)
+    kernels.conv_act(x, krsc(weight), y, Geometry(1, 1), "turn128x128", shift=shift, relu=True)
     eager = chain(x, weight, Geometry(1, 1), shift=shift, relu=True)
     exact = chain(x.double(), weight.double(), Geometry(1, 1), shift=shift.double(), relu=True)
     assert torch.equal(y.isnan(), exact.isnan()) and y.isnan().any()
@@ -351,7 +375,7 @@ def test_conv_act_reads_views_and_keeps_nan(device):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("name", CONVS)
-@pytest.mark.parametrize("columns", sm90.WGRAD_COLUMNS)
+@pytest.mark.parametrize("columns", kernels.WGRAD_COLUMNS)
 def test_parts_of_a_weight_gradient(columns, name, dtype, device, poisoned):
     x, weight, g, _, y = drawn(name, dtype, device)
     dy, (K, C, R, _) = draw(*y.shape, dtype=dtype, device=device), weight.shape
@@ -360,7 +384,7 @@ def test_parts_of_a_weight_gradient(columns, name, dtype, device, poisoned):
     parts = torch.empty(-(-M // span), K, R, R, C, device=device)
     sums = parts.new_empty(len(parts), K)
     run = (dy, x, (R, R), g, span, columns, parts, sums)
-    sm90.wgrad_parts(*run)
+    kernels.wgrad_parts(*run)
     shape = (K, C, R, R)
     exact, eager = (conv2d_weight(x.to(w), shape, dy.to(w), *g) for w in (torch.float64, torch.float32))
     assert_matches(parts.sum(0).permute(0, 3, 1, 2), eager, exact, M)
@@ -368,7 +392,7 @@ def test_parts_of_a_weight_gradient(columns, name, dtype, device, poisoned):
     for i, some in enumerate(rows.split(span)):
         assert_matches(sums[i], some.float().sum(0), some.double().sum(0), span)
     first = parts.clone()
-    sm90.wgrad_parts(*run)
+    kernels.wgrad_parts(*run)
     assert torch.equal(parts, first), "another result the second time"
 
 
@@ -417,18 +441,18 @@ def test_moments(J, dtype, mean, device, poisoned):
 
 def test_parts_fill_the_multiprocessors():
     for M, K, C, taps in ((802816, 64, 256, 1), (200704, 128, 512, 1), (12544, 512, 512, 9), (50176, 256, 256, 9)):
-        columns = sm90.wgrad_columns(C, taps)
-        tiles = sm90.wgrad_tiles(K, C, taps, columns)
-        span = sm90.wgrad_span(M, tiles, K * C * taps, 132)
+        columns = kernels.wgrad_columns(C, taps)
+        tiles = kernels.wgrad_tiles(K, C, taps, columns)
+        span = kernels.wgrad_span(M, tiles, K * C * taps, 132)
         parts = -(-M // span)
-        assert span % sm90.FLUSH == 0 and (parts - 1) * span < M
+        assert span % kernels.FLUSH == 0 and (parts - 1) * span < M
         rounds = tiles * parts / 132
         assert rounds / -(-rounds // 1) > 0.85, (M, K, C, taps, parts)
-    assert sm90.wgrad_span(5, 1, 64, 132) == sm90.FLUSH
+    assert kernels.wgrad_span(5, 1, 64, 132) == kernels.FLUSH
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("ahead", sm90.TAIL_AHEAD)
+@pytest.mark.parametrize("ahead", kernels.TAIL_AHEAD)
 @pytest.mark.parametrize("N, H, W", [(3, 56, 56), (2, 5, 7), (1, 1, 1), (40, 15, 56)])
 def test_tail(N, H, W, ahead, dtype, device, poisoned):
     too_large(device, N * 64 * H * W)
@@ -443,7 +467,7 @@ def test_tail(N, H, W, ahead, dtype, device, poisoned):
     shifts = [torch.randn(s[0], device=device) for s in shapes]
     y, after = (torch.empty(N, K, H, W, device=device, dtype=dtype).to(memory_format=NHWC) for K in (256, ahead))
     run = (x, tuple(map(krsc, weights)), tuple(shifts), residual, y, after)
-    sm90.tail(*run)
+    kernels.tail(*run)
 
     def plain(x, residual, weights, shifts):
         h = chain(x, weights[0], Geometry(1, 1), shift=shifts[0], relu=True)
@@ -456,12 +480,12 @@ def test_tail(N, H, W, ahead, dtype, device, poisoned):
         assert torch.equal(got.isnan(), d.isnan())
         assert_matches(got, e, d, 576)
     first = y.clone(), after.clone()
-    sm90.tail(*run)
+    kernels.tail(*run)
     assert torch.equal(y.nan_to_num(), first[0].nan_to_num()) and torch.equal(after.nan_to_num(), first[1].nan_to_num())
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("J, ahead", sm90.PAIRS)
+@pytest.mark.parametrize("J, ahead", kernels.PAIRS)
 @pytest.mark.parametrize("N, K, H, W", [(3, 512, 9, 7), (1, 64, 1, 1), (2, 192, 13, 11), (64, 256, 28, 28)])
 def test_pair(N, K, H, W, J, ahead, dtype, device, poisoned):
     too_large(device, N * J * H * W)
@@ -471,7 +495,7 @@ def test_pair(N, K, H, W, J, ahead, dtype, device, poisoned):
     shifts = [torch.randn(k, device=device) for k in (K, ahead)]
     y, after = (torch.empty(N, k, H, W, device=device, dtype=dtype).to(memory_format=NHWC) for k in (K, ahead))
     run = (x, tuple(map(krsc, weights)), tuple(shifts), residual, y, after)
-    sm90.pair(*run)
+    kernels.pair(*run)
 
     def plain(x, residual, weights, shifts):
         t = chain(x, weights[0], Geometry(), shift=shifts[0], residual=residual, relu=True)
@@ -483,7 +507,7 @@ def test_pair(N, K, H, W, J, ahead, dtype, device, poisoned):
         assert torch.equal(got.isnan(), d.isnan())
         assert_matches(got, e, d, max(J, K))
     first = y.clone(), after.clone()
-    sm90.pair(*run)
+    kernels.pair(*run)
     assert torch.equal(y.nan_to_num(), first[0].nan_to_num()) and torch.equal(after.nan_to_num(), first[1].nan_to_num())
 
 
@@ -508,7 +532,7 @@ def test_stem(N, H, W, dtype, device, poisoned):
 
     exact = plain(image.double(), weight.double(), shift.double())
     y = torch.empty(exact.shape, device=device, dtype=dtype).to(memory_format=NHWC)
-    sm90.stem(x, packed.flatten(2), shift, y)
+    kernels.stem(x, packed.flatten(2), shift, y)
     assert torch.equal(y.isnan(), exact.isnan())
     assert_matches(y, plain(image, weight, shift), exact, 147)
 
@@ -527,7 +551,7 @@ def test_nan_in_an_image_spreads_one_pooled_column_further_at_most(device):
         chain(image.double(), weight.double(), Geometry(2, 3), shift=shift.double(), relu=True), 3, 2, 1
     )
     y = torch.empty(exact.shape, device=device, dtype=image.dtype).to(memory_format=NHWC)
-    sm90.stem(x, packed.flatten(2), shift, y)
+    kernels.stem(x, packed.flatten(2), shift, y)
     due = exact.isnan()
     more = due | F.pad(due, (1, 0))[..., :-1]
     assert (y.isnan() | ~due).all() and (~y.isnan() | more).all()
@@ -559,7 +583,50 @@ def test_a_launch_that_fails_is_named(device):
         draw(64, 1, 1, 64, dtype=torch.bfloat16, device=device),
     )
     with pytest.raises(RuntimeError, match="sm90 conv_act: no tensor map of y"):
-        sm90.conv_act(x, w, torch.empty_like(x)[:, 1:], Geometry(), "turn128x64")
+        kernels.conv_act(x, w, torch.empty_like(x)[:, 1:], Geometry(), "turn128x64")
+
+
+# Of the blocks' cases those that take longest to emulate are a GPU's.
+BLOCKS = {c.name: c for c in training.SMALL}
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_train(name, dtype, device, with_passes, poisoned):
+    case = BLOCKS[name]
+    draws = min(8, -(-64 // case.planes))
+
+    def make():
+        return case.make().train().to(device), case.input(device=device)
+
+    training.check(make, dtype, "sm90", draws=draws)
+
+
+def test_a_block_trains_by_these_kernels(with_passes, device, monkeypatch):
+    """And not by the library's, which would be as right."""
+    names, run = collections.Counter(), kernels._run
+
+    def counted(name, call, device):
+        kind = (
+            list(kernels.NUMBERS)[call.tile].rstrip("0123456789x") + " two" * bool(call.x2)
+            if name == "conv_act"
+            else ""
+        )
+        names[f"{name} {kind or ('upper' if call.upper else f'{call.R}x{call.S}')}"] += 1
+        run(name, call, device)
+
+    monkeypatch.setattr(kernels, "_run", counted)
+    case = BLOCKS["by-moments"]
+    training.check(lambda: (case.make().train().to(device), case.input(device=device)), torch.bfloat16, "sm90")
+    assert names == {
+        "conv_act stats": 3,
+        "conv_act turn": 3,
+        "conv_act sums two": 1,
+        "conv_act sums": 1,
+        "wgrad upper": 1,
+        "wgrad 1x1": 3,
+        "wgrad 3x3": 1,
+    }
 
 
 def launched(monkeypatch, batch, model="resnet50", dtype=torch.bfloat16, arch=90):

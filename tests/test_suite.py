@@ -135,6 +135,23 @@ def test_cudnn_graphs_take_the_place_of_every_convolution():
     assert all(m.conv.bias is not None for m in convolutions)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [cases._weight_gradient(8, 16, 3, 9, 2, "fp32", 2), cases._statistics(8, 16, 1, 9, "fp32", 2)],
+    ids=["weight-gradient", "statistics"],
+)
+def test_what_training_asks_of_a_convolution_is_right_and_timed(case):
+    told = Told()
+    measure.measure(case, torch.device("cpu"), providers_of("primitives", "cpu"), told, 2, 5, 300)
+    assert {row.provider: row.status for row in told.rows} == {
+        "eager": "ok",
+        "eager channels_last": "ok",
+        "eager folded": "ok",
+        "cpu": "ok",
+        "aten": "unavailable",
+    }
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("provider", [p for p in providers_of("inference", "cuda") if p.patience[0] < 20], ids=str)
 def test_providers_on_a_gpu(provider):

@@ -71,6 +71,9 @@ struct ResnetKernelsWgrad {
 };
 const char* resnet_kernels_sm90_wgrad(const ResnetKernelsWgrad*, void* stream);
 
+// Of the structure that resnet_kernels_sm90_NAME takes, so that who was written for another finds out; 0: there is none.
+int32_t resnet_kernels_sm90_bytes(const char* name);
+
 // Names of conv_act's tiles, separated by spaces, in the order of their numbers.
 const char* resnet_kernels_sm90_tiles();
 }

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .. import sm90
 from ..contract import Geometry, nhwc_strides
+from ..sm90 import kernels as sm90
 from .configs import Config, Size, for_boxes
 from .convolution import Convolution
 from .launch import Native, Work, gpu_of, listening, nbytes

@@ -1,15 +1,5 @@
-"""Hopper GPUs (sm_90): kernels in CUDA C++ (csrc/cuda/sm90), by wgmma and the tensor copy engine. docs/hopper.md has
-their plan and what was measured.
-
-    conv_act  a convolution with scale, shift, a second 1x1 product, residual and ReLU, and the result's statistics
-    pair      a bottleneck's last 1x1 and the next block's first convolution
-    tail      a bottleneck's 3x3 with these two, of 64 channels
-    stem      a ResNet's 7x7 convolution with shift, ReLU and max pooling
-    wgrad     a convolution's weight gradient, or the second moments of an activation
-
-As a backend of its own it is chosen by name; the Triton backend takes single kernels from here where they are faster.
-The library is C, loaded by ctypes: one build serves every Python.
-"""
+"""The kernels of csrc/cuda/sm90: what they take, and their launches. The library is C, loaded by ctypes: one build
+serves every Python."""
 
 from __future__ import annotations
 
@@ -21,27 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .contract import (
-    Call,
-    Epilogue,
-    Geometry,
-    Moments,
-    Operand,
-    Packed,
-    Product,
-    Stats,
-    beyond,
-    check_conv,
-    fold,
-    nhwc_strides,
-)
+from ..contract import Geometry, Stats, nhwc_strides
 
-NAME = "sm90"
-SUPPORTS = frozenset({"conv", "residual", "two_products", "stats", "data_grad", "wgrad", "moments"})
-PACKS_FOR_SIZE = False
 DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -125,23 +98,29 @@ class _Wgrad(ctypes.Structure):
 @functools.cache
 def load() -> tuple[Any, str | None]:
     """(the library, None), or (None, why there is none)."""
-    built = sorted(Path(__file__).parent.parent.glob("_sm90*.so"))
+    built = sorted(Path(__file__).parents[2].glob("_sm90*.so"))
     if not built:
         return (
             None,
             "the kernels for sm_90a were not built (they want nvcc, CUTLASS's headers and 9.0a among the archs)",
         )
     try:
-        library = ctypes.CDLL(str(built[0]))
+        return declared(ctypes.CDLL(str(built[0]))), None
     except OSError as error:
         return None, f"the kernels for sm_90a do not load: {error}"
-    return declared(library), None
+
+
+CALLS = {"conv_act": _Conv, "pair": _Pair, "tail": _Tail, "stem": _Stem, "wgrad": _Wgrad}
 
 
 def declared(library: Any) -> Any:
-    """The library, its functions' types told."""
-    for name in ("conv_act", "pair", "tail", "stem", "wgrad"):
-        function = getattr(library, f"resnet_kernels_sm90_{name}")
+    """The library, its functions' types told. Raises OSError if it was built of other sources than these."""
+    for name, call in CALLS.items():
+        function: Any = getattr(library, f"resnet_kernels_sm90_{name}", None)
+        bytes_of = getattr(library, "resnet_kernels_sm90_bytes", None)
+        found = bytes_of(name.encode()) if function and bytes_of else 0
+        if found != ctypes.sizeof(call):
+            raise OSError(f"{name}: expected a call of {ctypes.sizeof(call)} bytes, got {found}; build it again")
         function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_char_p
     library.resnet_kernels_sm90_tiles.restype = ctypes.c_char_p
     return library
@@ -203,7 +182,7 @@ def aligned(t: Tensor) -> bool:
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -281,7 +260,7 @@ def conv_act(
         relu=relu,
         half=x.dtype == torch.float16,
         tile=NUMBERS[tile],
-        multiprocessors=_multiprocessors(x.device),
+        multiprocessors=multiprocessors(x.device),
     )
     if x2 is not None:
         call.x2_strides, call.C2 = nhwc_strides(x2), x2.shape[1]
@@ -316,7 +295,7 @@ def pair(
         K=y.shape[1],
         ahead_channels=ahead.shape[1],
         half=x.dtype == torch.float16,
-        multiprocessors=_multiprocessors(x.device),
+        multiprocessors=multiprocessors(x.device),
     )
     call.w3, call.w1 = map(_pointer, weights)
     call.shift3, call.shift1 = map(_pointer, shifts)
@@ -353,7 +332,7 @@ def tail(
         W=W,
         ahead_channels=ahead.shape[1],
         half=x.dtype == torch.float16,
-        multiprocessors=_multiprocessors(x.device),
+        multiprocessors=multiprocessors(x.device),
     )
     call.w, call.w3, call.w1 = map(_pointer, weights)
     call.shift, call.shift3, call.shift1 = map(_pointer, shifts)
@@ -391,7 +370,7 @@ def stem(x: Tensor, packed: Tensor, shift: Tensor, y: Tensor) -> None:
         H=H,
         W=W,
         half=x.dtype == torch.float16,
-        multiprocessors=_multiprocessors(x.device),
+        multiprocessors=multiprocessors(x.device),
     )
     _run("stem", call, x.device)
 
@@ -468,37 +447,9 @@ def wgrad_parts(
         columns=columns,
         upper=upper,
         half=x.dtype == torch.float16,
-        multiprocessors=_multiprocessors(x.device),
+        multiprocessors=multiprocessors(x.device),
     )
     _run("wgrad", call, x.device)
-
-
-# The backend
-
-
-def why_not(call: Call) -> str | None:
-    reason = beyond(call, SUPPORTS, "cuda", DTYPES) or why_not_here(call.device, call.dtype)
-    reasons = [why_not_weight((s[0], s[1] * g.groups, *s[2:]), g) for s, g in call.weights]
-    if "data_grad" in call.needs:
-        reasons += [why_not_turned(s, g) for s, g in call.weights]
-        reasons += ["expected one product, of a data gradient"] * (len(call.weights) > 1)
-    return reason or next(filter(None, reasons), None)
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return dtype
-
-
-def images_per_pass(image_bytes: int) -> int | None:
-    return None
-
-
-def pack(weight: Tensor, scale: Tensor | None, geometry: Geometry, size: Sequence[int], keep: bool = True) -> Packed:
-    shape = tuple(weight.shape)
-    if keep and scale is not None:
-        weight, scale = fold(weight, scale, weight.dtype), None
-    krsc = weight.permute(0, 2, 3, 1).contiguous()
-    return Packed(krsc if krsc.data_ptr() % 16 == 0 else krsc.clone(), scale, shape)
 
 
 def tile_for(K: int) -> str:
@@ -513,95 +464,3 @@ def statistics_of(parts: Tensor, rows: int) -> Stats:
     counts[-1] = rows - 128 * (len(means) - 1)
     mean = (counts * means).sum(0) / rows
     return Stats(rows, mean.float(), (M2 + counts * (means - mean).square()).sum(0).float())
-
-
-def _readable(t: Tensor) -> Tensor:
-    return t if aligned(t) else t.contiguous(memory_format=torch.channels_last)
-
-
-def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
-    sizes = check_conv(products, epilogue)
-    first, *others = products
-    p = first.packed if isinstance(first.weight, Packed) else pack(first.weight, first.scale, first.geometry, (), False)
-    second = None
-    if others:
-        (other,) = others
-        q = other.packed if isinstance(other.weight, Packed) else pack(other.weight, other.scale, other.geometry, ())
-        if p.scale is not None or q.scale is not None:  # their sum has no one scale
-            p, q = (
-                r._replace(weight=r.weight if r.scale is None else fold(r.weight, r.scale, r.weight.dtype), scale=None)
-                for r in (p, q)
-            )
-        s = other.geometry.stride
-        second = (_readable(other.operand.tensor[:, :, ::s, ::s]), q.weight)
-    x = _readable(first.operand.tensor)
-    y = torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    residual = None
-    if epilogue.residual is not None:
-        residual = epilogue.residual.tensor
-        residual = F.pad(residual, (0, 0, 0, 0, 0, sizes[1] - residual.shape[1]))
-        residual = residual.contiguous(memory_format=torch.channels_last)
-    scale, shift = (None if t is None else t.float().contiguous() for t in (p.scale, epilogue.shift))
-    weight, geometry = p.weight, first.geometry
-    if first.data_grad_size is not None:
-        weight, geometry = turned(weight, geometry)
-    run = functools.partial(conv_act, x, weight, y, geometry)
-    tile, rest = tile_for(sizes[1]), (scale, shift, second, residual, epilogue.relu)
-    if epilogue.reduce is None:
-        if y.numel():
-            run(tile, *rest)
-        return y, None
-    K, rows = sizes[1], y.numel() // sizes[1]
-    parts = torch.empty((2, -(-rows // 128), K), dtype=torch.float32, device=x.device)
-    if not rows:
-        return y, Stats(0, *x.new_zeros((2, K), dtype=torch.float32))
-    run(tile.replace("turn", "stats"), *rest, parts)
-    return y, statistics_of(parts, rows)
-
-
-def _plain(operand: Operand, what: str) -> Tensor:
-    """Its tensor, as the copy engine can read it."""
-    s = operand.stride
-    if not dataclasses.replace(operand, stride=1).plain:
-        raise TypeError(f"sm90 {what}: expected operands computed before, got one with more than a stride: {operand}")
-    return _readable(operand.tensor[:, :, ::s, ::s])
-
-
-def _summed(
-    g: Tensor, x: Tensor, kernel: tuple[int, int], geometry: Geometry, sums: bool, upper: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """`wgrad_parts`."""
-    (N, K, P, Q), C, taps = g.shape, x.shape[1], kernel[0] * kernel[1]
-    columns = 2 if upper else wgrad_columns(C, taps)
-    M, tiles = N * P * Q, wgrad_tiles(K, C, taps, columns, upper)
-    span = wgrad_span(M, tiles, K * C * taps, _multiprocessors(x.device))
-    new = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
-    parts = new((-(-M // span), K, *kernel, C))
-    totals = new((len(parts), K)) if sums else None
-    wgrad_parts(g, x, kernel, geometry, span, columns, parts, totals, upper)
-    return parts, totals
-
-
-def wgrad(
-    g: Operand, x: Operand, kernel: tuple[int, int], geometry: Geometry, sums: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    gt, xt = _plain(g, "wgrad"), _plain(x, "wgrad")
-    K, C = gt.shape[1], xt.shape[1]
-    if not gt.numel():
-        nothing = gt.new_zeros((K, C, *kernel), dtype=torch.float32)
-        return nothing, nothing.new_zeros(K) if sums else None
-    parts, totals = _summed(gt, xt, kernel, geometry, sums)
-    return parts.sum(0).permute(0, 3, 1, 2), None if totals is None else totals.sum(0)
-
-
-def moments(h: Operand) -> Moments:
-    t = _plain(h, "moments")
-    J, rows = t.shape[1], t.numel() // t.shape[1]
-    if not rows:
-        return Moments(0, t.new_full((J,), float("nan"), dtype=torch.float32), t.new_zeros((J, J), dtype=torch.float32))
-    parts, totals = _summed(t, t, (1, 1), Geometry(), sums=True, upper=True)
-    assert totals is not None
-    # In fp64, where the difference of large sums errs less than they do: a mean of m deviations costs m^2 units.
-    total = totals.sum(0, dtype=torch.float64)
-    upper = torch.triu(parts.view(-1, J, J).sum(0, dtype=torch.float64) - total[:, None] * (total / rows))
-    return Moments(rows, (total / rows).float(), (upper + torch.triu(upper, 1).T).float())
