@@ -128,5 +128,14 @@ int main() {
       }
   }
 
+  for (int n = 1; n < 9; ++n) {
+    int t = 0;
+    for (int column = 0; column < n; ++column)
+      for (int row = 0; row <= column; ++row, ++t) {
+        const UpperTile tile(t);
+        expect(tile.row == row && tile.column == column, "upper tile");
+      }
+  }
+
   return wrong != 0;
 }

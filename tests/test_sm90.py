@@ -143,11 +143,11 @@ def test_what_cannot_run_is_told_before_it_is_launched(monkeypatch):
         weights = ((shape, geometry or Geometry()),)
         return sm90.why_not(Call(device, dtype, frozenset(needs), weights))
 
+    assert "expected tensors on cuda, got cpu" in why_not(device=torch.device("cpu"))
     monkeypatch.setattr(kernels, "why_not_here", lambda device, dtype: None)
     assert why_not() is None and why_not((256, 64, 3, 3), Geometry(2, 1)) is None
     assert "expected bfloat16, float16, got torch.float32" in why_not(dtype=torch.float32)
-    assert "expected tensors on cuda, got cpu" in why_not(device=torch.device("cpu"))
-    assert "not implemented here: lazy" in why_not(needs=("conv", "lazy"))
+    assert "not implemented here: gated" in why_not(needs=("gated",))
     assert "expected one group, got 2" in why_not((64, 32, 3, 3), Geometry(1, 1, 1, 2))
     assert "expected channels in multiples of 8, got 12 and 64" in why_not((64, 12, 1, 1))
     assert "stride up to 8" in why_not((64, 64, 3, 3), Geometry(9, 1))
@@ -156,7 +156,6 @@ def test_what_cannot_run_is_told_before_it_is_launched(monkeypatch):
     assert why_not((64, 128, 3, 3), Geometry(1, 1), needs=of_gradient) is None
     assert "expected stride 1 and a square filter" in why_not((64, 64, 3, 3), Geometry(2, 1), needs=of_gradient)
     assert "expected stride 1 and a square filter" in why_not((64, 64, 1, 1), Geometry(1, 1), needs=of_gradient)
-    assert "not implemented here: reduce" in why_not(needs=("conv", "reduce"))
 
 
 def test_a_missing_library_is_a_reason(monkeypatch, tmp_path):
@@ -166,7 +165,7 @@ def test_a_missing_library_is_a_reason(monkeypatch, tmp_path):
     with monkeypatch.context() as m:
         m.setattr(kernels.ctypes, "CDLL", lambda path: of_other_sources)
         (tmp_path / "_sm90.so").touch()
-        assert "expected a call of 2" in kernels.load.__wrapped__()[1]
+        assert re.search("expected a call of [0-9]+ bytes, got 0; build it again", kernels.load.__wrapped__()[1])
     (tmp_path / "_sm90.so").write_text("no library")
     assert "do not load" in kernels.load.__wrapped__()[1]
 
@@ -418,8 +417,6 @@ def test_weight_gradients_of_views_keep_nan(dtype, device, poisoned):
     assert torch.equal(got.isnan(), exact.isnan()) and got.isnan().any()
     nothing, sums = sm90.wgrad(Operand(g[:0]), Operand(x[:0]), (3, 3), geometry, sums=True)
     assert nothing.shape == (72, 40, 3, 3) and not nothing.any() and not sums.any()
-    with pytest.raises(TypeError, match="expected operands computed before"):
-        sm90.wgrad(Operand(g, relu=True), Operand(x), (3, 3), geometry)
 
 
 @pytest.mark.parametrize("mean", [0.0, 5.0])
