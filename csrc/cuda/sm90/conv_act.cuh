@@ -134,7 +134,9 @@ struct ConvAct {
       at.advance();
     }
     if constexpr (kInTurn) {
-      if (threadIdx.x % kWarpGroup == 0) Barrier::arrive(&barriers.turn[group ^ 1]);
+      // Every warp for itself: of a single step none is awaited here, and a warp that had not yet seen its turn would find
+      // it passed on and back, and wait for ever.
+      if (threadIdx.x % 32 == 0) Barrier::arrive(&barriers.turn[group ^ 1]);
       at.advance(steps);  // the other's
     }
     await_products<0>();
@@ -367,12 +369,12 @@ struct ConvAct {
         Barrier::init(&barriers.empty[i], kInTurn ? 1 : 2);
       }
       for (int group = 0; group < 2; ++group) {
-        Barrier::init(&barriers.turn[group], 1);
+        Barrier::init(&barriers.turn[group], kWarpGroup / 32);
         Barrier::init(&barriers.loaded[group], 1);
         Barrier::init(&barriers.ready[group], kWarpGroup);
       }
       cutlass::arch::fence_barrier_init();
-      Barrier::arrive(&barriers.turn[0]);
+      for (int warp = 0; warp < kWarpGroup / 32; ++warp) Barrier::arrive(&barriers.turn[0]);
     }
     __syncthreads();
     let_next_begin();

@@ -112,7 +112,8 @@ void multiply_by_ones(float (&d)[4], uint64_t a, uint64_t b, bool add) {
   emulation::my_batches().open.push_back(p);
 }
 
-inline void begin_products() {}
+// Products are begun by whole warps.
+inline void begin_products() { emulation::sync_warp(); }
 inline void end_products() {
   auto& mine = emulation::my_batches();
   mine.ended.push_back(std::move(mine.open));

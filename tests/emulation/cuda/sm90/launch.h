@@ -25,6 +25,7 @@ inline void begin_block(uint32_t threads, uint32_t bytes) {
   stores.assign(threads, {});
   warp_groups.assign((threads + kWarpGroup - 1) / kWarpGroup, {});
   left_behind = what_a_thread_left;
+  turned = true;
 }
 
 }  // namespace emulation
