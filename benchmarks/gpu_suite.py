@@ -45,6 +45,8 @@ GRACE = 10.0
 MOST_RESTARTS = 8
 # Of tests, those that tell most first.
 TESTS = (
+    "sm90",
+    "cuda",
     "triton",
     "triton_training",
     "triton_reductions",
