@@ -1,8 +1,6 @@
 # make demo | test | bench | lint | kernels: each creates the environment and builds what is missing, then runs.
 # make gpu: on a machine with an NVIDIA GPU, builds, checks, tunes and measures everything there in nine minutes.
 PYTHON ?= python3
-# Processes that test, with a thread each: a few take gigabytes.
-JOBS ?= 2
 PINNED := 2.11.0
 TORCH ?= $(PINNED)
 CUTLASS := 4.2.0.0
@@ -28,7 +26,7 @@ demo: $(VENV)/built
 	$(BIN)/resnet-kernels demo --out demo
 
 test: $(VENV)/built
-	$(BIN)/pytest tests -n $(JOBS) --dist worksteal $(ARGS)
+	$(BIN)/pytest tests $(ARGS)
 
 bench: $(VENV)/built
 	$(BIN)/pytest benchmarks --benchmark-only --benchmark-json=benchmark.json $(ARGS)

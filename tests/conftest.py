@@ -7,10 +7,6 @@ import pytest
 import torch
 
 os.environ.pop("RESNET_KERNELS_BACKEND", None)
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # As many processes as cores: threads of theirs would wait for each other. For what they start, too.
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
 
 
 # The benchmarks are no part of the package. Last: where a package is installed, it is that which is tested.

@@ -10,17 +10,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import emulated
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torchvision.models import resnet
 
 import resnet_kernels as rk
 from resnet_kernels import cli
 from resnet_kernels.backends import triton
 from resnet_kernels.backends.contract import Block, Call, Geometry, Operand, Packed, Pool
-from resnet_kernels.backends.triton import boxes, configs, gather, launch, offline, run, tail
+from resnet_kernels.backends.sm90 import kernels
+from resnet_kernels.backends.triton import boxes, configs, gather, launch, native, offline, run, tail
 from resnet_kernels.backends.triton.convolution import Convolution
 from resnet_kernels.ops import stem_inference as stem_op
 from resnet_kernels.roofline import H200, launches_of
@@ -318,6 +321,41 @@ def test_a_stem_with_groups(device):
         pooled(*(t.double() for t in (x, weight, shift)), g, torch.float64),
         147,
     )
+
+
+@pytest.mark.interpreted
+def test_a_frozen_stage_is_right_by_the_kernels_for_hopper_that_are_preferred(monkeypatch):
+    """What `native` hands to csrc/cuda/sm90, whose kernels run emulated; the rest in the interpreter."""
+    library, names = kernels.declared(emulated.sm90()), collections.Counter()
+
+    def run_emulated(name, call, device):
+        names[name] += 1
+        kernels.invoke(library, name, call, None)
+
+    monkeypatch.setattr(kernels, "_run", run_emulated)
+    monkeypatch.setattr(kernels, "multiprocessors", lambda device: 3)
+    monkeypatch.setattr(native, "_why_not_here", lambda t, arch: None)
+    monkeypatch.setattr(run, "gpu_of", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(launch, "INTERPRETED_PROCESSORS", 1)
+
+    def first(C, J, stride):
+        down = nn.Sequential(nn.Conv2d(C, 4 * J, 1, stride, bias=False), nn.BatchNorm2d(4 * J))
+        return resnet.Bottleneck(C, J, stride, down)
+
+    stages = [
+        first(64, 64, 1),
+        resnet.Bottleneck(256, 64),
+        first(256, 128, 2),
+        *(resnet.Bottleneck(512, 128) for _ in range(2)),
+    ]
+    module = randomize_(nn.Sequential(*stages)).eval().half()
+    x = torch.relu(torch.randn(8, 64, 8, 8)).half().contiguous(memory_format=NHWC)
+    with torch.no_grad():
+        eager, exact = module(x), module.double()(x.double())
+        with launch.assume_arch(90), rk.use_backend("triton"):
+            y = rk.freeze(module.half(), cuda_graphs=False)(x)
+    assert_matches(y, eager, exact, 1152)
+    assert names["tail"] and names["pair"] and names["conv_act"], names
 
 
 @pytest.mark.interpreted
