@@ -44,7 +44,7 @@ def cuda_headers() -> list[Path] | None:
 
 
 @functools.cache
-def library(sources: Sequence[Path], includes: Sequence[Path] = (ROOT / "csrc",)) -> ctypes.CDLL:
+def library(sources: Sequence[Path]) -> ctypes.CDLL:
     """The sources, a tuple of files, as one library. Skips the test where there is no compiler, or no CUDA headers."""
     compiler, headers = shutil.which("c++") or shutil.which("g++"), cuda_headers()
     if compiler is None or headers is None:
@@ -56,7 +56,7 @@ def library(sources: Sequence[Path], includes: Sequence[Path] = (ROOT / "csrc",)
     made = BUILT / f"{digest.hexdigest()[:16]}.so"
     if not made.is_file():
         BUILT.mkdir(parents=True, exist_ok=True)
-        flags = [*FLAGS, *(f"-I{folder}" for folder in (*includes, *headers))]
+        flags = [*FLAGS, *(f"-I{folder}" for folder in (ROOT / "csrc", *headers))]
         objects = [BUILT / f"{made.stem}-{i}.o" for i in range(len(sources))]
 
         def compile(source: Path, to: Path) -> None:
@@ -73,6 +73,11 @@ def library(sources: Sequence[Path], includes: Sequence[Path] = (ROOT / "csrc",)
         for file in objects:
             file.unlink()
     return ctypes.CDLL(str(made))
+
+
+def cuda() -> ctypes.CDLL:
+    """The kernels of the backend `cuda`."""
+    return library(tuple(sorted((ROOT / "csrc/cuda").glob("*.cu"))))
 
 
 def sm90() -> ctypes.CDLL:

@@ -20,7 +20,6 @@ from resnet_kernels.backends.contract import Affine, Call, Epilogue, Geometry, M
 from resnet_kernels.backends.cuda import library
 from resnet_kernels.testing import assert_matches
 
-HERE = Path(__file__).parent
 NHWC = torch.channels_last
 
 
@@ -43,8 +42,7 @@ class Emulated(library.Library):
 
 @pytest.fixture(scope="module")
 def built():
-    functions = emulation.library(tuple(sorted((HERE.parent / "csrc/cuda").glob("*.cu"))))
-    return Emulated(functions, "")
+    return Emulated(emulation.cuda(), "")
 
 
 @pytest.fixture
@@ -546,3 +544,14 @@ def test_bn_pass_at_every_width(C, dtype, poisoned):
         return backend.bn_pass(Operand(to(x), (to(a), to(b))), Epilogue(residual=Operand(to(r)), relu=True))[0]
 
     assert_matches(run(cuda, lambda t: t), run(reference, lambda t: t), run(reference, torch.Tensor.double))
+
+
+def test_an_extension_of_other_sources_is_a_reason():
+    class Old:
+        __file__ = None  # this process: it has none of the functions
+
+        @staticmethod
+        def build_info():
+            return {"cuda": 13000, "archs": "9.0a"}
+
+    assert "built from other sources, build it again" in library._opened.__wrapped__(Old)[1]

@@ -54,8 +54,7 @@ def device(request, monkeypatch):
 def with_passes(device, monkeypatch):
     """The backend `cuda`'s kernels beside them."""
     if device == "cpu":
-        sources = tuple(sorted((Path(__file__).parent.parent / "csrc/cuda").glob("*.cu")))
-        built = test_cuda.Emulated(emulated.library(sources), "")
+        built = test_cuda.Emulated(emulated.cuda(), "")
         monkeypatch.setattr(cuda_library, "load", lambda: (built, None))
         monkeypatch.setattr(cuda, "load", lambda: (built, None))
     select._choose.cache_clear()

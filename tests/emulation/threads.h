@@ -234,11 +234,6 @@ T __shfl_xor_sync(uint32_t mask, T v, int across, int = 32) {
   return emulation::exchange(mask, v, emulation::lane() ^ across);
 }
 template <class T>
-T __shfl_down_sync(uint32_t mask, T v, unsigned by, int = 32) {
-  const unsigned from = emulation::lane() + by;
-  return emulation::exchange(mask, v, from < emulation::kWarp ? from : emulation::lane());
-}
-template <class T>
 T __ldg(const T* p) {
   return *p;
 }

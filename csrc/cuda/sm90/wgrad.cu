@@ -28,11 +28,12 @@ void launch(const ResnetKernelsWgrad& c, cudaStream_t stream) {
   p.M = c.N * p.P * p.Q, p.span = c.span, p.K = c.K, p.C = c.C;
   p.stride = c.stride, p.padding = c.padding, p.dilation = c.dilation, p.S = c.S;
   p.slices = (c.C + kSlice - 1) / kSlice, p.all_slices = p.slices * c.R * c.S;
-  p.k_tiles = (c.K + kWgradRows - 1) / kWgradRows, p.c_tiles = (p.all_slices + shape.columns - 1) / shape.columns;
+  p.k_tiles = (c.K + kWgradRows - 1) / kWgradRows;
+  const int c_tiles = (p.all_slices + shape.columns - 1) / shape.columns;
   p.upper = c.upper, p.parts = c.parts, p.sums = c.sums;
   if (p.upper && shape.columns * kSlice != kWgradRows) throw std::runtime_error("moments are of square tiles");
   p.parts_there = (p.M + c.span - 1) / c.span;
-  p.units = (p.upper ? p.k_tiles * (p.k_tiles + 1) / 2 : p.k_tiles * p.c_tiles) * p.parts_there;
+  p.units = (p.upper ? p.k_tiles * (p.k_tiles + 1) / 2 : p.k_tiles * c_tiles) * p.parts_there;
   const bool half = c.half;
   p.g = im2col_map("g", half, c.g, {c.N, p.P, p.Q, c.K}, {c.g_strides[0], c.g_strides[1], c.g_strides[2]}, 1, 0, 0, 0,
                    kWgradPositions);

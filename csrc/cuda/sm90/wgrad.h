@@ -16,7 +16,7 @@ struct WgradParams {
   int units, parts_there;
   int M, span, K, C, P, Q;
   int stride, padding, dilation, S, slices;  // of a tap's channels
-  int all_slices, k_tiles, c_tiles;          // of all taps; tiles of K and of all slices
+  int all_slices, k_tiles;                   // of all taps; tiles of K
   bool upper;                                // x is g: tiles below the diagonal are left out
 };
 

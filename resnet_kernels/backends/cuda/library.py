@@ -194,7 +194,10 @@ def _opened(module: Any) -> tuple[Any, str | None]:
     info = module.build_info()
     if info["cuda"] is None:
         return None, "the extension was not built with CUDA"
-    return Library(ctypes.CDLL(module.__file__), info["archs"]), None
+    try:
+        return Library(ctypes.CDLL(module.__file__), info["archs"]), None
+    except AttributeError as error:
+        return None, f"the extension was built from other sources, build it again: {error}"
 
 
 def load() -> tuple[Any, str | None]:
