@@ -34,6 +34,7 @@ struct ConvAct {
   static constexpr int kABytes = kPositions * kRow, kBBytes = kColumns * kRow, kStageBytes = kABytes + kBBytes;
   static constexpr int kChunkBytes = kRows * kRow, kBufferBytes = kColumns / kSlice * kChunkBytes;
   static constexpr int kParts = kRows / 64;
+  static constexpr int kPasses = kInTurn ? kWarpGroup / 32 : 1;  // of a turn, each by a warp; not in turn nobody waits
 
   struct Barriers {
     uint64_t full[kStages], empty[kStages];
@@ -369,12 +370,12 @@ struct ConvAct {
         Barrier::init(&barriers.empty[i], kInTurn ? 1 : 2);
       }
       for (int group = 0; group < 2; ++group) {
-        Barrier::init(&barriers.turn[group], kWarpGroup / 32);
+        Barrier::init(&barriers.turn[group], kPasses);
         Barrier::init(&barriers.loaded[group], 1);
         Barrier::init(&barriers.ready[group], kWarpGroup);
       }
       cutlass::arch::fence_barrier_init();
-      for (int warp = 0; warp < kWarpGroup / 32; ++warp) Barrier::arrive(&barriers.turn[0]);
+      for (int warp = 0; warp < kPasses; ++warp) Barrier::arrive(&barriers.turn[0]);
     }
     __syncthreads();
     let_next_begin();
