@@ -61,6 +61,25 @@ int main() {
   // Operands from registers want a thread's rows and columns where the accumulators have them.
   expect(accumulator_row(37, 0) == 17 && accumulator_row(37, 1) == 25 && accumulator_column(37) == 2, "operand");
 
+  // The tail of 128 channels: both halves of a tile, whatever the map's width, fit their buffers, and each tap of each
+  // position sees its neighbour in what was brought; what a product reads beyond lies in the same memory.
+  for (int W = 1; W <= kWideColumns; ++W) {
+    const int pitch = wide_pitch(W), rows = wide_rows(W);
+    expect(rows >= 1 && rows * pitch <= kWidePositions && (2 * rows + 2) * pitch <= kWideHalo, "wide tail: sizes");
+    for (int half = 0; half < 2; ++half)
+      for (int tap = 0; tap < 9; ++tap) {
+        const int begins = half * rows * pitch + tap_column(0, tap, pitch);
+        expect(begins + kWidePositions <= kWideHalo, "wide tail: what a product reads");
+        for (int row = 0; row < rows; ++row)
+          for (int column = 0; column < W; ++column) {
+            // Brought from row -1 and column -1 of the tile on.
+            const int seen = begins + row * pitch + column;
+            expect(seen / pitch - 1 == half * rows + row + tap / 3 - 1 && seen % pitch - 1 == column + tap % 3 - 1,
+                   "wide tail: neighbours");
+          }
+      }
+  }
+
   // Positions count over columns, rows, images.
   int m = 0;
   for (int n = 0; n < 3; ++n)

@@ -37,13 +37,14 @@ struct ResnetKernelsStem {
 const char* resnet_kernels_sm90_stem(const ResnetKernelsStem*, void* stream);
 
 // The end of a bottleneck and the beginning of the next: h = relu(conv3x3(x, w) + shift), y = relu(h w3^T + shift3 +
-// residual), ahead = relu(y w1^T + shift1), h and y rounded. x (N, H, W, 64), residual and y (N, H, W, 256), ahead of
-// 64 or 128 channels; w (64, 3, 3, 64), w3 (256, 64), w1 (ahead_channels, 256); all contiguous, W at most 56.
+// residual), ahead = relu(y w1^T + shift1), h and y rounded. x (N, H, W, J), residual and y (N, H, W, K), ahead (N, H, W,
+// ahead_channels); w (J, 3, 3, J), w3 (K, J), w1 (ahead_channels, K); all contiguous. J 64, K 256, ahead_channels 64 or
+// 128, W at most 56; or J and ahead_channels 128, K in multiples of 64, W at most 28.
 struct ResnetKernelsTail {
   const void *x, *w, *w3, *w1, *residual;
   void *y, *ahead;
   const float *shift, *shift3, *shift1;
-  int32_t N, H, W, ahead_channels, half, multiprocessors;
+  int32_t N, H, W, J, K, ahead_channels, half, multiprocessors;
 };
 const char* resnet_kernels_sm90_tail(const ResnetKernelsTail*, void* stream);
 

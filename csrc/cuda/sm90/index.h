@@ -51,6 +51,14 @@ RESNET_KERNELS_BOTH constexpr int tap_column(int output_row, int tap, int pitch)
   return (output_row + tap / 3) * pitch + tap % 3;
 }
 
+// Of the tail of 128 channels: columns of a row at most, positions of half a tile and so of a buffer, and columns of x
+// that its taps may see, in rows after each other.
+constexpr int kWideColumns = 28, kWidePositions = 64, kWideHalo = 192;
+// Rows lie so far after each other: what lies left and right of a map is there once.
+constexpr int wide_pitch(int W) { return W + 2; }
+// Output rows of half a tile.
+constexpr int wide_rows(int W) { return kWidePositions / wide_pitch(W); }
+
 // Of tiles of a symmetric matrix of n x n, those on and above the diagonal, number t of n (n + 1) / 2.
 struct UpperTile {
   int row, column;

@@ -6,6 +6,7 @@
 #include "cuda/sm90/call.h"
 #include "cuda/sm90/launch.h"
 #include "cuda/sm90/tensor_map.h"
+#include "cuda/sm90/wide_tail.h"
 
 namespace resnet_kernels::sm90 {
 namespace {
@@ -19,6 +20,10 @@ const void* kernel(bool half, int ahead) {
 }
 
 void launch(const ResnetKernelsTail& c, cudaStream_t stream) {
+  if (c.J == kWideJ) return launch_wide_tail(c, stream);
+  if (c.J != kTailJ || c.K != kTailK)
+    throw std::runtime_error("there is none of " + std::to_string(c.J) + " channels inside and " + std::to_string(c.K) +
+                             " outside");
   if (c.W > kTailColumns) throw std::runtime_error("expected at most 56 columns");
   if (c.ahead_channels != 64 && c.ahead_channels != 128) throw std::runtime_error("expected 64 or 128 channels ahead");
   TailParams p{};

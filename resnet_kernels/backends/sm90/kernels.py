@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ class _Tail(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in "x w w3 w1 residual y ahead shift shift3 shift1".split()),
-        *((name, ctypes.c_int32) for name in "N H W ahead_channels half multiprocessors".split()),
+        *((name, ctypes.c_int32) for name in "N H W J K ahead_channels half multiprocessors".split()),
     ]
 
 
@@ -302,8 +302,38 @@ def pair(
     _run("pair", call, x.device)
 
 
-# What `tail` is built for: channels inside, outside and of the next block's first convolution; columns of a map.
-TAIL_CHANNELS, TAIL_OUTSIDE, TAIL_AHEAD, MOST_TAIL_COLUMNS = 64, 256, (64, 128), 56
+class TailShape(NamedTuple):
+    """What `tail` is built for: channels outside, or, where weights stream, what they are a multiple of; of the next
+    block's first convolution; columns of a map at most. streams: weights do not stay in shared memory, and each of a
+    block's two warp groups has a tile of its own."""
+
+    outside: int
+    ahead: tuple[int, ...]
+    columns: int
+    streams: bool
+
+
+# By channels inside.
+TAILS = {64: TailShape(256, (64, 128), 56, streams=False), 128: TailShape(64, (128,), 28, streams=True)}
+
+
+def why_not_tail(J: int, K: int, ahead: int, columns: int) -> str | None:
+    """Why there is no `tail` of J channels inside, K outside, `ahead` behind, and a map of so many columns, or None."""
+    shape = TAILS.get(J)
+    if shape is None:
+        return f"expected {', '.join(map(str, TAILS))} channels inside, got {J}"
+    if K % shape.outside if shape.streams else K != shape.outside:
+        return f"expected {'multiples of ' * shape.streams}{shape.outside} channels outside, got {K}"
+    if ahead not in shape.ahead:
+        return f"expected {', '.join(map(str, shape.ahead))} channels ahead, got {ahead}"
+    if columns > shape.columns:
+        return f"expected a map of at most {shape.columns} columns, got {columns}"
+    return None
+
+
+def tail_rows(J: int, columns: int) -> int:
+    """Output rows of a tile."""
+    return 2 * (64 // (columns + 2)) if TAILS[J].streams else 2
 
 
 def tail(
@@ -317,11 +347,11 @@ def tail(
     """h = relu(conv3x3(x, w) + shift), y = relu(h w3^T + shift3 + residual), ahead = relu(y w1^T + shift1); sums in
     fp32, h, y and ahead rounded.
 
-    x: (N, 64, H, W). weights: w (64, 3, 3, 64), w3 (256, 1, 1, 64), w1 (J, 1, 1, 256) with J 64 or 128, contiguous.
-    shifts: fp32. residual, y: (N, 256, H, W); ahead: (N, J, H, W). Maps channels_last, W at most 56. y and ahead are
-    to be written.
+    x: (N, J, H, W). weights: w (J, 3, 3, J), w3 (K, 1, 1, J), w1 (J1, 1, 1, K), contiguous, as `why_not_tail` wants
+    them. shifts: fp32. residual, y: (N, K, H, W); ahead: (N, J1, H, W). Maps channels_last. y and ahead are to be
+    written.
     """
-    N, _, H, W = x.shape
+    N, J, H, W = x.shape
     call = _Tail(
         x=_pointer(x),
         residual=_pointer(residual),
@@ -330,6 +360,8 @@ def tail(
         N=N,
         H=H,
         W=W,
+        J=J,
+        K=y.shape[1],
         ahead_channels=ahead.shape[1],
         half=x.dtype == torch.float16,
         multiprocessors=multiprocessors(x.device),

@@ -82,9 +82,15 @@ def preferred(s: Size) -> tuple[str, Config] | None:
     return kernel, config
 
 
+# Channels inside; sm90's tail of others no GPU has proved: it runs where a measured table says so.
+PROVED_TAILS = (64,)
+
+
 def preferred_tail(first: Convolution, processors: int) -> list[str]:
     """Ways of a tail to be preferred to Triton's, likewise."""
-    return [TAIL, PAIR] if first.rows >= 128 * processors else []
+    if first.rows < 128 * processors:
+        return []
+    return [TAIL, PAIR] if first.weight.shape[0] in PROVED_TAILS else [PAIR]
 
 
 def launch(c: Convolution, kernel: str, y: Tensor) -> Native:
@@ -158,36 +164,39 @@ def why_not_tail(t: Tail, arch: int) -> str | None:
     reason = _why_not_here(first.x, arch)
     if reason:
         return reason
-    shapes = [tuple(c.weight.shape) for c in t.parts]
-    J, K, W = sm90.TAIL_CHANNELS, sm90.TAIL_OUTSIDE, first.x.shape[3]
-    expected = [(J, 3, 3, J), (K, 1, 1, J), (following.weight.shape[0], 1, 1, K)]
-    if shapes != expected or following.weight.shape[0] not in sm90.TAIL_AHEAD:
-        return f"expected {J} channels inside, {K} outside and {sm90.TAIL_AHEAD} ahead"
+    J, R, S, C = first.weight.shape
+    if (R, S, C) != (3, 3, J):
+        return f"expected an ungrouped 3x3 from {J} channels, got {R}x{S} from {C}"
+    reason = sm90.why_not_tail(J, last.weight.shape[0], following.weight.shape[0], first.x.shape[3])
+    if reason:
+        return reason
     if first.geometry != Geometry(padding=1) or first.shift is None or first.scale is not None or not first.relu:
         return "expected a 3x3 of stride 1 with shift and ReLU, and its scale in the weight"
     if first.lazy or first.second or first.residual is not None:
         return "expected a plain 3x3"
-    if W > sm90.MOST_TAIL_COLUMNS:
-        return f"expected a map of at most {sm90.MOST_TAIL_COLUMNS} columns, got {W}"
     if not (_dense(first.x) and sm90.aligned(first.x)):
         return "expected a contiguous map"
     return _why_not_links((last, following), last)
 
 
 def tail_launch(t: Tail, y: Tensor, ahead: Tensor) -> Native:
-    """y: (N, 256, H, W) and ahead: (N, 64 or 128, H, W), channels_last, to be written. Only where `why_not_tail` is
-    None."""
+    """y and ahead, channels_last, are to be written. Only where `why_not_tail` is None."""
     first, last, _ = t.parts
-    N, _, H, W = first.x.shape
-    tiles = N * math.ceil(H / 2)
+    N, J, H, W = first.x.shape
+    rows = sm90.tail_rows(J, W)
+    tiles = N * math.ceil(H / rows)
     weights, shifts = tuple(c.weight for c in t.parts), tuple(c.shift for c in t.parts)
     arguments = dict(x=first.x, weights=weights, shifts=shifts, residual=last.residual, y=y, ahead=ahead)
-    moved = nbytes(first.x, *weights, last.residual, y, ahead)
-    # A row of x twice; 64 positions of each row.
-    copied = moved + nbytes(first.x)
-    issued = sum(c.flops for c in t.parts) * 64 * 2 * math.ceil(H / 2) // (W * H)
-    work = Work(moved, sum(c.flops for c in t.parts), copied, issued)
-    return Native(sm90.tail, tiles, arguments, TAIL_CONFIG.options, " > ".join(map(str, t.parts)), work)
+    maps = nbytes(last.residual, y, ahead)
+    moved = nbytes(first.x, *weights) + maps
+    streams = sm90.TAILS[J].streams
+    # A tile's rows of x and those around them; 128 positions of each tile.
+    copied = nbytes(first.x) * (rows + 2) // rows + nbytes(*weights) * (tiles if streams else 1) + maps
+    flops = sum(c.flops for c in t.parts)
+    work = Work(moved, flops, copied, flops * 128 * tiles // first.rows)
+    # A block has two tiles at a time where each of its warp groups has one.
+    grid = math.ceil(tiles / 2) if streams else tiles
+    return Native(sm90.tail, grid, arguments, TAIL_CONFIG.options, " > ".join(map(str, t.parts)), work)
 
 
 def why_not_stem(x: Tensor, shape: tuple[int, ...], geometry: Geometry, arch: int) -> str | None:
