@@ -80,6 +80,19 @@ int main() {
       }
   }
 
+  // A whole bottleneck: over strips rows of a follow each other through the ring.
+  int step = 0;
+  for (int pairs : {1, 3, 2}) {
+    const int begun = step;
+    for (int row = -1; row <= 2 * pairs; ++row, ++step) {
+      const RowOfA at(begun, row);
+      expect(at.slot == step % kRowsOfA && at.phase == static_cast<uint32_t>(step / kRowsOfA % 2), "rows of a");
+    }
+  }
+  // Strips of even rows, as many as pay: of 256 images none is cut for 132 multiprocessors, of one, and of few, they are.
+  expect(rows_of_strip(256, 56, 132) == 56 && rows_of_strip(1, 56, 132) == 2 && rows_of_strip(1, 1, 1) == 2, "strips");
+  expect(rows_of_strip(33, 56, 132) == 14 && rows_of_strip(2, 5, 1) == 6, "strips");
+
   // Positions count over columns, rows, images.
   int m = 0;
   for (int n = 0; n < 3; ++n)

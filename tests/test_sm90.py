@@ -95,9 +95,9 @@ def test_tiles_are_those_that_were_built(library):
 # which no GPU has run: `STATISTICS_TILES` and `SUMS_TILES`, which nothing chooses; conv_act's tiles in turn pass it on
 # by every warp, where one did for all, so that none could miss it; and `tail` takes numbers of channels, its launch and
 # not its kernel. All other machine code is the same.
-PROVED = "3617b92bb2adb253"
+PROVED = "61bd130b5696d29c"
 # Files of kernels that no GPU has run, and that nothing chooses.
-UNPROVED = {f"{kernel}.{ending}" for kernel in ("wgrad", "wide_tail") for ending in ("cu", "cuh", "h")}
+UNPROVED = {f"{kernel}.{ending}" for kernel in ("wgrad", "wide_tail", "bottleneck") for ending in ("cu", "cuh", "h")}
 
 
 def test_the_kernels_are_those_that_a_gpu_has_proved():
@@ -112,15 +112,9 @@ def test_the_kernels_are_those_that_a_gpu_has_proved():
 def test_kernels_have_no_stack_and_the_registers_that_three_warp_groups_can_have(library):
     resources = r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)"
     usage = re.findall(resources, cuobjdump(library, "-res-usage"))
-    kinds = [re.search(r"(conv_act|wide_tail|tail|pair|stem|wgrad)_kernel", name)[1] for name, *_ in usage]
-    of_two = {
-        "conv_act": len(kernels.NUMBERS),
-        "tail": 2,
-        "wide_tail": 1,
-        "pair": len(kernels.PAIRS),
-        "stem": 1,
-        "wgrad": 2,
-    }
+    kinds = [re.search(r"(conv_act|bottleneck|wide_tail|tail|pair|stem|wgrad)_kernel", name)[1] for name, *_ in usage]
+    of_two = {"tail": 2, "wide_tail": 1, "bottleneck": 1, "stem": 1, "wgrad": 2}
+    of_two |= {"conv_act": len(kernels.NUMBERS), "pair": len(kernels.PAIRS)}
     expected = {kind: 2 * n for kind, n in of_two.items()}
     assert {kind: kinds.count(kind) for kind in kinds} == expected
     # 65536 for 384 or 512 threads; the warp groups that multiply take more from the one that moves.
@@ -490,6 +484,33 @@ def test_tail(J, K, ahead, N, H, W, dtype, device, poisoned):
     first = y.clone(), after.clone()
     kernels.tail(*run)
     assert torch.equal(y.nan_to_num(), first[0].nan_to_num()) and torch.equal(after.nan_to_num(), first[1].nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("N, H, W", [(1, 9, 56), (2, 6, 7), (1, 1, 1), (7, 11, 5), (3, 56, 56), (150, 13, 28)])
+def test_bottleneck(N, H, W, dtype, device, poisoned):
+    too_large(device, N * 256 * H * W)
+    x = draw(N, 256, H, W, dtype=dtype, device=device)
+    if H > 6:
+        x[0, 70, 4, W - 1] = float("nan")
+    shapes = [(64, 256, 1, 1), (64, 64, 3, 3), (256, 64, 1, 1)]
+    weights = [draw(*s, dtype=dtype, device=device, scale=(s[1] * s[2] * s[3]) ** -0.5) for s in shapes]
+    shifts = [torch.randn(s[0], device=device) for s in shapes]
+    y = torch.empty_like(x)
+    run = (x, tuple(map(krsc, weights)), tuple(shifts), y)
+    kernels.bottleneck(*run)
+
+    def plain(x, weights, shifts):
+        h = chain(x, weights[0], Geometry(), shift=shifts[0], relu=True)
+        h = chain(h, weights[1], Geometry(1, 1), shift=shifts[1], relu=True)
+        return chain(h, weights[2], Geometry(), shift=shifts[2], residual=x, relu=True)
+
+    exact = plain(x.double(), [w.double() for w in weights], [s.double() for s in shifts])
+    assert torch.equal(y.isnan(), exact.isnan())
+    assert_matches(y, plain(x, weights, shifts), exact, 576)
+    first = y.clone()
+    kernels.bottleneck(*run)
+    assert torch.equal(y.nan_to_num(), first.nan_to_num())
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

@@ -48,6 +48,17 @@ struct ResnetKernelsTail {
 };
 const char* resnet_kernels_sm90_tail(const ResnetKernelsTail*, void* stream);
 
+// A whole bottleneck with the identity: a = relu(x w1^T + shift1), h = relu(conv3x3(a, w) + shift), y = relu(h w3^T +
+// shift3 + x), a and h rounded. x and y (N, H, W, 256), which may not overlap; w1 (64, 256), w (64, 3, 3, 64), w3 (256,
+// 64); all contiguous, W at most 56.
+struct ResnetKernelsBottleneck {
+  const void *x, *w1, *w, *w3;
+  void* y;
+  const float *shift1, *shift, *shift3;
+  int32_t N, H, W, half, multiprocessors;
+};
+const char* resnet_kernels_sm90_bottleneck(const ResnetKernelsBottleneck*, void* stream);
+
 // The last convolution of a bottleneck and the first of the next: y = relu(x w3^T + shift3 + residual), rounded, ahead
 // = relu(y w1^T + shift1). x (M, J), residual and y (M, K), ahead (M, ahead_channels), w3 (K, J), w1 (ahead_channels,
 // K); all contiguous; J and ahead_channels 128 and 128, 128 and 256, or 256 and 256; K in multiples of 64.

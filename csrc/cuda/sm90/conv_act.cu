@@ -67,12 +67,13 @@ const char* resnet_kernels_sm90_conv_act(const ResnetKernelsConv* call, void* st
 
 int32_t resnet_kernels_sm90_bytes(const char* name) {
   const std::string of = name;
-  return of == "conv_act" ? sizeof(ResnetKernelsConv)
-         : of == "pair"   ? sizeof(ResnetKernelsPair)
-         : of == "tail"   ? sizeof(ResnetKernelsTail)
-         : of == "stem"   ? sizeof(ResnetKernelsStem)
-         : of == "wgrad"  ? sizeof(ResnetKernelsWgrad)
-                          : 0;
+  return of == "conv_act"     ? sizeof(ResnetKernelsConv)
+         : of == "bottleneck" ? sizeof(ResnetKernelsBottleneck)
+         : of == "pair"       ? sizeof(ResnetKernelsPair)
+         : of == "tail"       ? sizeof(ResnetKernelsTail)
+         : of == "stem"       ? sizeof(ResnetKernelsStem)
+         : of == "wgrad"      ? sizeof(ResnetKernelsWgrad)
+                              : 0;
 }
 
 const char* resnet_kernels_sm90_tiles() {

@@ -59,6 +59,28 @@ constexpr int wide_pitch(int W) { return W + 2; }
 // Output rows of half a tile.
 constexpr int wide_rows(int W) { return kWidePositions / wide_pitch(W); }
 
+// Of a whole bottleneck: two warp groups make rows of a, what its first convolution makes of x, in turn, into a ring of
+// kRowsOfA. A strip of output rows 0 to rows - 1 needs those from -1 to rows; `begun`: how many were made before it.
+constexpr int kRowsOfA = 5;
+struct RowOfA {
+  int slot;
+  uint32_t phase;
+  RESNET_KERNELS_BOTH RowOfA(int begun, int row)
+      : slot((begun + row + 1) % kRowsOfA), phase((begun + row + 1) / kRowsOfA & 1) {}
+};
+// Rows of a strip, so that the last round of blocks is nearly full and little is computed twice. An even number.
+inline int rows_of_strip(int N, int H, int multiprocessors) {
+  int best = 0;
+  int64_t least = 0;
+  for (int strips = 1; strips <= (H + 1) / 2; ++strips) {
+    const int rows = (H + 2 * strips - 1) / (2 * strips) * 2;
+    const int64_t rounds = (int64_t{N} * ((H + rows - 1) / rows) + multiprocessors - 1) / multiprocessors;
+    const int64_t time = rounds * (rows + 2);
+    if (best == 0 || time < least) best = rows, least = time;
+  }
+  return best;
+}
+
 // Of tiles of a symmetric matrix of n x n, those on and above the diagonal, number t of n (n + 1) / 2.
 struct UpperTile {
   int row, column;

@@ -73,6 +73,15 @@ class _Tail(ctypes.Structure):
     ]
 
 
+class _Bottleneck(ctypes.Structure):
+    """ResnetKernelsBottleneck."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in "x w1 w w3 y shift1 shift shift3".split()),
+        *((name, ctypes.c_int32) for name in "N H W half multiprocessors".split()),
+    ]
+
+
 class _Pair(ctypes.Structure):
     """ResnetKernelsPair."""
 
@@ -110,7 +119,14 @@ def load() -> tuple[Any, str | None]:
         return None, f"the kernels for sm_90a do not load: {error}"
 
 
-CALLS = {"conv_act": _Conv, "pair": _Pair, "tail": _Tail, "stem": _Stem, "wgrad": _Wgrad}
+CALLS = {
+    "conv_act": _Conv,
+    "bottleneck": _Bottleneck,
+    "pair": _Pair,
+    "tail": _Tail,
+    "stem": _Stem,
+    "wgrad": _Wgrad,
+}
 
 
 def declared(library: Any) -> Any:
@@ -369,6 +385,34 @@ def tail(
     call.w, call.w3, call.w1 = map(_pointer, weights)
     call.shift, call.shift3, call.shift1 = map(_pointer, shifts)
     _run("tail", call, x.device)
+
+
+# What `bottleneck` is built for: channels inside and outside; columns of a map at most.
+BOTTLENECK, MOST_BOTTLENECK_COLUMNS = (64, 256), 56
+
+
+def bottleneck(
+    x: Tensor, weights: tuple[Tensor, Tensor, Tensor], shifts: tuple[Tensor, Tensor, Tensor], y: Tensor
+) -> None:
+    """a = relu(x w1^T + shift1), h = relu(conv3x3(a, w) + shift), y = relu(h w3^T + shift3 + x); sums in fp32, a, h and
+    y rounded.
+
+    x, y: (N, 256, H, W) channels_last, W at most 56; y is to be written, and is not x. weights: w1 (64, 1, 1, 256), w
+    (64, 3, 3, 64), w3 (256, 1, 1, 64), contiguous. shifts: fp32.
+    """
+    N, _, H, W = x.shape
+    call = _Bottleneck(
+        x=_pointer(x),
+        y=_pointer(y),
+        N=N,
+        H=H,
+        W=W,
+        half=x.dtype == torch.float16,
+        multiprocessors=multiprocessors(x.device),
+    )
+    call.w1, call.w, call.w3 = map(_pointer, weights)
+    call.shift1, call.shift, call.shift3 = map(_pointer, shifts)
+    _run("bottleneck", call, x.device)
 
 
 # Of an image, that a row of the stem's convolution has.
