@@ -25,8 +25,9 @@ endif
 demo: $(VENV)/built
 	$(BIN)/resnet-kernels demo --out demo
 
+# Two processes side by side. Each has all threads, as users have them; one that waits for work leaves the core to the other.
 test: $(VENV)/built
-	$(BIN)/pytest tests $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/pytest tests -n 2 --dist worksteal $(ARGS)
 
 bench: $(VENV)/built
 	$(BIN)/pytest benchmarks --benchmark-only --benchmark-json=benchmark.json $(ARGS)
