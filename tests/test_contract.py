@@ -572,11 +572,15 @@ WGRADS = {name: c for name, c in CONVS_16.items() if c[0][0]} | {
 @pytest.mark.parametrize("name", WGRADS)
 @pytest.mark.parametrize("backend, device", TRAINS)
 def test_gradients_of_a_convolution(backend, device, name, lazy, poisoned):
+    check_gradients(backend, device, name, lazy, torch.float32)
+
+
+def check_gradients(backend, device, name, lazy, dtype):
     """dweight with the sums of g, and dx with a mask and the batch norm's sums in the epilogue."""
     sizes, (K, R), g = WGRADS[name]
     C = sizes[1]
-    x = torch.randn(sizes, device=device).contiguous(memory_format=NHWC)
-    weight = torch.randn(K, C // g.groups, R, R, device=device) * (C * R * R) ** -0.5
+    x = torch.randn(sizes, device=device).to(dtype).contiguous(memory_format=NHWC)
+    weight = (torch.randn(K, C // g.groups, R, R, device=device) * (C * R * R) ** -0.5).to(dtype)
     c = torch.randn_like(F.conv2d(x, weight, None, *g)).contiguous(memory_format=NHWC)
     dc = torch.randn_like(c)
     a, b, a2, mean = (torch.randn(K, device=device) for _ in range(4))
@@ -600,7 +604,11 @@ def test_gradients_of_a_convolution(backend, device, name, lazy, poisoned):
 @pytest.mark.parametrize("C", [16, 21, 48, 300])
 @pytest.mark.parametrize("backend, device", TRAINS)
 def test_moments_statistics_and_sums(backend, device, C, poisoned):
-    x = 5 + torch.randn(3, C, 19, 17, device=device).contiguous(memory_format=NHWC)
+    check_reductions(backend, device, C, torch.float32)
+
+
+def check_reductions(backend, device, C, dtype):
+    x = 5 + torch.randn(3, C, 19, 17, device=device).to(dtype).contiguous(memory_format=NHWC)
     t = torch.randn_like(x)
     a, b, mean, rstd = (torch.randn(C, device=device) for _ in range(4))
 

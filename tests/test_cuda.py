@@ -2,6 +2,7 @@
 (tests/emulation); and its machine code, read."""
 
 import copy
+import ctypes
 import dataclasses
 import re
 import shutil
@@ -555,3 +556,9 @@ def test_an_extension_of_other_sources_is_a_reason():
             return {"cuda": 13000, "archs": "9.0a"}
 
     assert "built from other sources, build it again" in library._opened.__wrapped__(Old)[1]
+
+
+def test_a_library_of_other_structures_is_refused(built, monkeypatch):
+    monkeypatch.setitem(library.LAUNCHES, "outer", library.Pass)
+    with pytest.raises(OSError, match=f"outer: expected a call of {ctypes.sizeof(library.Pass)} bytes, got [0-9]+"):
+        Emulated(emulation.cuda(), "")

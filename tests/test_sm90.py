@@ -1,7 +1,9 @@
 """The CUDA C++ kernels for Hopper: what was built, read without a GPU; their results on one, and emulated."""
 
 import collections
+import copy
 import ctypes
+import dataclasses
 import hashlib
 import re
 import shutil
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import emulated
 import pytest
+import test_contract as contract
 import test_cuda
 import test_training as training
 import torch
@@ -22,7 +25,7 @@ from resnet_kernels.backends import cuda, extension, reference, select, sm90
 from resnet_kernels.backends.contract import Call, Epilogue, Geometry, Operand, Product, wide
 from resnet_kernels.backends.cuda import library as cuda_library
 from resnet_kernels.backends.sm90 import kernels
-from resnet_kernels.testing import assert_matches
+from resnet_kernels.testing import BlockCase, assert_matches
 
 NHWC = torch.channels_last
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -95,7 +98,7 @@ def test_tiles_are_those_that_were_built(library):
 # which no GPU has run: `STATISTICS_TILES` and `SUMS_TILES`, which nothing chooses; conv_act's tiles in turn pass it on
 # by every warp, where one did for all, so that none could miss it; and `tail` takes numbers of channels, its launch and
 # not its kernel. All other machine code is the same.
-PROVED = "61bd130b5696d29c"
+PROVED = "bce237d059732a3c"
 # Files of kernels that no GPU has run, and that nothing chooses.
 UNPROVED = {f"{kernel}.{ending}" for kernel in ("wgrad", "wide_tail", "bottleneck") for ending in ("cu", "cuh", "h")}
 
@@ -113,7 +116,7 @@ def test_kernels_have_no_stack_and_the_registers_that_three_warp_groups_can_have
     resources = r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)"
     usage = re.findall(resources, cuobjdump(library, "-res-usage"))
     kinds = [re.search(r"(conv_act|bottleneck|wide_tail|tail|pair|stem|wgrad)_kernel", name)[1] for name, *_ in usage]
-    of_two = {"tail": 2, "wide_tail": 1, "bottleneck": 1, "stem": 1, "wgrad": 2}
+    of_two = {"tail": 2, "wide_tail": 1, "bottleneck": 2, "stem": 1, "wgrad": 2}
     of_two |= {"conv_act": len(kernels.NUMBERS), "pair": len(kernels.PAIRS)}
     expected = {kind: 2 * n for kind, n in of_two.items()}
     assert {kind: kinds.count(kind) for kind in kinds} == expected
@@ -488,22 +491,25 @@ def test_tail(J, K, ahead, N, H, W, dtype, device, poisoned):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("N, H, W", [(1, 9, 56), (2, 6, 7), (1, 1, 1), (7, 11, 5), (3, 56, 56), (150, 13, 28)])
-def test_bottleneck(N, H, W, dtype, device, poisoned):
+@pytest.mark.parametrize("shortcut", kernels.BOTTLENECKS)
+def test_bottleneck(shortcut, N, H, W, dtype, device, poisoned):
     too_large(device, N * 256 * H * W)
-    x = draw(N, 256, H, W, dtype=dtype, device=device)
+    shapes = kernels.BOTTLENECKS[shortcut]
+    C = shapes[0][1]
+    x = draw(N, C, H, W, dtype=dtype, device=device)
     if H > 6:
-        x[0, 70, 4, W - 1] = float("nan")
-    shapes = [(64, 256, 1, 1), (64, 64, 3, 3), (256, 64, 1, 1)]
+        x[0, 50, 4, W - 1] = float("nan")
     weights = [draw(*s, dtype=dtype, device=device, scale=(s[1] * s[2] * s[3]) ** -0.5) for s in shapes]
-    shifts = [torch.randn(s[0], device=device) for s in shapes]
-    y = torch.empty_like(x)
+    shifts = [torch.randn(s[0], device=device) for s in shapes[:3]]
+    y = torch.empty(N, 256, H, W, device=device, dtype=dtype).to(memory_format=NHWC)
     run = (x, tuple(map(krsc, weights)), tuple(shifts), y)
     kernels.bottleneck(*run)
 
     def plain(x, weights, shifts):
         h = chain(x, weights[0], Geometry(), shift=shifts[0], relu=True)
         h = chain(h, weights[1], Geometry(1, 1), shift=shifts[1], relu=True)
-        return chain(h, weights[2], Geometry(), shift=shifts[2], residual=x, relu=True)
+        added = F.conv2d(x, weights[3]) if shortcut == "projection" else x
+        return chain(h, weights[2], Geometry(), shift=shifts[2], residual=added, relu=True)
 
     exact = plain(x.double(), [w.double() for w in weights], [s.double() for s in shifts])
     assert torch.equal(y.isnan(), exact.isnan())
@@ -586,24 +592,46 @@ def test_nan_in_an_image_spreads_one_pooled_column_further_at_most(device):
     assert (y.isnan() | ~due).all() and (~y.isnan() | more).all()
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("block", ["bottleneck", "projection"])
-def test_the_backend_by_name_runs_blocks(block):
-    from torchvision.models import resnet
-
-    down = torch.nn.Sequential(torch.nn.Conv2d(64, 256, 1, 2, bias=False), torch.nn.BatchNorm2d(256))
-    module = resnet.Bottleneck(64, 64, 2, down) if block == "projection" else resnet.Bottleneck(256, 64)
-    device = "cuda"
-    module = module.to(device).eval().bfloat16()
-    x = draw(3, 64 if block == "projection" else 256, 13, 15, dtype=torch.bfloat16, device=device)
-    with torch.no_grad():
-        eager, exact = module(x), module.double()(x.double())
-        module.bfloat16()
+@pytest.mark.parametrize("frozen", [False, True], ids=["replaced", "frozen"])
+@pytest.mark.parametrize(
+    "C, stride, launches",
+    [(256, 1, ["bottleneck"]), (64, 2, ["conv_act"] * 3), (64, 1, ["bottleneck"])],
+    ids=["identity", "strided", "projection"],
+)
+def test_the_backend_by_name_runs_blocks(C, stride, launches, frozen, device, with_passes, monkeypatch):
+    case = BlockCase("", basic=False, inplanes=C, planes=64, H=7, W=9, stride=stride, N=2)
+    module, x = case.make().to(device).bfloat16(), case.input(torch.bfloat16, device)
+    names, run = [], kernels._run
+    monkeypatch.setattr(kernels, "_run", lambda name, *rest: [names.append(name), run(name, *rest)])
+    with torch.no_grad(), rk.use_backend("sm90"):
         blocks = torch.nn.Sequential(module)
-        rk.replace_blocks(blocks)
-        with rk.use_backend("sm90"):
-            y = blocks(x)
+        if frozen:
+            ours = rk.freeze(blocks)
+        else:
+            ours = copy.deepcopy(blocks)
+            rk.replace_blocks(ours)
+        y = ours(x)
+        assert names == launches
+        eager, exact = module(x), module.double()(x.double())
     assert_matches(y, eager, exact, 576)
+
+
+def test_what_no_whole_block_is_for_is_told():
+    shapes, geometries = kernels.BOTTLENECKS["identity"], [Geometry(), Geometry(padding=1), Geometry()]
+    assert kernels.why_not_bottleneck(shapes, geometries, "identity", 56) is None
+    assert "at most 56 columns, got 57" in kernels.why_not_bottleneck(shapes, geometries, "identity", 57)
+    assert "and zero_pad" in kernels.why_not_bottleneck(shapes, geometries, "zero_pad", 56)
+    dilated = [Geometry(), Geometry(1, 2, 2), Geometry()]
+    assert "strides, dilations and groups of 1" in kernels.why_not_bottleneck(shapes, dilated, "identity", 56)
+    assert "(128, 256, 1, 1)" in kernels.why_not_bottleneck(((128, 256, 1, 1),), geometries, "identity", 56)
+    for (J, K, ahead, columns), says in {
+        (96, 256, 64, 56): "64, 128 channels inside, got 96",
+        (64, 320, 64, 56): "expected 256 channels outside, got 320",
+        (128, 96, 128, 28): "expected multiples of 64 channels outside, got 96",
+        (128, 512, 256, 28): "expected 128 channels ahead, got 256",
+        (128, 512, 128, 29): "at most 28 columns, got 29",
+    }.items():
+        assert says in kernels.why_not_tail(J, K, ahead, columns)
 
 
 def test_a_launch_that_fails_is_named(device):
@@ -613,6 +641,25 @@ def test_a_launch_that_fails_is_named(device):
     )
     with pytest.raises(RuntimeError, match="sm90 conv_act: no tensor map of y"):
         kernels.conv_act(x, w, torch.empty_like(x)[:, 1:], Geometry(), "turn128x64")
+
+
+# What is beyond the kernels is the library's, whose weight gradients are rounded to 16 bits.
+WGRADS = [
+    name
+    for name, (sizes, (K, R), g) in contract.WGRADS.items()
+    if sm90.why_not_convolution((K, sizes[1] // g.groups, R, R), g, turned=False) is None
+]
+
+
+@pytest.mark.parametrize("lazy, dtype", [(False, torch.float16), (True, torch.bfloat16)], ids=["plain", "lazy"])
+@pytest.mark.parametrize("name", WGRADS)
+def test_gradients_as_the_contract_has_them(name, lazy, dtype, device, with_passes, poisoned):
+    contract.check_gradients(sm90, device, name, lazy, dtype)
+
+
+@pytest.mark.parametrize("C", [16, 21, 48])
+def test_reductions_as_the_contract_has_them(C, device, with_passes, poisoned):
+    contract.check_reductions(sm90, device, C, torch.bfloat16)
 
 
 # Of the blocks' cases those that take longest to emulate are a GPU's.
@@ -706,6 +753,29 @@ def test_the_tail_of_128_channels_runs_where_it_is_named_alone(monkeypatch):
     # The 3x3's result is neither written nor read.
     pair, tail = of_128[0].work, wide[0].work
     assert tail.bytes - pair.bytes == 128 * 128 * 9 * 2 and tail.issued > tail.flops > pair.flops
+
+
+def test_whole_bottlenecks_run_where_a_table_says_so(monkeypatch):
+    from resnet_kernels.backends.triton import native, run
+
+    there = [m.within for m in launched(monkeypatch, 256) if isinstance(m.within, native.Whole)]
+    # The first stage's first block, which projects, and its second. Of the third the first convolution is in the tail.
+    assert len(there) == 2 and [w.last.second is None for w in there] == [False, True]
+    for whole in there:
+        assert [choice.kernel for choice in run.candidates(whole)] == [run.SEPARATE, native.WHOLE]
+    row = {"kernel": native.WHOLE, "config": dataclasses.asdict(native.WHOLE_CONFIG)}
+    with monkeypatch.context() as m:
+        m.setattr(run, "measured_choice", lambda device, problem: row if isinstance(problem, native.Whole) else None)
+        now = launched(m, 256)
+    names = [m.name for m in now]
+    assert names.count("bottleneck") == 3 and names.count("tail") == 0 and names.count("pair") == 3 + 4
+    first, second, third = (m.work for m in now if m.name == "bottleneck")
+    positions = 256 * 56 * 56 * 2
+    assert second == third and 0 < second.bytes - positions * 512 < 2e5 and 0 < first.bytes - positions * 320 < 2e5
+    # 256 to 64 and 64 to 256 channels, or 64 to 64 and twice 64 to 256.
+    macs = 256 * 56 * 56 * 64
+    assert second.flops == 2 * macs * (256 + 576 + 256) and first.flops == 2 * macs * (64 + 576 + 256 + 256)
+    assert second.issued * 56 == second.flops * 64 and second.copied - second.bytes == positions * 256
 
 
 def test_small_batches_and_other_gpus_stay_with_triton(monkeypatch):

@@ -125,4 +125,7 @@ const char* resnet_kernels_cuda_outer(const ResnetKernelsOuter*, void* stream);
 // Rows of a part.
 int64_t resnet_kernels_cuda_outer_span(int64_t M, int64_t K, int64_t C, int64_t moments, int64_t type,
                                        int64_t multiprocessors);
+
+// Of the structure that resnet_kernels_cuda_NAME takes, so that who was written for another finds out; 0: there is none.
+int32_t resnet_kernels_cuda_bytes(const char* name);
 }

@@ -1,6 +1,7 @@
 #include "cuda/pass.cuh"
 
 #include <algorithm>
+#include <string>
 
 #include "cuda/launch.h"
 
@@ -61,4 +62,17 @@ int64_t resnet_kernels_cuda_span(int64_t M, int64_t C, int64_t multiprocessors) 
   const int64_t wanted = std::max<int64_t>(1, multiprocessors * kBlocksPerMultiprocessor / layout.tiles);
   const int64_t parts = std::max<int64_t>(1, std::min((M + at_once - 1) / at_once, wanted));
   return std::max<int64_t>(1, (M + parts * at_once - 1) / (parts * at_once)) * at_once;
+}
+
+int32_t resnet_kernels_cuda_bytes(const char* name) {
+  const std::string of = name;
+  return of == "pass"            ? sizeof(ResnetKernelsPass)
+         : of == "table"         ? sizeof(ResnetKernelsTable)
+         : of == "bn_grad"       ? sizeof(ResnetKernelsBnGrad)
+         : of == "product_table" ? sizeof(ResnetKernelsProductTable)
+         : of == "tail_grad"     ? sizeof(ResnetKernelsTailGrad)
+         : of == "max_pool"      ? sizeof(ResnetKernelsPool)
+         : of == "max_pool_grad" ? sizeof(ResnetKernelsPool)
+         : of == "outer"         ? sizeof(ResnetKernelsOuter)
+                                 : 0;
 }

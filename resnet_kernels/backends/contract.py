@@ -348,6 +348,7 @@ class Backend(Protocol):
     to decide once:
 
     residual_blocks(x, blocks, overwrite), of blocks that have a shortcut
+    residual_block(x, block), of one: its result, or None where no kernel has all of it
     stem(x, weight, shift, geometry, pool), with its weight by `pack_stem(weight, scale, geometry, pool)` and its x in
         memory of `stem_channels(weight sizes, geometry, pool)` channels, zeros behind the image's
 

@@ -64,8 +64,10 @@ def run(backend: Backend, x: Tensor, blocks: Sequence[Block], overwrite: bool = 
     whole = getattr(backend, "residual_blocks", None)
     if whole is not None and all(block.shortcut != "none" for block in blocks):
         return whole(x, blocks, overwrite)
+    one = getattr(backend, "residual_block", None)
     for i, block in enumerate(blocks):
-        x = _run(backend, x, block, overwrite or i > 0)
+        y = None if one is None else one(x, block)
+        x = _run(backend, x, block, overwrite or i > 0) if y is None else y
     return x
 
 

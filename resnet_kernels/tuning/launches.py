@@ -16,21 +16,19 @@ from ..backends.contract import Geometry, wide
 from ..backends.triton import ahead
 from ..backends.triton.convolution import Convolution
 from ..backends.triton.launch import INTERPRETING, Launch, Native, arch_of, processors_of, recording
-from ..backends.triton.run import Choice, candidates, launch_so, run_so
+from ..backends.triton.run import Choice, Problem, candidates, launch_so, run_so
 from ..backends.triton.tail import Tail
 from ..roofline import H200
 
 __all__ = ["Pruned", "field", "materialize", "name", "plain", "problems_of", "prune", "row", "run_so"]
 
-Problem = Convolution | Tail
-
 
 def problems_of(launches: Iterable[Launch]) -> Iterator[Problem]:
-    """What the recorded launches compute, or might compute together; before a tail its convolutions, which
-    it is compared with."""
+    """What the recorded launches compute, or might compute together; before several convolutions in one each by itself,
+    which they are compared with."""
     for launch in launches:
         for problem in (launch.problem, launch.within):
-            if isinstance(problem, Tail):
+            if problem is not None and not isinstance(problem, Convolution):
                 yield from problem.parts
             if problem is not None:  # a pass and a stem have one way only
                 yield problem
@@ -168,4 +166,5 @@ def plain(problem: Problem, dtype: torch.dtype) -> list[Tensor]:
     results = [_plain_conv(first, dtype)]
     for c in rest:
         results.append(_plain_conv(dataclasses.replace(c, x=results[-1]), dtype))
-    return results[1:] or results
+    # Of a tail what its last two convolutions make, of others what the last.
+    return results[1:] if isinstance(problem, Tail) else results[-1:]

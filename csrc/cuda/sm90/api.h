@@ -48,11 +48,11 @@ struct ResnetKernelsTail {
 };
 const char* resnet_kernels_sm90_tail(const ResnetKernelsTail*, void* stream);
 
-// A whole bottleneck with the identity: a = relu(x w1^T + shift1), h = relu(conv3x3(a, w) + shift), y = relu(h w3^T +
-// shift3 + x), a and h rounded. x and y (N, H, W, 256), which may not overlap; w1 (64, 256), w (64, 3, 3, 64), w3 (256,
-// 64); all contiguous, W at most 56.
+// A whole bottleneck: a = relu(x w1^T + shift1), h = relu(conv3x3(a, w) + shift), y = relu(h w3^T + shift3 + x wp^T), or
+// with x for x wp^T where wp is null; a and h rounded. x (N, H, W, C), C 64 with wp (256, 64) and 256 without; y (N, H, W,
+// 256), which may not overlap x; w1 (64, C), w (64, 3, 3, 64), w3 (256, 64); all contiguous, W at most 56.
 struct ResnetKernelsBottleneck {
-  const void *x, *w1, *w, *w3;
+  const void *x, *w1, *w, *w3, *wp;
   void* y;
   const float *shift1, *shift, *shift3;
   int32_t N, H, W, half, multiprocessors;

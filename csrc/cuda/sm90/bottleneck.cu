@@ -10,25 +10,37 @@
 namespace resnet_kernels::sm90 {
 namespace {
 
+const void* kernel(bool half, bool projection) {
+  if (projection)
+    return half ? reinterpret_cast<const void*>(&bottleneck_kernel<__half, true>)
+                : reinterpret_cast<const void*>(&bottleneck_kernel<__nv_bfloat16, true>);
+  return half ? reinterpret_cast<const void*>(&bottleneck_kernel<__half, false>)
+              : reinterpret_cast<const void*>(&bottleneck_kernel<__nv_bfloat16, false>);
+}
+
 void launch(const ResnetKernelsBottleneck& c, cudaStream_t stream) {
   if (c.W > kBottleneckColumns) throw std::runtime_error("expected at most 56 columns");
+  const BottleneckShape shape{c.wp != nullptr};
   BottleneckParams p{};
   p.rows = rows_of_strip(c.N, c.H, c.multiprocessors);
   p.strips_of_image = (c.H + p.rows - 1) / p.rows, p.strips = c.N * p.strips_of_image;
   p.H = c.H, p.W = c.W;
   p.shift1 = c.shift1, p.shift = c.shift, p.shift3 = c.shift3;
-  const int64_t K = kBottleneckK, W = c.W, HW = W * c.H;
-  auto map = [&](const char* what, const void* data) {
-    return tiled_map<4>(what, c.half, data, {K, W, c.H, c.N}, {K, K * W, K * HW}, {kSlice, c.W, 1, 1});
+  const int C = shape.slices() * kSlice, J = kBottleneckJ, K = kBottleneckK;
+  const int64_t W = c.W, H = c.H;
+  auto map = [&](const char* what, const void* data, int64_t channels) {
+    return tiled_map<4>(what, c.half, data, {channels, W, H, c.N}, {channels, channels * W, channels * W * H},
+                        {kSlice, c.W, 1, 1});
   };
-  p.x = map("x", c.x), p.y = map("y", c.y);
-  p.w1 = tiled_map<2>("w1", c.half, c.w1, {kBottleneckK, kBottleneckJ}, {kBottleneckK}, {kSlice, kBottleneckJ});
-  p.w = tiled_map<3>("w", c.half, c.w, {kBottleneckJ, 9, kBottleneckJ}, {kBottleneckJ, 9 * kBottleneckJ},
-                     {kSlice, 1, kBottleneckJ});
-  p.w3 = tiled_map<2>("w3", c.half, c.w3, {kBottleneckJ, kBottleneckK}, {kBottleneckJ}, {kSlice, kSlice});
-  const void* kernel = c.half ? reinterpret_cast<const void*>(&bottleneck_kernel<__half>)
-                              : reinterpret_cast<const void*>(&bottleneck_kernel<__nv_bfloat16>);
-  run(kernel, p.strips, c.multiprocessors, kBottleneckThreads, kBottleneckSharedBytes, p, stream);
+  auto matrix = [&](const char* what, const void* data, int64_t columns, int64_t rows) {
+    return tiled_map<2>(what, c.half, data, {columns, rows}, {columns}, {kSlice, kSlice});
+  };
+  p.x = map("x", c.x, C), p.y = map("y", c.y, K);
+  p.w1 = matrix("w1", c.w1, C, J), p.w3 = matrix("w3", c.w3, J, K);
+  if (shape.projection) p.wp = matrix("wp", c.wp, C, K);
+  p.w = tiled_map<3>("w", c.half, c.w, {J, 9, J}, {J, 9 * J}, {kSlice, 1, J});
+  run(kernel(c.half, shape.projection), p.strips, c.multiprocessors, kBottleneckThreads, shape.shared_bytes(), p,
+      stream);
 }
 
 }  // namespace

@@ -1,10 +1,10 @@
-// A bottleneck of 64 channels with the identity for sm_90a:
+// A bottleneck of 64 channels for sm_90a:
 //
-//   a = relu(x w1^T + shift1), rounded                  256 channels to 64
+//   a = relu(x w1^T + shift1), rounded                  256 channels to 64, or with a projection 64 to 64
 //   h = relu(conv3x3(a, w) + shift), rounded            64 channels, only ever in registers
-//   y = relu(h w3^T + shift3 + x), rounded              256 channels
+//   y = relu(h w3^T + shift3 + x), rounded              256 channels; or x wp^T in place of x
 //
-// All weights stay in shared memory (136 KB). A block goes down a strip of an image's rows, two at a time: output row 2n
+// All weights stay in shared memory (136 or 144 KB). A block goes down a strip of an image's rows, two at a time: output row 2n
 // belongs to the first of two warp groups, 2n + 1 to the second. Rows of a lie in a ring of five, W + 2 columns each,
 // whose first and last are zeros for good; the nine taps are nine addresses, as in tail.cuh. Each row of a is made once,
 // in order: row 2n + 2 by the first warp group before it convolves row 2n, row 2n + 3 by the second before row 2n + 1.
@@ -12,7 +12,8 @@
 // run half a round apart, and one multiplies while the other stores. Rows outside the map are zeros.
 //
 // x streams through a ring, 64 channels of a row an item, in the order in which rows of a are made; two rows later it
-// comes again, from L2, as the residual, into the buffers where y takes its place.
+// comes again, from L2, as the residual, into the buffers where y takes its place, or for the projection, into one of its
+// own.
 //
 // Moves: x and y once, and x once more from L2; with several strips an image, two rows of x a strip besides; the weights
 // once per multiprocessor.
@@ -23,29 +24,35 @@
 
 namespace resnet_kernels::sm90 {
 
-template <class T>
+template <class T, bool kProjection>
 struct WholeBottleneck {
-  static constexpr int kParts = kBottleneckK / kSlice;  // of x and y
-  static constexpr int kSlots = kBottleneckSlots, kBuffers = kBottleneckBuffers;
+  static constexpr BottleneckShape kShape{kProjection};
+  static constexpr int kSlices = kShape.slices(), kParts = kBottleneckK / kSlice;  // of x, of y
+  static constexpr int kSlots = kShape.slots(), kBuffers = kShape.buffers();
   static constexpr int kTapBytes = 64 * kRow;
 
   struct Barriers {
     uint64_t weights;
     uint64_t brought[kSlots], multiplied[kSlots];  // of x
     uint64_t made[kRowsOfA], read[kRowsOfA];       // of a
+    uint64_t there[2], projected[2];               // of x, for a warp group's projection
     StepBarriers<kBuffers> steps[2];               // of the warp groups
   };
   static_assert(sizeof(Barriers) <= 256);
 
   struct Shared {
-    uint32_t w, w3, w1, a, slots, buffers;
+    uint32_t w, w3, w1, wp, a, slots, projected, buffers;
     __device__ explicit Shared(uint32_t base)
         : w(base),
-          w3(w + kBottleneckWeights),
-          w1(w3 + kBottleneckWeights3),
-          a(w1 + kBottleneckWeights1),
+          w3(w + 9 * kTapBytes),
+          w1(w3 + kParts * kTapBytes),
+          wp(w1 + kSlices * kTapBytes),
+          a(base + kShape.weights()),
           slots(a + kBottleneckA),
-          buffers(slots + kSlots * kBottleneckItem) {}
+          projected(slots + kSlots * kBottleneckItem),
+          buffers(projected + 2 * kShape.projected() * kBottleneckItem) {}
+    // Operands of 64 rows, of which the last lie in what is behind: never last.
+    __device__ uint32_t x_of(int group) const { return projected + group * kBottleneckItem; }
     __device__ uint32_t of(int group) const { return buffers + group * kBuffers * kBottleneckItem; }
     __device__ uint32_t end() const { return of(2); }
   };
@@ -62,28 +69,49 @@ struct WholeBottleneck {
   };
 
   static __device__ void move_operands(const BottleneckParams& p, const Shared& at, Barriers& barriers) {
-    BytesBarrier::arrive_and_expect_tx(&barriers.weights,
-                                       kBottleneckWeights + kBottleneckWeights3 + kBottleneckWeights1);
+    BytesBarrier::arrive_and_expect_tx(&barriers.weights, kShape.weights());
     for (int tap = 0; tap < 9; ++tap)
       cute::SM90_TMA_LOAD_3D::copy(&p.w, &barriers.weights, kNoHint, pointer(at.w + tap * kTapBytes), 0, tap, 0);
     for (int part = 0; part < kParts; ++part) {
       cute::SM90_TMA_LOAD_2D::copy(&p.w3, &barriers.weights, kNoHint, pointer(at.w3 + part * kTapBytes), 0, part * 64);
-      cute::SM90_TMA_LOAD_2D::copy(&p.w1, &barriers.weights, kNoHint, pointer(at.w1 + part * kTapBytes), part * 64, 0);
+      if constexpr (kProjection)
+        cute::SM90_TMA_LOAD_2D::copy(&p.wp, &barriers.weights, kNoHint, pointer(at.wp + part * kTapBytes), 0,
+                                     part * 64);
     }
+    for (int slice = 0; slice < kSlices; ++slice)
+      cute::SM90_TMA_LOAD_2D::copy(&p.w1, &barriers.weights, kNoHint, pointer(at.w1 + slice * kTapBytes), slice * 64,
+                                   0);
     Ring<kSlots> item;
     await_previous();
     for (int i = blockIdx.x; i < p.strips; i += gridDim.x) {
       const Strip strip(p, i);
       for (int row = -1; row <= strip.last(); ++row) {
         if (!strip.in_map(p, row)) continue;
-        for (int part = 0; part < kParts; ++part) {
+        for (int slice = 0; slice < kSlices; ++slice) {
           Barrier::wait(&barriers.multiplied[item.slot], item.phase ^ 1);
           uint64_t* const brought = &barriers.brought[item.slot];
           BytesBarrier::arrive_and_expect_tx(brought, p.W * kRow);
           cute::SM90_TMA_LOAD_4D::copy(&p.x, brought, kNoHint, pointer(at.slots + item.slot * kBottleneckItem),
-                                       part * kSlice, 0, strip.first + row, strip.n);
+                                       slice * kSlice, 0, strip.first + row, strip.n);
           item.advance();
         }
+      }
+    }
+  }
+
+  // x of output rows, as the projection sees it.
+  static __device__ void move_projected(const BottleneckParams& p, const Shared& at, Barriers& barriers) {
+    uint32_t phase = 1;
+    await_previous();
+    for (int i = blockIdx.x; i < p.strips; i += gridDim.x) {
+      const Strip strip(p, i);
+      for (int row = 0; row < strip.last(); ++row) {
+        const int group = row % 2;
+        Barrier::wait(&barriers.projected[group], phase);
+        BytesBarrier::arrive_and_expect_tx(&barriers.there[group], p.W * kRow);
+        cute::SM90_TMA_LOAD_4D::copy(&p.x, &barriers.there[group], kOnce, pointer(at.x_of(group)), 0, 0,
+                                     strip.first + row, strip.n);
+        phase ^= group;
       }
     }
   }
@@ -105,10 +133,13 @@ struct WholeBottleneck {
     for (int i = blockIdx.x; i < p.strips; i += gridDim.x) steps += Strip(p, i).pairs * kParts;
     const uint32_t buffers = at.of(group);
     auto load = [&](int, int buffer, uint64_t* loaded) {
-      loads.next(p, group, [&](int k, int h, int n) {
-        BytesBarrier::arrive_and_expect_tx(loaded, p.W * kRow);
-        cute::SM90_TMA_LOAD_4D::copy(&p.x, loaded, kOnce, pointer(buffers + buffer * kBottleneckItem), k, 0, h, n);
-      });
+      if constexpr (kProjection)
+        Barrier::arrive(loaded);
+      else
+        loads.next(p, group, [&](int k, int h, int n) {
+          BytesBarrier::arrive_and_expect_tx(loaded, p.W * kRow);
+          cute::SM90_TMA_LOAD_4D::copy(&p.x, loaded, kOnce, pointer(buffers + buffer * kBottleneckItem), k, 0, h, n);
+        });
     };
     auto store = [&](int, int buffer) {
       stores.next(p, group, [&](int k, int h, int n) {
@@ -132,6 +163,7 @@ struct WholeBottleneck {
     Steps<kBuffers, kBottleneckItem> steps;
     Ring<kSlots> item;
     int begun = 0;
+    uint32_t phase = 0;  // of what the projection sees
 
     __device__ Consumer(const BottleneckParams& p, const Shared& at, Barriers& barriers, int group)
         : p(p), at(at), barriers(barriers), group(group), steps(barriers.steps[group], at.of(group)) {}
@@ -150,14 +182,15 @@ struct WholeBottleneck {
         float d[32];
         const Shift shift(p.shift1);
 #pragma unroll
-        for (int part = 0; part < kParts; ++part) {
+        for (int slice = 0; slice < kSlices; ++slice) {
           Barrier::wait(&barriers.brought[item.slot], item.phase);
           const uint64_t x = swizzled_matrix(at.slots + item.slot * kBottleneckItem);
-          const uint64_t w1 = swizzled_matrix(at.w1 + part * kTapBytes);
+          const uint64_t w1 = swizzled_matrix(at.w1 + slice * kTapBytes);
           keep(d);
           begin_products();
 #pragma unroll
-          for (int k = 0; k < 4; ++k) multiply<T, 64>(d, x + k * kNextProduct, w1 + k * kNextProduct, part > 0 || k > 0);
+          for (int k = 0; k < 4; ++k)
+            multiply<T, 64>(d, x + k * kNextProduct, w1 + k * kNextProduct, slice > 0 || k > 0);
           end_products();
           await_products<0>();
           keep(d);
@@ -181,7 +214,7 @@ struct WholeBottleneck {
 
     // The items of a row that the other warp group makes, if there is one.
     __device__ void pass_over(const Strip& strip, int row) {
-      if (row <= strip.last() && strip.in_map(p, row)) item.advance(kParts);
+      if (row <= strip.last() && strip.in_map(p, row)) item.advance(kSlices);
     }
 
     __device__ void has_read(int row) { release(barriers.read[RowOfA(begun, row).slot]); }
@@ -215,20 +248,30 @@ struct WholeBottleneck {
       for (int i = 0; i < 8; ++i)
 #pragma unroll
         for (int half = 0; half < 2; ++half) hand_over<T>(h, i, half, relu(shifted(d, i, half, inner.of[i])));
+      if constexpr (kProjection) Barrier::wait(&barriers.there[group], phase);
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
         const uint64_t b = swizzled_matrix(at.w3 + part * kTapBytes);
-        const Shift shift(p.shift3 + part * kSlice);
         keep(d);
         begin_products();
 #pragma unroll
         for (int k = 0; k < 4; ++k) multiply<T, 64>(d, h[k], b + k * kNextProduct, k > 0);
+        if constexpr (kProjection) {
+          const uint64_t x = swizzled_matrix(at.x_of(group)), wp = swizzled_matrix(at.wp + part * kTapBytes);
+#pragma unroll
+          for (int k = 0; k < 4; ++k) multiply<T, 64>(d, x + k * kNextProduct, wp + k * kNextProduct, true);
+        }
         end_products();
         await_products<0>();
         keep(d);
-        uint32_t y[4][4];
-        finish_part<T>(d, shift, steps.buffer(), p.W, y);
-        steps.next();
+        if constexpr (kProjection) {
+          if (part == kParts - 1) release(barriers.projected[group]), phase ^= 1;
+          finish_last<T, 64>(d, p.shift3 + part * kSlice, p.W, steps);
+        } else {
+          uint32_t y[4][4];
+          finish_part<T>(d, Shift(p.shift3 + part * kSlice), steps.buffer(), p.W, y);
+          steps.next();
+        }
       }
     }
 
@@ -274,7 +317,11 @@ struct WholeBottleneck {
         Barrier::init(&barriers.made[i], kWarpGroup);
         Barrier::init(&barriers.read[i], 2);
       }
-      for (auto& steps : barriers.steps) steps.init();
+      for (int group = 0; group < 2; ++group) {
+        Barrier::init(&barriers.there[group], 1);
+        Barrier::init(&barriers.projected[group], 1);
+        barriers.steps[group].init();
+      }
       cutlass::arch::fence_barrier_init();
     }
     // Left and right of the map, for good.
@@ -287,6 +334,7 @@ struct WholeBottleneck {
       const int warp = threadIdx.x / 32;
       if (threadIdx.x % 32 == 0) {
         if (warp == 0) move_operands(p, at, barriers);
+        if (kProjection && warp == 1) move_projected(p, at, barriers);
         if (warp >= 2) move_results(p, at, barriers, warp - 2);
       }
     } else {
@@ -296,9 +344,9 @@ struct WholeBottleneck {
   }
 };
 
-template <class T>
+template <class T, bool kProjection>
 __global__ void __launch_bounds__(kBottleneckThreads, 1) bottleneck_kernel(const __grid_constant__ BottleneckParams p) {
-  WholeBottleneck<T>::run(p);
+  WholeBottleneck<T, kProjection>::run(p);
 }
 
 }  // namespace resnet_kernels::sm90

@@ -8,22 +8,36 @@
 namespace resnet_kernels::sm90 {
 
 struct BottleneckParams {
-  CUtensorMap x, y;       // (N, H, W, 256)
-  CUtensorMap w1, w, w3;  // (64, 256), (64, 9, 64) and (256, 64)
+  CUtensorMap x, y;           // (N, H, W, C) and (N, H, W, 256)
+  CUtensorMap w1, w, w3, wp;  // (64, C), (64, 9, 64), (256, 64), and of the projection (256, 64)
   const float *shift1, *shift, *shift3;
   int strips, strips_of_image, rows, H, W;  // rows: of a strip, an even number
 };
 
 constexpr int kBottleneckThreads = 384;
 constexpr int kBottleneckJ = 64, kBottleneckK = 256, kBottleneckColumns = 56;  // inside, outside; columns at most
-constexpr int kBottleneckSlots = 3, kBottleneckBuffers = 2;  // of x; of a warp group's results
 
-constexpr int kBottleneckWeights1 = kBottleneckK * kRow, kBottleneckWeights = 9 * 64 * kRow,
-              kBottleneckWeights3 = kBottleneckK * kRow, kBottleneckItem = kBottleneckColumns * kRow;
+// A slice of 64 channels of a row is an item.
+constexpr int kBottleneckItem = kBottleneckColumns * kRow;
 // Rows of a, and what a product of 64 positions reads beyond the last; in multiples of 1024 bytes.
 constexpr int kBottleneckA = (kRowsOfA * (kBottleneckColumns + 2) + 14) / 8 * 8 * kRow;
-constexpr int kBottleneckSharedBytes = kBottleneckWeights1 + kBottleneckWeights + kBottleneckWeights3 + kBottleneckA +
-                                       (kBottleneckSlots + 2 * kBottleneckBuffers) * kBottleneckItem + 256 + 1024;
-static_assert(kBottleneckSharedBytes <= 227 * 1024);
+
+// With the identity x has 256 channels, with a projection 64. Slots of the ring of x; a warp group's buffers of y, and
+// of x as the projection sees it.
+struct BottleneckShape {
+  bool projection;
+  constexpr int slices() const { return projection ? 1 : kBottleneckK / kSlice; }
+  constexpr int slots() const { return projection ? 2 : 3; }
+  constexpr int buffers() const { return projection ? 1 : 2; }
+  constexpr int projected() const { return projection ? 1 : 0; }
+  constexpr int weights() const {
+    return (9 * kBottleneckJ + slices() * kBottleneckJ + (1 + projected()) * kBottleneckK) * kRow;
+  }
+  constexpr int shared_bytes() const {
+    return weights() + kBottleneckA + (slots() + 2 * (buffers() + projected())) * kBottleneckItem + 256 + 1024;
+  }
+};
+static_assert(BottleneckShape{false}.shared_bytes() <= 227 * 1024);
+static_assert(BottleneckShape{true}.shared_bytes() <= 227 * 1024);
 
 }  // namespace resnet_kernels::sm90

@@ -123,21 +123,35 @@ class Outer(ctypes.Structure):
     ]
 
 
-# The functions that launch, and those that compute a number of so many.
-LAUNCHES = "pass table bn_grad product_table tail_grad max_pool max_pool_grad outer".split()
+# The functions that launch, with what they take, and those that compute a number of so many.
+LAUNCHES: dict[str, type[ctypes.Structure]] = {
+    "pass": Pass,
+    "table": Table,
+    "bn_grad": BnGrad,
+    "product_table": ProductTable,
+    "tail_grad": TailGradCall,
+    "max_pool": PoolCall,
+    "max_pool_grad": PoolCall,
+    "outer": Outer,
+}
 NUMBERS = {"span": 3, "outer_span": 6}
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 class Library:
-    """The functions of a library that was built for `archs`, for tensors on `device`."""
+    """The functions of a library that was built for `archs`, for tensors on `device`. AttributeError or OSError: it was
+    built of other sources than these."""
 
     device = "cuda"
 
     def __init__(self, functions: ctypes.CDLL, archs: str) -> None:
         self.archs = archs
         self.calls = {name: getattr(functions, f"resnet_kernels_cuda_{name}") for name in LAUNCHES}
+        for name, call in LAUNCHES.items():
+            found = functions.resnet_kernels_cuda_bytes(name.encode())
+            if found != ctypes.sizeof(call):
+                raise OSError(f"{name}: expected a call of {ctypes.sizeof(call)} bytes, got {found}")
         self.numbers = {name: getattr(functions, f"resnet_kernels_cuda_{name}") for name in NUMBERS}
         for function in self.calls.values():
             function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_char_p
@@ -196,7 +210,7 @@ def _opened(module: Any) -> tuple[Any, str | None]:
         return None, "the extension was not built with CUDA"
     try:
         return Library(ctypes.CDLL(module.__file__), info["archs"]), None
-    except AttributeError as error:
+    except (AttributeError, OSError) as error:
         return None, f"the extension was built from other sources, build it again: {error}"
 
 

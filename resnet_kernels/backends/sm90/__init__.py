@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import cuda
 from ..contract import (
+    Block,
     Call,
     Epilogue,
     Geometry,
@@ -59,6 +60,7 @@ __all__ = [
     "moments",
     "pack",
     "reduce",
+    "residual_block",
     "settle",
     "wgrad",
     "why_not",
@@ -185,6 +187,19 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
         return y, kernels.statistics_of(parts, rows)
     run(tile)
     return y, y if by == "mask" else None
+
+
+def residual_block(x: Tensor, block: Block) -> Tensor | None:
+    """The whole block in one kernel, if there is one for it."""
+    shapes = [w.shape for w in block.weights]
+    if not x.numel() or kernels.why_not_bottleneck(shapes, block.geometries, block.shortcut, x.shape[3]):
+        return None
+    weights = tuple(w.weight if w.scale is None else fold(w.weight, w.scale, x.dtype) for w in block.weights)
+    sizes = (x.shape[0], shapes[2][0], *x.shape[2:])
+    y = torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    shifts = tuple(b.float().contiguous() for b in block.shifts)
+    kernels.bottleneck(_readable(Operand(x)).contiguous(memory_format=torch.channels_last), weights, shifts, y)
+    return y
 
 
 def _by_passes(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:

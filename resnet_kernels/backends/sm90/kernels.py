@@ -77,7 +77,7 @@ class _Bottleneck(ctypes.Structure):
     """ResnetKernelsBottleneck."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in "x w1 w w3 y shift1 shift shift3".split()),
+        *((name, ctypes.c_void_p) for name in "x w1 w w3 wp y shift1 shift shift3".split()),
         *((name, ctypes.c_int32) for name in "N H W half multiprocessors".split()),
     ]
 
@@ -387,18 +387,35 @@ def tail(
     _run("tail", call, x.device)
 
 
-# What `bottleneck` is built for: channels inside and outside; columns of a map at most.
-BOTTLENECK, MOST_BOTTLENECK_COLUMNS = (64, 256), 56
+# What `bottleneck` is built for: by the shortcut weights (K, C, R, S) of its convolutions; columns of a map at most.
+BOTTLENECKS = {
+    "identity": ((64, 256, 1, 1), (64, 64, 3, 3), (256, 64, 1, 1)),
+    "projection": ((64, 64, 1, 1), (64, 64, 3, 3), (256, 64, 1, 1), (256, 64, 1, 1)),
+}
+MOST_BOTTLENECK_COLUMNS = 56
 
 
-def bottleneck(
-    x: Tensor, weights: tuple[Tensor, Tensor, Tensor], shifts: tuple[Tensor, Tensor, Tensor], y: Tensor
-) -> None:
-    """a = relu(x w1^T + shift1), h = relu(conv3x3(a, w) + shift), y = relu(h w3^T + shift3 + x); sums in fp32, a, h and
-    y rounded.
+def why_not_bottleneck(
+    shapes: Sequence[Sequence[int]], geometries: Sequence[Geometry], shortcut: str, columns: int
+) -> str | None:
+    """Why `bottleneck` is not the block of these weights (K, C, R, S) on a map of so many columns, or None."""
+    found = tuple(map(tuple, shapes))
+    if found != BOTTLENECKS.get(shortcut):
+        return f"expected weights and shortcut of {BOTTLENECKS}, got {found} and {shortcut}"
+    if list(geometries) != [Geometry(padding=shape[2] // 2) for shape in found]:
+        return f"expected strides, dilations and groups of 1, got {list(geometries)}"
+    if columns > MOST_BOTTLENECK_COLUMNS:
+        return f"expected a map of at most {MOST_BOTTLENECK_COLUMNS} columns, got {columns}"
+    return None
 
-    x, y: (N, 256, H, W) channels_last, W at most 56; y is to be written, and is not x. weights: w1 (64, 1, 1, 256), w
-    (64, 3, 3, 64), w3 (256, 1, 1, 64), contiguous. shifts: fp32.
+
+def bottleneck(x: Tensor, weights: Sequence[Tensor], shifts: Sequence[Tensor], y: Tensor) -> None:
+    """a = relu(x w1^T + shift1), h = relu(conv3x3(a, w) + shift), y = relu(h w3^T + shift3 + s) with s = x, or x wp^T;
+    sums in fp32, a, h and y rounded.
+
+    x: (N, C, H, W) channels_last, W at most 56. weights: w1 (64, 1, 1, C), w (64, 3, 3, 64), w3 (256, 1, 1, 64), and
+    where C is 64 and not 256 wp (256, 1, 1, 64), contiguous. shifts: fp32. y: (N, 256, H, W) channels_last, to be
+    written, and not x.
     """
     N, _, H, W = x.shape
     call = _Bottleneck(
@@ -410,7 +427,7 @@ def bottleneck(
         half=x.dtype == torch.float16,
         multiprocessors=multiprocessors(x.device),
     )
-    call.w1, call.w, call.w3 = map(_pointer, weights)
+    call.w1, call.w, call.w3, call.wp = map(_pointer, (*weights, None)[:4])
     call.shift1, call.shift, call.shift3 = map(_pointer, shifts)
     _run("bottleneck", call, x.device)
 

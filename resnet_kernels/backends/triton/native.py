@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -197,6 +198,69 @@ def tail_launch(t: Tail, y: Tensor, ahead: Tensor) -> Native:
     # A block has two tiles at a time where each of its warp groups has one.
     grid = math.ceil(tiles / 2) if streams else tiles
     return Native(sm90.tail, grid, arguments, TAIL_CONFIG.options, " > ".join(map(str, t.parts)), work)
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """A bottleneck's three convolutions. x of the second and the last stand for what the one before would write; the
+    first's is also what the last adds, or projects."""
+
+    first: Convolution
+    middle: Convolution
+    last: Convolution
+
+    @property
+    def key(self) -> str:
+        return " > ".join(c.key for c in self.parts)
+
+    @property
+    def parts(self) -> tuple[Convolution, Convolution, Convolution]:
+        return self.first, self.middle, self.last
+
+    def map(self, function: Callable[[str, Tensor], Tensor]) -> Whole:
+        first, middle, last = (c.map(function) for c in self.parts)
+        if last.second is not None:
+            return Whole(first, middle, dataclasses.replace(last, second=(first.x, last.second[1])))
+        return Whole(first, middle, dataclasses.replace(last, residual=first.x))
+
+
+# By the shortcut weights (K, C, R, S) of blocks that have one.
+WHOLES = sm90.BOTTLENECKS
+WHOLE = "sm90 bottleneck"
+WHOLE_CONFIG = Config(128, 64, 64, WARPS, 1, persistent=True)
+
+
+def why_not_whole(w: Whole, arch: int) -> str | None:
+    """Why sm90's bottleneck cannot run the block, or None."""
+    first, middle, last = w.parts
+    reason = _why_not_here(first.x, arch)
+    if reason:
+        return reason
+    weights = [c.weight for c in w.parts] + ([last.second[1]] if last.second else [])
+    geometries = [c.geometry for c in w.parts] + ([Geometry()] if last.second else [])
+    shapes = [(K, C, R, S) for K, R, S, C in (t.shape for t in weights)]
+    shortcut = "projection" if last.second else "identity"
+    reason = sm90.why_not_bottleneck(shapes, geometries, shortcut, first.x.shape[3])
+    if reason:
+        return reason
+    if not all(c.relu and c.shift is not None and c.scale is None and c.lazy is None for c in w.parts):
+        return "expected ReLU, shifts, and scales in the weights"
+    if not (_dense(first.x) and sm90.aligned(first.x)):
+        return "expected a contiguous map"
+    return None
+
+
+def whole_launch(w: Whole, y: Tensor) -> Native:
+    """y: (N, 256, H, W) channels_last, to be written. Only where `why_not_whole` is None."""
+    x, last = w.first.x, w.last
+    N, _, H, W = x.shape
+    weights = [c.weight for c in w.parts] + ([last.second[1]] if last.second else [])
+    arguments = dict(x=x, weights=weights, shifts=tuple(c.shift for c in w.parts), y=y)
+    moved, flops = nbytes(x, y, *weights), sum(c.flops for c in w.parts)
+    # x again as what is added; 64 positions of each row, two rows at a time.
+    issued = flops * 64 * 2 * math.ceil(H / 2) // (W * H)
+    work = Work(moved, flops, moved + nbytes(x), issued)
+    return Native(sm90.bottleneck, N, arguments, WHOLE_CONFIG.options, " > ".join(map(str, w.parts)), work)
 
 
 def why_not_stem(x: Tensor, shape: tuple[int, ...], geometry: Geometry, arch: int) -> str | None:

@@ -38,16 +38,19 @@ SEPARATE, TAIL = "separate kernels", "conv3x3_conv1x1 with the next 1x1"
 JOINED = 32
 
 
+Problem = Convolution | Tail | native.Whole
+
+
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A way that may run a convolution or a tail, with its configuration (None: of several kernels), or why not."""
+    """A way that may run a problem, with its configuration (None: of several kernels), or why not."""
 
     kernel: str
     config: Config | None
     why_not: str | None = None
 
 
-def _measured_first(rows: list[Choice], device: torch.device, problem: Convolution | Tail) -> list[Choice]:
+def _measured_first(rows: list[Choice], device: torch.device, problem: Problem) -> list[Choice]:
     found = measured_choice(device, problem)
     if found is None:
         return rows
@@ -59,13 +62,17 @@ def _measured_first(rows: list[Choice], device: torch.device, problem: Convoluti
     return [judge(problem, found["kernel"], config), *rows]
 
 
-def judge(problem: Convolution | Tail, kernel: str, config: Config | None) -> Choice:
+def judge(problem: Problem, kernel: str, config: Config | None) -> Choice:
     """Whether the kernel may run the problem so."""
     if config is None and kernel == native.PAIR and isinstance(problem, Tail):
         return Choice(kernel, config, native.why_not_pair(problem, arch_of(problem.first.x.device)))
     if config is None:
-        known = kernel == SEPARATE and isinstance(problem, Tail)
+        known = kernel == SEPARATE and not isinstance(problem, Convolution)
         return Choice(kernel, config, None if known else f"unknown: {kernel}")
+    if isinstance(problem, native.Whole):
+        if (kernel, config) != (native.WHOLE, native.WHOLE_CONFIG):
+            return Choice(kernel, config, f"unknown: {kernel}")
+        return Choice(kernel, config, native.why_not_whole(problem, arch_of(problem.first.x.device)))
     if isinstance(problem, Tail):
         first, last, following = problem.first, problem.last, problem.following
         if kernel == native.TAIL:
@@ -125,9 +132,17 @@ def tail_choices(t: Tail) -> list[Choice]:
     return _measured_first(rows, first.x.device, t)
 
 
-def candidates(problem: Convolution | Tail) -> Iterator[Choice]:
+def whole_choices(w: native.Whole) -> list[Choice]:
+    """Separate kernels, unless something else was measured on this device: no GPU has proved the whole one."""
+    return _measured_first([judge(w, SEPARATE, None)], w.first.x.device, w)
+
+
+def candidates(problem: Problem) -> Iterator[Choice]:
     """Ways to run the problem that may be worth measuring, those chosen without a measurement first."""
-    if isinstance(problem, Tail):
+    more: list[tuple[str, Config | None]]
+    if isinstance(problem, native.Whole):
+        rows, more = whole_choices(problem), [(native.WHOLE, native.WHOLE_CONFIG)]
+    elif isinstance(problem, Tail):
         first = problem.first
         rows = tail_choices(problem)
         found = configs.tail_candidates(arch_of(first.x.device), first.x.element_size(), first.weight.shape[0])
@@ -157,7 +172,7 @@ def _first_possible(rows: list[Choice]) -> tuple[Choice, dict[str, str]]:
 
 
 def launch_of(
-    problem: Convolution | Tail,
+    problem: Problem,
     choice: Choice,
     y: Tensor,
     ahead: Tensor | None = None,
@@ -166,7 +181,9 @@ def launch_of(
     """One way's. y and, for what follows a tail, ahead are to be written. Only where `choice.why_not` is None."""
     assert choice.config is not None
     made: Launch
-    if isinstance(problem, Tail):
+    if isinstance(problem, native.Whole):
+        made = native.whole_launch(problem, y)
+    elif isinstance(problem, Tail):
         assert ahead is not None
         if choice.kernel == native.TAIL:
             made = native.tail_launch(problem, y, ahead)
@@ -179,7 +196,7 @@ def launch_of(
     return dataclasses.replace(made, problem=problem, refused=refused or {})
 
 
-def convolve(c: Convolution, refused: dict[str, str] | None = None, within: Tail | None = None) -> Tensor:
+def convolve(c: Convolution, refused: dict[str, str] | None = None, within: Problem | None = None) -> Tensor:
     """refused: what was considered instead, and within: what it begins, for the record."""
     y = _empty(c, c.x.device)
     if y.numel():
@@ -189,24 +206,27 @@ def convolve(c: Convolution, refused: dict[str, str] | None = None, within: Tail
     return y
 
 
-def launch_so(problem: Convolution | Tail, choice: Choice) -> Launch:
+def launch_so(problem: Problem, choice: Choice) -> Launch:
     """What the choice, which is no separate kernels', launches."""
-    if isinstance(problem, Convolution):
-        return launch_of(problem, choice, _empty(problem, problem.x.device))
+    if not isinstance(problem, Tail):
+        return launch_of(problem, choice, _empty(problem.parts[-1], problem.parts[0].x.device))
     y, ahead = (_empty(c, problem.first.x.device) for c in problem.parts[1:])
     return launch_of(problem, choice, y, ahead)
 
 
-def run_so(problem: Convolution | Tail, choice: Choice) -> list[Tensor]:
+def run_so(problem: Problem, choice: Choice) -> list[Tensor]:
     """The problem's results, one after the other, by the choice; kernels beside it as they are chosen."""
-    if isinstance(problem, Convolution):
-        y = _empty(problem, problem.x.device)
+    if isinstance(problem, Tail):
+        if choice.kernel != SEPARATE:
+            return list(_tail(problem, choice, {}))
+        y = convolve(_given(problem.last, convolve(problem.first)))
+        return [y, convolve(_given(problem.following, y))]
+    if isinstance(problem, Convolution) or choice.kernel != SEPARATE:
+        y = _empty(problem.parts[-1], problem.parts[0].x.device)
         submit(launch_of(problem, choice, y))
         return [y]
-    if choice.kernel != SEPARATE:
-        return list(_tail(problem, choice, {}))
-    y = convolve(_given(problem.last, convolve(problem.first)))
-    return [y, convolve(_given(problem.following, y))]
+    h = convolve(_given(problem.middle, convolve(problem.first)))
+    return [convolve(_given(problem.last, h))]
 
 
 def join_groups(weight: Tensor, groups: int) -> Tensor:
@@ -326,7 +346,11 @@ def residual_blocks(x: Tensor, blocks: Sequence[Block]) -> Tensor:
     ahead = None
     chains = [_chain(block) for block in blocks]
     for i, (block, chain) in enumerate(zip(blocks, chains, strict=True)):
-        following = chains[i + 1][0] if i + 1 < len(blocks) and len(chains[i + 1]) > 1 else None
+        following = None
+        if i + 1 < len(blocks) and len(chains[i + 1]) > 1:
+            whole = _whole(_result_of(x, chain), blocks[i + 1], chains[i + 1])
+            if whole is None or _first_possible(whole_choices(whole))[0].kernel == SEPARATE:
+                following = chains[i + 1][0]
         x, ahead = _run_block(x, block, chain, ahead, following)
     return x
 
@@ -352,19 +376,47 @@ def _later(c: Convolution) -> Tensor:
     return torch.empty(c.output_sizes, dtype=c.x.dtype, device="meta", memory_format=torch.channels_last)
 
 
+def _result_of(x: Tensor, chain: list[Convolution]) -> Tensor:
+    """What a block would make of x, known by its sizes."""
+    for c in chain:
+        x = _later(_given(c, x))
+    return x
+
+
+def _last(x: Tensor, block: Block, chain: list[Convolution]) -> Convolution:
+    """The chain's last convolution with what is added to it."""
+    if block.shortcut == "projection":
+        projection = Product(Operand(x), block.weights[-1], block.geometries[-1])
+        return dataclasses.replace(chain[-1], second=_second(projection))
+    s = math.prod([c.geometry.stride for c in chain])
+    return dataclasses.replace(chain[-1], residual=x[:, :, ::s, ::s])
+
+
+def _whole(x: Tensor, block: Block, chain: list[Convolution]) -> native.Whole | None:
+    """The block, if there is a kernel of such weights for all of it."""
+    if tuple(tuple(w.shape) for w in block.weights) != native.WHOLES.get(block.shortcut):
+        return None
+    first = _given(chain[0], x)
+    middle = _given(chain[1], _later(first))
+    return native.Whole(first, middle, _given(_last(x, block, chain), _later(middle)))
+
+
 def _run_block(
     x: Tensor, block: Block, chain: list[Convolution], ahead: Tensor | None, following: Convolution | None
 ) -> tuple[Tensor, Tensor | None]:
     """(y, what `following` makes of y or None). ahead: what the first convolution makes of x, if that is there."""
-    if block.shortcut == "projection":
-        projection = Product(Operand(x), block.weights[-1], block.geometries[-1])
-        last = dataclasses.replace(chain[-1], second=_second(projection))
-    else:
-        s = math.prod([c.geometry.stride for c in chain])
-        last = dataclasses.replace(chain[-1], residual=x[:, :, ::s, ::s])
+    last = _last(x, block, chain)
     h = x
     refused: dict[str, str] = {}
-    within: Tail | None = None
+    whole = None if ahead is not None else _whole(x, block, chain)
+    if whole is not None:
+        choice, refused = _first_possible(whole_choices(whole))
+        if choice.kernel != SEPARATE:
+            y = _empty(whole.last, x.device)
+            if y.numel():
+                submit(launch_of(whole, choice, y))
+            return y, None
+    within: Problem | None = whole
     for i, c in enumerate(chain[:-1]):
         if i == 0 and ahead is not None:
             h = ahead
@@ -378,6 +430,7 @@ def _run_block(
                 return _tail(t, choice, refused)
             within = t
         h = convolve(c, refused, within)
+        within = None
     return convolve(_given(last, h), refused), None
 
 
