@@ -9,7 +9,9 @@
 // whose first and last are zeros for good; the nine taps are nine addresses, as in tail.cuh. Each row of a is made once,
 // in order: row 2n + 2 by the first warp group before it convolves row 2n, row 2n + 3 by the second before row 2n + 1.
 // So the second wants what the first makes in the same round, the first what the second made in the round before: they
-// run half a round apart, and one multiplies while the other stores. Rows outside the map are zeros.
+// run half a round apart, and one multiplies while the other stores. Rows outside the map are zeros. A row takes the
+// place of the one five before: who makes it has convolved what is four before, and seen that the row before it was made,
+// by one who had convolved what is five before.
 //
 // x streams through a ring, 64 channels of a row an item, in the order in which rows of a are made; two rows later it
 // comes again, from L2, as the residual, into the buffers where y takes its place, or for the projection, into one of its
@@ -34,7 +36,7 @@ struct WholeBottleneck {
   struct Barriers {
     uint64_t weights;
     uint64_t brought[kSlots], multiplied[kSlots];  // of x
-    uint64_t made[kRowsOfA], read[kRowsOfA];       // of a
+    uint64_t made[kRowsOfA];                       // of a
     uint64_t there[2], projected[2];               // of x, for a warp group's projection
     StepBarriers<kBuffers> steps[2];               // of the warp groups
   };
@@ -202,7 +204,6 @@ struct WholeBottleneck {
 #pragma unroll
           for (int i = 0; i < 8; ++i) narrow[half][i] = Pair<T>::narrow(relu(shifted(d, i, half, shift.of[i])));
       }
-      Barrier::wait(&barriers.read[to.slot], to.phase ^ 1);
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         if (first_row() + 8 * half < p.W)
@@ -216,8 +217,6 @@ struct WholeBottleneck {
     __device__ void pass_over(const Strip& strip, int row) {
       if (row <= strip.last() && strip.in_map(p, row)) item.advance(kSlices);
     }
-
-    __device__ void has_read(int row) { release(barriers.read[RowOfA(begun, row).slot]); }
 
     // Output row, of the strip.
     __device__ void convolve(int row) {
@@ -242,7 +241,6 @@ struct WholeBottleneck {
       end_products();
       await_products<0>();
       keep(d);
-      has_read(row - 1), has_read(row);
       uint32_t h[4][4];
 #pragma unroll
       for (int i = 0; i < 8; ++i)
@@ -291,12 +289,9 @@ struct WholeBottleneck {
           for (; next <= last && next <= row + 2; next += 2) {
             make(strip, next);
             pass_over(strip, next + 1);
-            if (next < 0) has_read(next);  // which the second warp group never does
           }
           convolve(row);
         }
-        if (group == 0) has_read(last - 1);
-        has_read(last);
         begun += last + 2;
       }
     }
@@ -313,10 +308,7 @@ struct WholeBottleneck {
         Barrier::init(&barriers.brought[i], 1);
         Barrier::init(&barriers.multiplied[i], 1);
       }
-      for (int i = 0; i < kRowsOfA; ++i) {
-        Barrier::init(&barriers.made[i], kWarpGroup);
-        Barrier::init(&barriers.read[i], 2);
-      }
+      for (uint64_t& made : barriers.made) Barrier::init(&made, kWarpGroup);
       for (int group = 0; group < 2; ++group) {
         Barrier::init(&barriers.there[group], 1);
         Barrier::init(&barriers.projected[group], 1);
