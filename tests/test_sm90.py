@@ -761,12 +761,19 @@ def test_whole_bottlenecks_run_where_a_table_says_so(monkeypatch):
     there = [m.within for m in launched(monkeypatch, 256) if isinstance(m.within, native.Whole)]
     # The first stage's first block, which projects, and its second. Of the third the first convolution is in the tail.
     assert len(there) == 2 and [w.last.second is None for w in there] == [False, True]
-    for whole in there:
-        assert [choice.kernel for choice in run.candidates(whole)] == [run.SEPARATE, native.WHOLE]
-    row = {"kernel": native.WHOLE, "config": dataclasses.asdict(native.WHOLE_CONFIG)}
-    with monkeypatch.context() as m:
-        m.setattr(run, "measured_choice", lambda device, problem: row if isinstance(problem, native.Whole) else None)
-        now = launched(m, 256)
+    ways = [[choice.kernel for choice in run.candidates(whole)] for whole in there]
+    assert ways == [[run.SEPARATE, native.WHOLE], [run.SEPARATE, run.IN_A_ROW, native.WHOLE]]
+
+    def launched_by(kernel, config):
+        row = {"kernel": kernel, "config": config}
+        with monkeypatch.context() as m:
+            m.setattr(
+                run, "measured_choice", lambda device, problem: row if isinstance(problem, native.Whole) else None
+            )
+            return launched(m, 256)
+
+    assert [m.name for m in launched_by(run.IN_A_ROW, None)] == [m.name for m in launched(monkeypatch, 256)]
+    now = launched_by(native.WHOLE, dataclasses.asdict(native.WHOLE_CONFIG))
     names = [m.name for m in now]
     assert names.count("bottleneck") == 3 and names.count("tail") == 0 and names.count("pair") == 3 + 4
     first, second, third = (m.work for m in now if m.name == "bottleneck")

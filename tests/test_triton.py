@@ -28,6 +28,7 @@ from resnet_kernels.backends.triton.convolution import Convolution
 from resnet_kernels.ops import stem_inference as stem_op
 from resnet_kernels.roofline import H200, launches_of
 from resnet_kernels.testing import ODD_CASES, RESNET_CASES, RESNEXT_CASES, assert_matches, randomize_
+from resnet_kernels.tuning import launches
 
 HERE = Path(__file__).parent
 NHWC = torch.channels_last
@@ -323,11 +324,10 @@ def test_a_stem_with_groups(device):
     )
 
 
-@pytest.mark.interpreted
-@pytest.mark.parametrize("by", ["rule", "table"])
-def test_a_frozen_stage_is_right_by_the_kernels_for_hopper(by, monkeypatch):
-    """What `native` hands to csrc/cuda/sm90, whose kernels run emulated; the rest in the interpreter. By rule those
-    that are preferred, by a table those that join most."""
+@pytest.fixture
+def hopper(monkeypatch):
+    """What `native` hands to csrc/cuda/sm90 runs emulated; the rest in the interpreter. Returns the names of the
+    emulated, counted."""
     library, names = kernels.declared(emulated.sm90()), collections.Counter()
 
     def run_emulated(name, call, device):
@@ -339,6 +339,19 @@ def test_a_frozen_stage_is_right_by_the_kernels_for_hopper(by, monkeypatch):
     monkeypatch.setattr(native, "_why_not_here", lambda t, arch: None)
     monkeypatch.setattr(run, "gpu_of", lambda device: torch.device("cuda"))
     monkeypatch.setattr(launch, "INTERPRETED_PROCESSORS", 1)
+    with launch.assume_arch(90):
+        yield names
+
+
+def bottleneck_with_projection(C, J, stride):
+    down = nn.Sequential(nn.Conv2d(C, 4 * J, 1, stride, bias=False), nn.BatchNorm2d(4 * J))
+    return resnet.Bottleneck(C, J, stride, down)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("by", ["rule", "table"])
+def test_a_frozen_stage_is_right_by_the_kernels_for_hopper(by, hopper, monkeypatch):
+    """By rule by those that are preferred, by a table by those that join most."""
 
     def measured(device, problem):
         kernel, config = {
@@ -349,27 +362,43 @@ def test_a_frozen_stage_is_right_by_the_kernels_for_hopper(by, monkeypatch):
 
     if by == "table":
         monkeypatch.setattr(run, "measured_choice", measured)
-
-    def first(C, J, stride):
-        down = nn.Sequential(nn.Conv2d(C, 4 * J, 1, stride, bias=False), nn.BatchNorm2d(4 * J))
-        return resnet.Bottleneck(C, J, stride, down)
-
     stages = [
-        first(64, 64, 1),
+        bottleneck_with_projection(64, 64, 1),
         resnet.Bottleneck(256, 64),
-        first(256, 128, 2),
+        bottleneck_with_projection(256, 128, 2),
         *(resnet.Bottleneck(512, 128) for _ in range(2)),
     ]
     module = randomize_(nn.Sequential(*stages)).eval().half()
     x = torch.relu(torch.randn(8, 64, 8, 8)).half().contiguous(memory_format=NHWC)
     with torch.no_grad():
         eager, exact = module(x), module.double()(x.double())
-        with launch.assume_arch(90), rk.use_backend("triton"):
+        with rk.use_backend("triton"):
             y = rk.freeze(module.half(), cuda_graphs=False)(x)
     assert_matches(y, eager, exact, 1152)
     # Of 128 channels the one block is a pair, or a tail, and the next one's first convolution is there; likewise of 64.
     joined = {"rule": {"tail": 1, "pair": 1, "bottleneck": 0}, "table": {"tail": 1, "pair": 0, "bottleneck": 2}}
-    assert {name: names[name] for name in joined[by]} == joined[by] and names["conv_act"], names
+    assert {name: hopper[name] for name in joined[by]} == joined[by] and hopper["conv_act"], hopper
+
+
+@pytest.mark.interpreted
+def test_every_way_of_a_whole_bottleneck_is_right(hopper):
+    stage = [bottleneck_with_projection(64, 64, 1), resnet.Bottleneck(256, 64), resnet.Bottleneck(256, 64)]
+    x = torch.empty(8, 64, 6, 5, dtype=torch.half)
+    with rk.use_backend("triton"):
+        made = launches_of(nn.Sequential(*stage).half(), x)
+        wholes = {m.within.key: m.within for m in made if isinstance(m.within, native.Whole)}
+        assert len(wholes) == 2
+        ways = {run.SEPARATE: {"conv_act": 3}, native.WHOLE: {"bottleneck": 1}}
+        for whole, ran in zip(wholes.values(), (ways, ways | {run.IN_A_ROW: {"tail": 1}}), strict=True):
+            whole = launches.materialize(whole, x.device)
+            exact, plain = launches.plain(whole, torch.float64), launches.plain(whole, x.dtype)
+            choices = list(run.candidates(whole))
+            assert {choice.kernel for choice in choices} == set(ran)
+            for choice in choices:
+                hopper.clear()
+                for y, p, e in zip(launches.run_so(whole, choice), plain, exact, strict=True):
+                    assert_matches(y, p, e, 576, choice.kernel)
+                assert hopper == ran[choice.kernel]
 
 
 @pytest.mark.interpreted

@@ -425,6 +425,7 @@ def test_launches_are_tuned_and_run_as_measured(folders):
             "gather",
             run.SEPARATE,
             run.TAIL,
+            run.IN_A_ROW,
         }
         want = rk.freeze(model)(x)
         for row in tails:

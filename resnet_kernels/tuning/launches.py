@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends.contract import Geometry, wide
-from ..backends.triton import ahead
+from ..backends.triton import ahead, native
 from ..backends.triton.convolution import Convolution
 from ..backends.triton.launch import INTERPRETING, Launch, Native, arch_of, processors_of, recording
 from ..backends.triton.run import Choice, Problem, candidates, launch_so, run_so
@@ -35,13 +35,18 @@ def problems_of(launches: Iterable[Launch]) -> Iterator[Problem]:
 
 
 def materialize(problem: Problem, device: torch.device) -> Problem:
-    """The problem with normal numbers, in tensors of the same sizes, strides and dtypes."""
+    """The problem with normal numbers, in tensors of the same sizes, strides and dtypes; of a whole block with what its
+    first convolution makes of them."""
 
     def real(name: str, t: Tensor) -> Tensor:
         deviation = (2 / t[0].numel()) ** 0.5 if name.startswith("weight") else 1.0
         return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device).normal_(0, deviation)
 
-    return problem.map(real)
+    made = problem.map(real)
+    if isinstance(made, native.Whole):
+        a = _plain_conv(made.first, made.first.x.dtype).contiguous(memory_format=torch.channels_last)
+        made = dataclasses.replace(made, middle=dataclasses.replace(made.middle, x=a))
+    return made
 
 
 def name(choice: Choice) -> str:

@@ -217,6 +217,11 @@ class Whole:
     def parts(self) -> tuple[Convolution, Convolution, Convolution]:
         return self.first, self.middle, self.last
 
+    @property
+    def weights(self) -> list[Tensor]:
+        """As `why_not_bottleneck` and `bottleneck` order them, (K, R, S, C)."""
+        return [c.weight for c in self.parts] + ([self.last.second[1]] if self.last.second else [])
+
     def map(self, function: Callable[[str, Tensor], Tensor]) -> Whole:
         first, middle, last = (c.map(function) for c in self.parts)
         if last.second is not None:
@@ -232,13 +237,12 @@ WHOLE_CONFIG = Config(128, 64, 64, WARPS, 1, persistent=True)
 
 def why_not_whole(w: Whole, arch: int) -> str | None:
     """Why sm90's bottleneck cannot run the block, or None."""
-    first, middle, last = w.parts
+    first, last = w.first, w.last
     reason = _why_not_here(first.x, arch)
     if reason:
         return reason
-    weights = [c.weight for c in w.parts] + ([last.second[1]] if last.second else [])
     geometries = [c.geometry for c in w.parts] + ([Geometry()] if last.second else [])
-    shapes = [(K, C, R, S) for K, R, S, C in (t.shape for t in weights)]
+    shapes = [(K, C, R, S) for K, R, S, C in (t.shape for t in w.weights)]
     shortcut = "projection" if last.second else "identity"
     reason = sm90.why_not_bottleneck(shapes, geometries, shortcut, first.x.shape[3])
     if reason:
@@ -252,9 +256,8 @@ def why_not_whole(w: Whole, arch: int) -> str | None:
 
 def whole_launch(w: Whole, y: Tensor) -> Native:
     """y: (N, 256, H, W) channels_last, to be written. Only where `why_not_whole` is None."""
-    x, last = w.first.x, w.last
+    x, weights = w.first.x, w.weights
     N, _, H, W = x.shape
-    weights = [c.weight for c in w.parts] + ([last.second[1]] if last.second else [])
     arguments = dict(x=x, weights=weights, shifts=tuple(c.shift for c in w.parts), y=y)
     moved, flops = nbytes(x, y, *weights), sum(c.flops for c in w.parts)
     # x again as what is added; 64 positions of each row, two rows at a time.

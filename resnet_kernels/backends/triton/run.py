@@ -34,6 +34,9 @@ __all__ = ["bn_pass", "conv", "pack", "pack_stem", "residual_blocks", "stem", "s
 # Triton 3.6 does not compile it for sm_90.
 SEPARATE, TAIL = "separate kernels", "conv3x3_conv1x1 with the next 1x1"
 
+# Of a whole block: in a row of such, each one's end with the next one's beginning, by its tail's own choice.
+IN_A_ROW = "a tail a block"
+
 # Channels that groups are joined to, input and output: the least that fills a matrix tile.
 JOINED = 32
 
@@ -66,6 +69,8 @@ def judge(problem: Problem, kernel: str, config: Config | None) -> Choice:
     """Whether the kernel may run the problem so."""
     if config is None and kernel == native.PAIR and isinstance(problem, Tail):
         return Choice(kernel, config, native.why_not_pair(problem, arch_of(problem.first.x.device)))
+    if config is None and kernel == IN_A_ROW and isinstance(problem, native.Whole):
+        return Choice(kernel, config, _why_not_in_a_row(problem))
     if config is None:
         known = kernel == SEPARATE and not isinstance(problem, Convolution)
         return Choice(kernel, config, None if known else f"unknown: {kernel}")
@@ -133,15 +138,27 @@ def tail_choices(t: Tail) -> list[Choice]:
 
 
 def whole_choices(w: native.Whole) -> list[Choice]:
-    """Separate kernels, unless something else was measured on this device: no GPU has proved the whole one."""
+    """Separate kernels and tails, unless the whole one was measured to be faster here: no GPU has proved it."""
     return _measured_first([judge(w, SEPARATE, None)], w.first.x.device, w)
+
+
+def _tail_in_a_row(w: native.Whole) -> Tail:
+    """With what follows as the block itself begins."""
+    return Tail(w.middle, w.last, _given(w.first, _later(w.last)))
+
+
+def _why_not_in_a_row(w: native.Whole) -> str | None:
+    if w.last.second is not None:
+        return "expected the identity: no tail has a projection"
+    choice, refused = _first_possible(tail_choices(_tail_in_a_row(w)))
+    return f"its tail is of separate kernels: {refused}" if choice.kernel == SEPARATE else None
 
 
 def candidates(problem: Problem) -> Iterator[Choice]:
     """Ways to run the problem that may be worth measuring, those chosen without a measurement first."""
     more: list[tuple[str, Config | None]]
     if isinstance(problem, native.Whole):
-        rows, more = whole_choices(problem), [(native.WHOLE, native.WHOLE_CONFIG)]
+        rows, more = whole_choices(problem), [(IN_A_ROW, None), (native.WHOLE, native.WHOLE_CONFIG)]
     elif isinstance(problem, Tail):
         first = problem.first
         rows = tail_choices(problem)
@@ -215,12 +232,16 @@ def launch_so(problem: Problem, choice: Choice) -> Launch:
 
 
 def run_so(problem: Problem, choice: Choice) -> list[Tensor]:
-    """The problem's results, one after the other, by the choice; kernels beside it as they are chosen."""
+    """The problem's results, one after the other, by the choice; kernels beside it as they are chosen. In a row what a
+    whole block's first convolution makes is there, as x of its second."""
     if isinstance(problem, Tail):
         if choice.kernel != SEPARATE:
             return list(_tail(problem, choice, {}))
         y = convolve(_given(problem.last, convolve(problem.first)))
         return [y, convolve(_given(problem.following, y))]
+    if isinstance(problem, native.Whole) and choice.kernel == IN_A_ROW:
+        t = _tail_in_a_row(problem)
+        return [_tail(t, _first_possible(tail_choices(t))[0], {})[0]]
     if isinstance(problem, Convolution) or choice.kernel != SEPARATE:
         y = _empty(problem.parts[-1], problem.parts[0].x.device)
         submit(launch_of(problem, choice, y))
@@ -349,7 +370,7 @@ def residual_blocks(x: Tensor, blocks: Sequence[Block]) -> Tensor:
         following = None
         if i + 1 < len(blocks) and len(chains[i + 1]) > 1:
             whole = _whole(_result_of(x, chain), blocks[i + 1], chains[i + 1])
-            if whole is None or _first_possible(whole_choices(whole))[0].kernel == SEPARATE:
+            if whole is None or _first_possible(whole_choices(whole))[0].kernel != native.WHOLE:
                 following = chains[i + 1][0]
         x, ahead = _run_block(x, block, chain, ahead, following)
     return x
@@ -411,7 +432,7 @@ def _run_block(
     whole = None if ahead is not None else _whole(x, block, chain)
     if whole is not None:
         choice, refused = _first_possible(whole_choices(whole))
-        if choice.kernel != SEPARATE:
+        if choice.kernel == native.WHOLE:
             y = _empty(whole.last, x.device)
             if y.numel():
                 submit(launch_of(whole, choice, y))
