@@ -1,7 +1,10 @@
 """The primitives: the reference against autograd in fp64, every other backend against the reference."""
 
 import dataclasses
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -477,8 +480,8 @@ def test_cpu_results_are_the_same_with_any_number_of_threads():
     weights = [torch.randn(64, 32, 1, 1), torch.randn(64, 32, 3, 3)]
     geometries = [Geometry(), Geometry(padding=1)]
 
-    # oneDNN's weight gradients and MKL's products, beyond AVX2, divide their sums by the threads.
-    ours = torch.backends.cpu.get_cpu_capability() == "AVX2"
+    # oneDNN's weight gradients and MKL's products, where ours do not run, divide their sums by the threads.
+    ours = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
     def run():
         moments = cpu.moments(Operand(h))
@@ -502,13 +505,54 @@ def test_cpu_results_are_the_same_with_any_number_of_threads():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+IN_ANOTHER_PROCESS = """
+import sys, torch
+from resnet_kernels.backends import cpu, extension
+from resnet_kernels.backends.contract import Epilogue, Geometry, Operand, Product
+
+torch.manual_seed(1)
+C, _ = extension.load()
+found = []
+
+def nhwc(*sizes):
+    return torch.randn(sizes).contiguous(memory_format=torch.channels_last)
+
+for channels, K in ((32, 64), (48, 80)):  # 80: two panels, two more and one
+    x, g = nhwc(3, channels, 13, 11), nhwc(3, K, 13, 11)
+    for R, geometry in ((1, Geometry()), (3, Geometry(padding=1)), (3, Geometry(2, 1)), (3, Geometry(1, 2, 2))):
+        w, shift = torch.randn(K, channels, R, R), torch.randn(K)
+        for engine in ("direct", "winograd")[: 1 + (geometry == Geometry(padding=1))]:
+            conv = C.pack_conv(w, torch.rand(K), geometry, list(x.shape), engine)
+            y = C.conv(x, conv, shift, None, False, False)
+            found += [y, C.conv(x, conv, shift, y, False, True)]
+        found.append(cpu.wgrad(Operand(y), Operand(x), (R, R), geometry, sums=True))
+        found.append(C.data_grad(y, w, 13, 11, geometry))
+    found.append(C.second_moments(g))
+torch.save(found, sys.argv[1])
+"""
+
+
+def test_avx512_computes_what_avx2_does(tmp_path):
+    """To the bit: every sum is in the same order."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("no AVX-512, or not by ATEN_CPU_CAPABILITY")
+    found = []
+    for capability in ("avx512", "avx2"):
+        environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+        command = [sys.executable, "-c", IN_ANOTHER_PROCESS, str(tmp_path / capability)]
+        subprocess.run(command, env=environment, check=True)
+        found.append(torch.load(tmp_path / capability))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    assert len(found[0]) == 2 * (5 * 2 + 4 * 2 + 1)
+
+
 def engine_module(engine):
     from resnet_kernels.backends import extension
 
     module, reason = extension.load()
     assert module is not None, reason
     if engine != "onednn" and "AVX" not in torch.backends.cpu.get_cpu_capability():
-        pytest.skip("the processor has no AVX2")
+        pytest.skip("neither AVX2 nor AVX-512")
     return module
 
 

@@ -7,7 +7,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include "common/checks.h"
-#include "cpu/avx2.h"
+#include "cpu/x86.h"
 #include "cpu/pool.h"
 
 namespace resnet_kernels {
@@ -52,7 +52,7 @@ std::vector<int64_t> output_sizes(const at::Tensor& x, const Conv& conv) {
 // One sentence or none: why an engine of ours cannot compute this.
 std::string why_not(Engine engine, const at::Tensor& weight, const Geometry& g) {
   const int64_t K = weight.size(0), C = weight.size(1), R = weight.size(2), S = weight.size(3);
-  if (!avx2_runs()) return "the processor has no AVX2";
+  if (!x86_runs()) return "expected AVX2";
   if (weight.scalar_type() != at::kFloat) return "expected float32 weights";
   if (g.groups != 1 || K % 16 != 0) return "expected one group and output channels a multiple of 16";
   if (engine == Engine::kWinograd && (R != 3 || S != 3 || g.stride != 1 || g.dilation != 1 || g.padding != 1 || C % 8 != 0))
@@ -61,7 +61,6 @@ std::string why_not(Engine engine, const at::Tensor& weight, const Geometry& g) 
 }
 
 Engine preferred(const at::Tensor& weight, const Geometry& g) {
-  if (!avx2_preferred()) return Engine::kOneDnn;
   if (why_not(Engine::kWinograd, weight, g).empty()) return Engine::kWinograd;
   return why_not(Engine::kDirect, weight, g).empty() ? Engine::kDirect : Engine::kOneDnn;
 }
@@ -92,10 +91,10 @@ Conv pack_conv(const at::Tensor& given, const at::Tensor& scale, const Geometry&
   }
   const auto reason = why_not(engine, weight, g);
   TORCH_CHECK(reason.empty(), "engine ", name, ": ", reason, ", got a weight of ", weight.sizes());
-  conv.packed = avx2_pack(given, scale, engine == Engine::kWinograd, turned);
-  if (engine == Engine::kWinograd && name == "auto" && !avx2_all_moderate(conv.packed)) {
+  conv.packed = x86_pack(given, scale, engine == Engine::kWinograd, turned);
+  if (engine == Engine::kWinograd && name == "auto" && !x86_all_moderate(conv.packed)) {
     conv.engine = Engine::kDirect;
-    conv.packed = avx2_pack(given, scale, false, turned);
+    conv.packed = x86_pack(given, scale, false, turned);
   } else if (engine == Engine::kWinograd) {
     conv.plain = weight;
     conv.turned = turned;
@@ -117,7 +116,7 @@ at::Tensor cpu_conv(const at::Tensor& x, const Conv& conv, const std::optional<a
     check_nhwc(*residual, "residual");
     RK_CHECK_EQ(residual->sizes(), at::IntArrayRef(sizes), "residual: sizes");
   }
-  const bool ours = conv.engine == Engine::kDirect || (conv.engine == Engine::kWinograd && avx2_all_moderate(x));
+  const bool ours = conv.engine == Engine::kDirect || (conv.engine == Engine::kWinograd && x86_all_moderate(x));
   if (ours) {
     RK_CHECK_EQ(x.scalar_type(), at::kFloat, "x: dtype");
     if (shift.has_value()) check_per_channel(*shift, conv.shape[0], "shift");
@@ -127,9 +126,9 @@ at::Tensor cpu_conv(const at::Tensor& x, const Conv& conv, const std::optional<a
     const float* b = shift.has_value() ? shift->const_data_ptr<float>() : nullptr;
     const float* r = residual.has_value() ? residual->const_data_ptr<float>() : nullptr;
     if (conv.engine == Engine::kDirect)
-      avx2_direct(y, x, conv.packed, a, b, r, relu, {conv.shape[2], conv.shape[3], g.stride, g.padding, g.dilation});
+      x86_direct(y, x, conv.packed, a, b, r, relu, {conv.shape[2], conv.shape[3], g.stride, g.padding, g.dilation});
     else
-      avx2_winograd(y, x, conv.packed, a, b, r, relu);
+      x86_winograd(y, x, conv.packed, a, b, r, relu);
     return y;
   }
   if (scale.has_value()) {

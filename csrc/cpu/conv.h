@@ -13,7 +13,7 @@ struct Geometry {
   int64_t stride, padding, dilation, groups;
 };
 
-// What computes a convolution: oneDNN through ATen, or one of ours (avx2.h).
+// What computes a convolution: oneDNN through ATen, or one of ours (x86.h).
 enum class Engine { kOneDnn, kDirect, kWinograd };
 
 // A convolution ready to run: its weight, with the batch norm's scale in it, as the engine wants it. Never changes,

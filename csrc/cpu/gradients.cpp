@@ -3,7 +3,7 @@
 #include <ATen/ops/convolution_backward.h>
 
 #include "common/checks.h"
-#include "cpu/avx2.h"
+#include "cpu/x86.h"
 #include "cpu/pool.h"
 #include "cpu/reductions.h"
 
@@ -11,7 +11,7 @@ namespace resnet_kernels {
 namespace {
 
 bool in_panels(const at::Tensor& g, const at::Tensor& x) {
-  return avx2_preferred() && g.size(1) % 16 == 0 && x.size(1) % 16 == 0;
+  return x86_runs() && g.size(1) % 16 == 0 && x.size(1) % 16 == 0;
 }
 
 }  // namespace
@@ -35,7 +35,7 @@ std::pair<at::Tensor, at::Tensor> cpu_wgrad(const at::Tensor& g, const at::Tenso
   if (pointwise && in_panels(g, x)) {
     const auto dweight = pooled_nhwc({K, C, 1, 1}, x.options());
     if (sums) sum = at::empty({K}, x.options());
-    avx2_wgrad(dweight.mutable_data_ptr<float>(), g.const_data_ptr<float>(), x.const_data_ptr<float>(),
+    x86_wgrad(dweight.mutable_data_ptr<float>(), g.const_data_ptr<float>(), x.const_data_ptr<float>(),
                sums ? sum.mutable_data_ptr<float>() : nullptr, g.numel() / K, K, C);
     return {dweight, sum};
   }
@@ -43,8 +43,8 @@ std::pair<at::Tensor, at::Tensor> cpu_wgrad(const at::Tensor& g, const at::Tenso
   if (geo.groups == 1 && in_panels(g, x)) {
     const auto dweight = pooled_nhwc({K, C, R, S}, x.options());
     // Winograd's transform would spread NaN and Inf over a filter.
-    if (three && avx2_all_moderate(x) && avx2_all_moderate(g)) avx2_winograd_wgrad(dweight, g, x);
-    else avx2_conv_wgrad(dweight, g, x, {R, S, geo.stride, geo.padding, geo.dilation});
+    if (three && x86_all_moderate(x) && x86_all_moderate(g)) x86_winograd_wgrad(dweight, g, x);
+    else x86_conv_wgrad(dweight, g, x, {R, S, geo.stride, geo.padding, geo.dilation});
     return {dweight, sum};
   }
   // Grouped ones are read as NCHW by torch's kernels whatever they get, and an empty batch has no gradient there.
@@ -64,8 +64,8 @@ at::Tensor cpu_data_grad(const at::Tensor& g, const at::Tensor& weight, int64_t 
   RK_CHECK_EQ(g.size(1), weight.size(0), "g: channels");
   const int64_t C = weight.size(1) * geo.groups, R = weight.size(2), S = weight.size(3);
   const auto dx = pooled_nhwc({g.size(0), C, H, W}, g.options());
-  if (avx2_preferred() && geo.groups == 1 && C % 16 == 0) {
-    avx2_data_grad(dx, g, weight, {R, S, geo.stride, geo.padding, geo.dilation});
+  if (x86_runs() && geo.groups == 1 && C % 16 == 0) {
+    x86_data_grad(dx, g, weight, {R, S, geo.stride, geo.padding, geo.dilation});
     return dx;
   }
   if (g.size(0) == 0) return dx;
@@ -91,7 +91,7 @@ at::Tensor cpu_second_moments(const at::Tensor& h) {
   }
   const auto M2 = at::empty({J, J}, h.options());
   const float* rows = h.const_data_ptr<float>();
-  avx2_wgrad(M2.mutable_data_ptr<float>(), rows, rows, nullptr, h.numel() / J, J, J);
+  x86_wgrad(M2.mutable_data_ptr<float>(), rows, rows, nullptr, h.numel() / J, J, J);
   return M2;
 }
 

@@ -1,4 +1,4 @@
-"""CPUs: fp32 convolutions of our own where there is AVX2 and no AVX-512, oneDNN's for the rest, and vectorised passes
+"""CPUs: fp32 convolutions of our own where there is AVX2 or AVX-512, oneDNN's for the rest, and vectorised passes
 (csrc/cpu).
 
 A batch runs a few images at a time, so that their activations stay in cache (`images_per_pass`). That also keeps them

@@ -1,4 +1,4 @@
-// What our AVX2 convolutions and their weight gradients share.
+// What our convolutions and their weight gradients share.
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -10,8 +10,13 @@
 #include "cpu/pool.h"
 
 #define RK_AVX2 __attribute__((target("avx2,fma")))
+#define RK_AVX512 __attribute__((target("avx512f")))
 
 namespace resnet_kernels {
+
+// What the processor has, and torch uses itself: ATEN_CPU_CAPABILITY bounds both.
+enum class Isa { kNone, kAvx2, kAvx512 };
+Isa isa();
 
 // Memory for `floats` values, from the pool: fresh pages would be zeroed first.
 class Scratch {

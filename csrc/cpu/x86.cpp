@@ -1,20 +1,21 @@
-// One microkernel carries both: 6 rows x 16 columns of accumulators in 12 registers, operand rows broadcast, weights
-// in panels of 16 output channels that stream through L1. Rows (or Winograd tiles) are cut into blocks whose operands
+// One microkernel carries both: 6 rows x 16 columns of accumulators in 12 registers, with AVX-512 6 x 32, operand rows
+// broadcast, weights in panels of 16 output channels that stream through L1. Rows (or Winograd tiles) are cut into blocks whose operands
 // stay in L2 while all panels pass over them; threads own blocks.
 //
 // ReLU is max(0, t) with t as the second operand of vmaxps, which is what the instruction returns for NaN.
-#include "cpu/avx2.h"
+#include "cpu/x86.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/Version.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <memory>
+#include <utility>
 #include <vector>
 
 #include "common/checks.h"
-#include "cpu/avx2_parts.h"
+#include "cpu/x86_parts.h"
 #include "cpu/pool.h"
 #include "cpu/stream.h"
 
@@ -22,8 +23,15 @@ namespace resnet_kernels {
 
 #ifdef RK_AVX2
 
-bool avx2_runs() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-bool avx2_preferred() { return avx2_runs() && !__builtin_cpu_supports("avx512f"); }
+Isa isa() {
+  static const Isa found = [] {
+    const auto most = at::get_cpu_capability();
+    if (most == "AVX512" && __builtin_cpu_supports("avx512f")) return Isa::kAvx512;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? Isa::kAvx2 : Isa::kNone;
+  }();
+  return found;
+}
+bool x86_runs() { return isa() != Isa::kNone; }
 
 namespace {
 
@@ -34,7 +42,6 @@ constexpr int64_t kDirectBytes = 96 * 1024, kWinogradBytes = 128 * 1024;
 constexpr int64_t kWinogradFarBytes = 2 << 20;
 constexpr size_t kFarBytes = 8 << 20;
 
-// out[r][0:16] = finish(sum over taps and k of a[tap * kRows + r][k] * b[tap][k][0:16]).
 struct Finish {
   const float* scale;     // 16 values or null
   const float* shift;     // 16 values or null
@@ -43,9 +50,14 @@ struct Finish {
   bool relu, stream;
 };
 
+// out[r][0:16] = finish(sum over taps and k of a[tap * kRows + r][k] * b[tap][k][0:16]) of some rows, at most kRows; where
+// those are of two panels, whose weights lie `apart`, out[r][16:32] likewise.
+using Tile = void (*)(int64_t taps, int64_t depth, const float* const* a, const float* b, int64_t apart, float* const* out,
+                      const Finish&);
+
 template <int R>
-RK_AVX2 void tile(int64_t taps, int64_t depth, const float* const* a, const float* b, float* const* out,
-                  const Finish& f) {
+RK_AVX2 void avx2_tile(int64_t taps, int64_t depth, const float* const* a, const float* b, int64_t, float* const* out,
+                       const Finish& f) {
   __m256 acc[R][2];
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_ps();
@@ -77,8 +89,64 @@ RK_AVX2 void tile(int64_t taps, int64_t depth, const float* const* a, const floa
   }
 }
 
-using Tile = void (*)(int64_t, int64_t, const float* const*, const float*, float* const*, const Finish&);
-constexpr Tile kTile[kRows + 1] = {nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>};
+// More than six rows would not do: 4 KiB apart, as 1024 channels are, they share a set of the first cache.
+template <int R, int kPanels>
+RK_AVX512 void avx512_tile(int64_t taps, int64_t depth, const float* const* a, const float* b, int64_t apart,
+                           float* const* out, const Finish& f) {
+  __m512 acc[R][kPanels];
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r)
+    for (int p = 0; p < kPanels; ++p) acc[r][p] = _mm512_setzero_ps();
+  for (int64_t tap = 0; tap < taps; ++tap, a += kRows, b += depth * kColumns) {
+    const float* row[R];
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) row[r] = a[r];
+    const float* const second = b + apart;
+    for (int64_t k = 0; k < depth; ++k) {
+      __m512 w[kPanels];
+      w[0] = _mm512_loadu_ps(b + k * kColumns);
+      if constexpr (kPanels == 2) w[1] = _mm512_loadu_ps(second + k * kColumns);
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) {
+        const __m512 v = _mm512_set1_ps(row[r][k]);
+        for (int p = 0; p < kPanels; ++p) acc[r][p] = _mm512_fmadd_ps(v, w[p], acc[r][p]);
+      }
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) {
+    for (int p = 0; p < kPanels; ++p) {
+      float* const to = out[r] + p * kColumns;
+      __m512 t = acc[r][p];
+      if (f.scale) t = _mm512_mul_ps(t, _mm512_loadu_ps(f.scale + p * kColumns));
+      if (f.shift) t = _mm512_add_ps(t, _mm512_loadu_ps(f.shift + p * kColumns));
+      if (f.residual) t = _mm512_add_ps(t, _mm512_loadu_ps(f.residual + (to - f.base)));
+      // By a mask of all: what GCC 12 makes of the plain one it warns of itself.
+      if (f.relu) t = _mm512_maskz_max_ps(0xffff, _mm512_setzero_ps(), t);
+      if (f.stream) _mm512_stream_ps(to, t);
+      else _mm512_storeu_ps(to, t);
+    }
+  }
+}
+
+// By rows, of one panel and, if there are such, of two.
+struct Micro {
+  Tile one[kRows + 1], two[kRows + 1];
+  // Of the panels from k on, of K channels.
+  int columns(int64_t k, int64_t K) const { return two[kRows] && k + 2 * kColumns <= K ? 2 * kColumns : kColumns; }
+  Tile tile(int rows, int columns) const { return (columns == kColumns ? one : two)[rows]; }
+};
+
+template <int... R>
+constexpr Micro micro_of(bool avx512, std::integer_sequence<int, R...>) {
+  if (avx512) return {{nullptr, avx512_tile<R + 1, 1>...}, {nullptr, avx512_tile<R + 1, 2>...}};
+  return {{nullptr, avx2_tile<R + 1>...}, {}};
+}
+
+const Micro& micro() {
+  static const Micro found = micro_of(isa() == Isa::kAvx512, std::make_integer_sequence<int, kRows>());
+  return found;
+}
 
 // Rows or tiles per block: a multiple of the microkernel's, as many as fit, and no fewer blocks than threads.
 int64_t block_size(int64_t count, int64_t bytes_each, int64_t bytes) {
@@ -179,8 +247,10 @@ RK_AVX2 void winograd_block(float* y, const float* x, const float* packed, const
     }
     for (int64_t c = 0; c < g.C; c += 8) transform_patch(patch, c, V + t * g.C + c, count * g.C);
   }
-  for (int64_t k = 0; k < g.K; k += kColumns) {
-    const float* panel = packed + k * 16 * g.C;
+  const int64_t of_panel = 16 * g.C * kColumns;
+  for (int64_t k = 0, columns; k < g.K; k += columns) {
+    columns = micro().columns(k, g.K);
+    const float* panel = packed + k / kColumns * of_panel;
     for (int p = 0; p < 16; ++p) {
       for (int64_t t = 0; t < count; t += kRows) {
         const int rows = static_cast<int>(std::min<int64_t>(kRows, count - t));
@@ -188,16 +258,17 @@ RK_AVX2 void winograd_block(float* y, const float* x, const float* packed, const
         float* out[kRows];
         for (int r = 0; r < rows; ++r) {
           a[r] = V + (p * count + t + r) * g.C;
-          out[r] = M + (p * count + t + r) * kColumns;
+          out[r] = M + (p * count + t + r) * columns;
         }
-        kTile[rows](1, g.C, a, panel + p * g.C * kColumns, out, Finish{nullptr, nullptr, nullptr, nullptr, false, false});
+        micro().tile(rows, columns)(1, g.C, a, panel + p * g.C * kColumns, of_panel, out,
+                                    Finish{nullptr, nullptr, nullptr, nullptr, false, false});
       }
     }
     for (int64_t t = 0; t < count; ++t) {
       const int64_t n = (begin + t) / (down * across), h = (begin + t) / across % down * 2, w = (begin + t) % across * 2;
-      for (int half = 0; half < kColumns; half += 8) {
+      for (int half = 0; half < columns; half += 8) {
         __m256 out[2][2];
-        transform_products(M + t * kColumns + half, count * kColumns, out);
+        transform_products(M + t * columns + half, count * columns, out);
         for (int i = 0; i < 4; ++i) {
           if (h + i / 2 >= g.H || w + i % 2 >= g.W) continue;
           const int64_t at = ((n * g.H + h + i / 2) * g.W + w + i % 2) * g.K + k + half;
@@ -275,20 +346,22 @@ void direct(const at::Tensor& y, const at::Tensor& x, const at::Tensor& packed, 
         const int64_t n = m / (P * Q), i = m / Q % P, j = m % Q;
         to_row[m - begin] = result + ((n * height + i * grid.spread + grid.u) * width + j * grid.spread + grid.v) * K;
       }
-      for (int64_t k = 0; k < K; k += kColumns) {
+      for (int64_t k = 0, columns; k < K; k += columns) {
+        columns = micro().columns(k, K);
         const Finish finish{scale ? scale + k : nullptr, shift ? shift + k : nullptr, residual, result, relu, stream};
         // This panel's share of the next block.
-        const int64_t from = (k * depth / K + 15) / 16 * 16, share = (k + kColumns) * depth / K - from;
+        const int64_t from = (k * depth / K + 15) / 16 * 16, share = (k + columns) * depth / K - from;
         for (int64_t m = 0; m < rows; m += kRows) {
           float* out[kRows];
           const int group = static_cast<int>(std::min<int64_t>(kRows, rows - m));
           for (int r = 0; r < group; ++r) {
             out[r] = to_row[m + r] + k;
-            if (!stream) prefetch(out[r], kColumns);
-            if (residual) prefetch(residual + (out[r] - result), kColumns);
+            if (!stream) prefetch(out[r], columns);
+            if (residual) prefetch(residual + (out[r] - result), columns);
             if (m + r < coming) prefetch<_MM_HINT_T1>(next_rows[m + r] + from, share);
           }
-          kTile[group](taps, depth, rows_of.data() + m * taps, b + k * taps * depth, out, finish);
+          micro().tile(group, columns)(taps, depth, rows_of.data() + m * taps, b + k * taps * depth, taps * depth * kColumns,
+                                       out, finish);
         }
       }
       block = next;
@@ -312,7 +385,7 @@ RK_AVX2 bool moderate(const float* x, int64_t count) {
 
 }  // namespace
 
-at::Tensor avx2_pack(const at::Tensor& weight, const at::Tensor& scale, bool winograd, bool turned,
+at::Tensor x86_pack(const at::Tensor& weight, const at::Tensor& scale, bool winograd, bool turned,
                      const std::vector<int64_t>& some) {
   // Read where it lies: NCHW or channels_last, and turned for a data gradient without a copy.
   const auto source = weight.scalar_type() == at::kFloat ? weight : weight.to(at::kFloat);
@@ -362,7 +435,7 @@ at::Tensor avx2_pack(const at::Tensor& weight, const at::Tensor& scale, bool win
   return packed;
 }
 
-void avx2_direct(const at::Tensor& y, const at::Tensor& x, const at::Tensor& packed, const float* scale,
+void x86_direct(const at::Tensor& y, const at::Tensor& x, const at::Tensor& packed, const float* scale,
                  const float* shift, const float* residual, bool relu, const Window& win) {
   if (rows_as_taps(x.size(1), win.S, win.dilation)) {
     // With the padding there, a row of the filter meets S * C neighbouring values: one tap of a filter of one column.
@@ -375,7 +448,7 @@ void avx2_direct(const at::Tensor& y, const at::Tensor& x, const at::Tensor& pac
   }
 }
 
-void avx2_data_grad(const at::Tensor& dx, const at::Tensor& g, const at::Tensor& weight, const Window& win) {
+void x86_data_grad(const at::Tensor& dx, const at::Tensor& g, const at::Tensor& weight, const Window& win) {
   const auto ones = at::ones({dx.size(1)}, dx.options());
   for (int64_t u = 0; u < win.stride; ++u) {
     for (int64_t v = 0; v < win.stride; ++v) {
@@ -392,13 +465,13 @@ void avx2_data_grad(const at::Tensor& dx, const at::Tensor& g, const at::Tensor&
           taps.push_back(win.R * win.S - 1 - (r * win.S + s));
         }
       }
-      const auto packed = taps.empty() ? at::empty({0}, dx.options()) : avx2_pack(weight, ones, false, true, taps);
+      const auto packed = taps.empty() ? at::empty({0}, dx.options()) : x86_pack(weight, ones, false, true, taps);
       direct(dx, g, packed, nullptr, nullptr, nullptr, false, grid, g.size(1));
     }
   }
 }
 
-void avx2_winograd(const at::Tensor& y, const at::Tensor& x, const at::Tensor& packed, const float* scale,
+void x86_winograd(const at::Tensor& y, const at::Tensor& x, const at::Tensor& packed, const float* scale,
                    const float* shift, const float* residual, bool relu) {
   const Map g{x.size(0), x.size(2), x.size(3), x.size(1), y.size(1)};
   if (g.tiles() == 0) return;
@@ -410,7 +483,7 @@ void avx2_winograd(const at::Tensor& y, const at::Tensor& x, const at::Tensor& p
   const int64_t count = (g.tiles() + per_block - 1) / per_block;
   Blocks blocks(count, std::max<int64_t>(1, count / (8 * at::get_num_threads())));
   blocks.run([&] {
-    const Scratch V(16 * per_block * g.C), M(16 * per_block * kColumns);
+    const Scratch V(16 * per_block * g.C), M(16 * per_block * 2 * kColumns);
     for (auto [block, end] = blocks.take(); block < count; std::tie(block, end) = blocks.take())
       for (; block < end; ++block)
         winograd_block(result, in, b, scale, shift, residual, relu, g, block * per_block,
@@ -418,7 +491,7 @@ void avx2_winograd(const at::Tensor& y, const at::Tensor& x, const at::Tensor& p
   });
 }
 
-bool avx2_all_moderate(const at::Tensor& x) {
+bool x86_all_moderate(const at::Tensor& x) {
   const float* in = x.const_data_ptr<float>();
   std::atomic<bool> all{true};
   at::parallel_for(0, x.numel(), 1 << 16, [&](int64_t begin, int64_t end) {
@@ -429,13 +502,12 @@ bool avx2_all_moderate(const at::Tensor& x) {
 
 #else
 
-bool avx2_runs() { return false; }
-bool avx2_preferred() { return false; }
-at::Tensor avx2_pack(const at::Tensor&, const at::Tensor&, bool, bool, const std::vector<int64_t>&) { TORCH_CHECK(false, "avx2: not an x86-64 build"); }
-void avx2_direct(const at::Tensor&, const at::Tensor&, const at::Tensor&, const float*, const float*, const float*, bool, const Window&) {}
-void avx2_winograd(const at::Tensor&, const at::Tensor&, const at::Tensor&, const float*, const float*, const float*, bool) {}
-void avx2_data_grad(const at::Tensor&, const at::Tensor&, const at::Tensor&, const Window&) {}
-bool avx2_all_moderate(const at::Tensor&) { return false; }
+bool x86_runs() { return false; }
+at::Tensor x86_pack(const at::Tensor&, const at::Tensor&, bool, bool, const std::vector<int64_t>&) { TORCH_CHECK(false, "not an x86-64 build"); }
+void x86_direct(const at::Tensor&, const at::Tensor&, const at::Tensor&, const float*, const float*, const float*, bool, const Window&) {}
+void x86_winograd(const at::Tensor&, const at::Tensor&, const at::Tensor&, const float*, const float*, const float*, bool) {}
+void x86_data_grad(const at::Tensor&, const at::Tensor&, const at::Tensor&, const Window&) {}
+bool x86_all_moderate(const at::Tensor&) { return false; }
 
 #endif
 

@@ -1,12 +1,12 @@
 // Weight gradients: sums of outer products over rows (or Winograd tiles). Blocks of rows are packed into panels of 16
-// channels, [panel][row][16], of both operands; then each 16 x 16 piece of the result is three register tiles that run
-// down two panels. A piece is one thread's at a time, so the order of every sum is fixed.
+// channels, [panel][row][16], of both operands; then each 16 x 16 piece of the result is a register tile, or with AVX2
+// three, that run down two panels. A piece is one thread's at a time, so the order of every sum is fixed.
 #include <algorithm>
 #include <vector>
 
 #include "common/checks.h"
-#include "cpu/avx2.h"
-#include "cpu/avx2_parts.h"
+#include "cpu/x86.h"
+#include "cpu/x86_parts.h"
 
 namespace resnet_kernels {
 
@@ -19,10 +19,10 @@ constexpr int64_t kDepth = 128;  // rows of two panels that stay in L1
 constexpr int64_t kRowsPacked = 64;
 constexpr int64_t kBlockBytes = 2 << 20;  // packed operands of all threads
 
-// out[r][0:16] (+)= sum over t of a[t][r] * b[t][0:16], rows of `out` at distance `stride`. The sum begins at zero and
-// is added to what stands there: a long sum in one accumulator would lose four digits of a second moment.
+// out[r][0:16] (+)= sum over t of a[t][r] * b[t][0:16] for 16 rows of `out` at distance `stride`. The sum begins at zero
+// and is added to what stands there: a long sum in one accumulator would lose four digits of a second moment.
 template <int R>
-RK_AVX2 void outer_tile(const float* a, const float* b, int64_t depth, float* out, int64_t stride, bool accumulate) {
+RK_AVX2 void avx2_rows(const float* a, const float* b, int64_t depth, float* out, int64_t stride, bool accumulate) {
   __m256 acc[R][2];
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r)
@@ -44,18 +44,39 @@ RK_AVX2 void outer_tile(const float* a, const float* b, int64_t depth, float* ou
     }
 }
 
+void avx2_tile(const float* a, const float* b, int64_t depth, float* out, int64_t stride, bool accumulate) {
+  avx2_rows<6>(a, b, depth, out, stride, accumulate);
+  avx2_rows<6>(a + 6, b, depth, out + 6 * stride, stride, accumulate);
+  avx2_rows<4>(a + 12, b, depth, out + 12 * stride, stride, accumulate);
+}
+
+RK_AVX512 void avx512_tile(const float* a, const float* b, int64_t depth, float* out, int64_t stride, bool accumulate) {
+  __m512 acc[kPanel];
+#pragma GCC unroll 16
+  for (int r = 0; r < kPanel; ++r) acc[r] = _mm512_setzero_ps();
+  for (int64_t t = 0; t < depth; ++t, a += kPanel, b += kPanel) {
+    const __m512 v = _mm512_loadu_ps(b);
+#pragma GCC unroll 16
+    for (int r = 0; r < kPanel; ++r) acc[r] = _mm512_fmadd_ps(_mm512_set1_ps(a[r]), v, acc[r]);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kPanel; ++r) {
+    float* const to = out + r * stride;
+    _mm512_storeu_ps(to, accumulate ? _mm512_add_ps(_mm512_loadu_ps(to), acc[r]) : acc[r]);
+  }
+}
+
 // The rows of one panel of `a` against the first C / 16 panels of `b`: 16 rows of `out`, C columns, at distance `stride`.
 void outer_rows(const float* a, const float* b, int64_t depth, int64_t panel_depth, int64_t C, float* out,
                 int64_t stride, bool accumulate) {
+  const auto tile = isa() == Isa::kAvx512 ? avx512_tile : avx2_tile;
   for (int64_t t = 0; t < depth; t += kDepth) {
     const int64_t count = std::min(kDepth, depth - t);
     const bool add = accumulate || t > 0;
     for (int64_t c = 0; c < C; c += kPanel) {
       const float *pa = a + t * kPanel, *pb = b + c * panel_depth + t * kPanel;
       for (int r = 0; add && r < kPanel; ++r) prefetch(out + r * stride + c, kPanel);
-      outer_tile<6>(pa, pb, count, out + c, stride, add);
-      outer_tile<6>(pa + 6, pb, count, out + 6 * stride + c, stride, add);
-      outer_tile<4>(pa + 12, pb, count, out + 12 * stride + c, stride, add);
+      tile(pa, pb, count, out + c, stride, add);
     }
   }
 }
@@ -122,7 +143,7 @@ RK_AVX2 void finish_filters(float* dweight, const float* s, int64_t position_str
 
 }  // namespace
 
-void avx2_wgrad(float* dweight, const float* g, const float* x, float* sums, int64_t M, int64_t K, int64_t C) {
+void x86_wgrad(float* dweight, const float* g, const float* x, float* sums, int64_t M, int64_t K, int64_t C) {
   const bool square = g == x;
   const int64_t depth = rows_that_fit(kBlockBytes, (K + C) * sizeof(float), 2 * kRowsPacked, 1024);
   const Scratch a(apart(depth) * K), b(apart(depth) * C);
@@ -153,7 +174,7 @@ void avx2_wgrad(float* dweight, const float* g, const float* x, float* sums, int
   for (int64_t k = 0; sums && k < K; ++k) sums[k] = static_cast<float>(total[k]);
 }
 
-void avx2_conv_wgrad(const at::Tensor& dweight, const at::Tensor& g, const at::Tensor& x, const Window& win) {
+void x86_conv_wgrad(const at::Tensor& dweight, const at::Tensor& g, const at::Tensor& x, const Window& win) {
   const int64_t K = g.size(1), C = x.size(1), H = x.size(2), W = x.size(3), P = g.size(2), Q = g.size(3);
   const int64_t M = g.size(0) * P * Q, taps = win.R * win.S, stride = taps * C;
   const int64_t depth = rows_that_fit(kBlockBytes, (K + C) * sizeof(float), 2 * kRowsPacked, 1024);
@@ -184,7 +205,7 @@ void avx2_conv_wgrad(const at::Tensor& dweight, const at::Tensor& g, const at::T
   }
 }
 
-void avx2_winograd_wgrad(const at::Tensor& dweight, const at::Tensor& g, const at::Tensor& x) {
+void x86_winograd_wgrad(const at::Tensor& dweight, const at::Tensor& g, const at::Tensor& x) {
   const Map map{x.size(0), x.size(2), x.size(3), x.size(1), g.size(1)};
   const int64_t C = map.C, K = map.K, H = map.H, W = map.W, down = map.tiles_down(), across = map.tiles_across();
   const float *in = x.const_data_ptr<float>(), *gradient = g.const_data_ptr<float>();
@@ -218,9 +239,9 @@ void avx2_winograd_wgrad(const at::Tensor& dweight, const at::Tensor& g, const a
 
 #else
 
-void avx2_wgrad(float*, const float*, const float*, float*, int64_t, int64_t, int64_t) {}
-void avx2_winograd_wgrad(const at::Tensor&, const at::Tensor&, const at::Tensor&) {}
-void avx2_conv_wgrad(const at::Tensor&, const at::Tensor&, const at::Tensor&, const Window&) {}
+void x86_wgrad(float*, const float*, const float*, float*, int64_t, int64_t, int64_t) {}
+void x86_winograd_wgrad(const at::Tensor&, const at::Tensor&, const at::Tensor&) {}
+void x86_conv_wgrad(const at::Tensor&, const at::Tensor&, const at::Tensor&, const Window&) {}
 
 #endif
 
