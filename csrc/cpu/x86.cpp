@@ -1,6 +1,6 @@
 // One microkernel carries both: 6 rows x 16 columns of accumulators in 12 registers, with AVX-512 6 x 32, operand rows
-// broadcast, weights in panels of 16 output channels that stream through L1. Rows (or Winograd tiles) are cut into blocks whose operands
-// stay in L2 while all panels pass over them; threads own blocks.
+// broadcast, weights in panels of 16 output channels that stream through L1. Rows (or Winograd tiles) are cut into blocks whose
+// operands stay in L2 while all panels pass over them; threads own blocks.
 //
 // ReLU is max(0, t) with t as the second operand of vmaxps, which is what the instruction returns for NaN.
 #include "cpu/x86.h"
@@ -15,9 +15,9 @@
 #include <vector>
 
 #include "common/checks.h"
-#include "cpu/x86_parts.h"
 #include "cpu/pool.h"
 #include "cpu/stream.h"
+#include "cpu/x86_parts.h"
 
 namespace resnet_kernels {
 
@@ -43,8 +43,8 @@ constexpr int64_t kWinogradFarBytes = 2 << 20;
 constexpr size_t kFarBytes = 8 << 20;
 
 struct Finish {
-  const float* scale;     // 16 values or null
-  const float* shift;     // 16 values or null
+  const float* scale;     // a value a column, or null
+  const float* shift;     // a value a column, or null
   const float* residual;  // null, or laid out as what begins at `base` and `out` points into
   const float* base;
   bool relu, stream;
