@@ -71,6 +71,7 @@ struct WholeBottleneck {
   };
 
   static __device__ void move_operands(const BottleneckParams& p, const Shared& at, Barriers& barriers) {
+    await_previous();  // who may have made the weights
     BytesBarrier::arrive_and_expect_tx(&barriers.weights, kShape.weights());
     for (int tap = 0; tap < 9; ++tap)
       cute::SM90_TMA_LOAD_3D::copy(&p.w, &barriers.weights, kNoHint, pointer(at.w + tap * kTapBytes), 0, tap, 0);
@@ -84,7 +85,6 @@ struct WholeBottleneck {
       cute::SM90_TMA_LOAD_2D::copy(&p.w1, &barriers.weights, kNoHint, pointer(at.w1 + slice * kTapBytes), slice * 64,
                                    0);
     Ring<kSlots> item;
-    await_previous();
     for (int i = blockIdx.x; i < p.strips; i += gridDim.x) {
       const Strip strip(p, i);
       for (int row = -1; row <= strip.last(); ++row) {
