@@ -354,6 +354,7 @@ def test_a_frozen_stage_is_right_by_the_kernels_for_hopper(by, hopper, monkeypat
     """By rule by those that are preferred, by a table by those that join most."""
 
     def measured(device, problem):
+        assert device.type == "cpu"  # where it runs, though what it reads may not be there yet
         kernel, config = {
             native.Whole: (native.WHOLE, native.WHOLE_CONFIG),
             tail.Tail: (native.TAIL, native.TAIL_CONFIG),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,15 +23,17 @@ from ..roofline import H200
 __all__ = ["Pruned", "field", "materialize", "name", "plain", "problems_of", "prune", "row", "run_so"]
 
 
-def problems_of(launches: Iterable[Launch]) -> Iterator[Problem]:
+def problems_of(launches: Iterable[Launch]) -> list[Problem]:
     """What the recorded launches compute, or might compute together; before several convolutions in one each by itself,
-    which they are compared with."""
+    which they are compared with, and whole blocks last, which are compared with tails too."""
+    found: list[Problem] = []
     for launch in launches:
         for problem in (launch.problem, launch.within):
             if problem is not None and not isinstance(problem, Convolution):
-                yield from problem.parts
+                found += problem.parts
             if problem is not None:  # a pass and a stem have one way only
-                yield problem
+                found.append(problem)
+    return sorted(found, key=lambda problem: isinstance(problem, native.Whole))
 
 
 def materialize(problem: Problem, device: torch.device) -> Problem:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from ..contract import Geometry, nhwc_strides
@@ -218,6 +219,11 @@ class Whole:
         return self.first, self.middle, self.last
 
     @property
+    def device(self) -> torch.device:
+        """Where it runs: x may not be there yet."""
+        return self.first.weight.device
+
+    @property
     def weights(self) -> list[Tensor]:
         """As `why_not_bottleneck` and `bottleneck` order them, (K, R, S, C)."""
         return [c.weight for c in self.parts] + ([self.last.second[1]] if self.last.second else [])
@@ -238,7 +244,7 @@ WHOLE_CONFIG = Config(128, 64, 64, WARPS, 1, persistent=True)
 def why_not_whole(w: Whole, arch: int) -> str | None:
     """Why sm90's bottleneck cannot run the block, or None."""
     first, last = w.first, w.last
-    reason = _why_not_here(first.x, arch)
+    reason = _why_not_here(first.weight, arch)
     if reason:
         return reason
     geometries = [c.geometry for c in w.parts] + ([Geometry()] if last.second else [])
@@ -263,7 +269,9 @@ def whole_launch(w: Whole, y: Tensor) -> Native:
     # x again as what is added; 64 positions of each row, two rows at a time.
     issued = flops * 64 * 2 * math.ceil(H / 2) // (W * H)
     work = Work(moved, flops, moved + nbytes(x), issued)
-    return Native(sm90.bottleneck, N, arguments, WHOLE_CONFIG.options, " > ".join(map(str, w.parts)), work)
+    return Native(
+        sm90.bottleneck, N * math.ceil(H / 2), arguments, WHOLE_CONFIG.options, " > ".join(map(str, w.parts)), work
+    )
 
 
 def why_not_stem(x: Tensor, shape: tuple[int, ...], geometry: Geometry, arch: int) -> str | None:

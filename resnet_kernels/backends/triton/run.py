@@ -70,14 +70,15 @@ def judge(problem: Problem, kernel: str, config: Config | None) -> Choice:
     if config is None and kernel == native.PAIR and isinstance(problem, Tail):
         return Choice(kernel, config, native.why_not_pair(problem, arch_of(problem.first.x.device)))
     if config is None and kernel == IN_A_ROW and isinstance(problem, native.Whole):
-        return Choice(kernel, config, _why_not_in_a_row(problem))
+        projects = problem.last.second is not None
+        return Choice(kernel, config, "expected the identity: no tail has a projection" if projects else None)
     if config is None:
         known = kernel == SEPARATE and not isinstance(problem, Convolution)
         return Choice(kernel, config, None if known else f"unknown: {kernel}")
     if isinstance(problem, native.Whole):
         if (kernel, config) != (native.WHOLE, native.WHOLE_CONFIG):
             return Choice(kernel, config, f"unknown: {kernel}")
-        return Choice(kernel, config, native.why_not_whole(problem, arch_of(problem.first.x.device)))
+        return Choice(kernel, config, native.why_not_whole(problem, arch_of(problem.device)))
     if isinstance(problem, Tail):
         first, last, following = problem.first, problem.last, problem.following
         if kernel == native.TAIL:
@@ -139,26 +140,22 @@ def tail_choices(t: Tail) -> list[Choice]:
 
 def whole_choices(w: native.Whole) -> list[Choice]:
     """Separate kernels and tails, unless the whole one was measured to be faster here: no GPU has proved it."""
-    return _measured_first([judge(w, SEPARATE, None)], w.first.x.device, w)
+    return _measured_first([judge(w, SEPARATE, None)], w.device, w)
 
 
-def _tail_in_a_row(w: native.Whole) -> Tail:
-    """With what follows as the block itself begins."""
-    return Tail(w.middle, w.last, _given(w.first, _later(w.last)))
-
-
-def _why_not_in_a_row(w: native.Whole) -> str | None:
-    if w.last.second is not None:
-        return "expected the identity: no tail has a projection"
-    choice, refused = _first_possible(tail_choices(_tail_in_a_row(w)))
-    return f"its tail is of separate kernels: {refused}" if choice.kernel == SEPARATE else None
+def _in_a_row(w: native.Whole) -> tuple[Tail, Choice]:
+    """Its tail with what follows as the block itself begins, and how that would run."""
+    t = Tail(w.middle, w.last, _given(w.first, _later(w.last)))
+    return t, _first_possible(tail_choices(t))[0]
 
 
 def candidates(problem: Problem) -> Iterator[Choice]:
     """Ways to run the problem that may be worth measuring, those chosen without a measurement first."""
     more: list[tuple[str, Config | None]]
     if isinstance(problem, native.Whole):
-        rows, more = whole_choices(problem), [(IN_A_ROW, None), (native.WHOLE, native.WHOLE_CONFIG)]
+        rows, more = whole_choices(problem), [(native.WHOLE, native.WHOLE_CONFIG)]
+        if problem.last.second is None and _in_a_row(problem)[1].kernel != SEPARATE:
+            more.insert(0, (IN_A_ROW, None))
     elif isinstance(problem, Tail):
         first = problem.first
         rows = tail_choices(problem)
@@ -240,8 +237,7 @@ def run_so(problem: Problem, choice: Choice) -> list[Tensor]:
         y = convolve(_given(problem.last, convolve(problem.first)))
         return [y, convolve(_given(problem.following, y))]
     if isinstance(problem, native.Whole) and choice.kernel == IN_A_ROW:
-        t = _tail_in_a_row(problem)
-        return [_tail(t, _first_possible(tail_choices(t))[0], {})[0]]
+        return [_tail(*_in_a_row(problem), {})[0]]
     if isinstance(problem, Convolution) or choice.kernel != SEPARATE:
         y = _empty(problem.parts[-1], problem.parts[0].x.device)
         submit(launch_of(problem, choice, y))
@@ -369,8 +365,7 @@ def residual_blocks(x: Tensor, blocks: Sequence[Block]) -> Tensor:
     for i, (block, chain) in enumerate(zip(blocks, chains, strict=True)):
         following = None
         if i + 1 < len(blocks) and len(chains[i + 1]) > 1:
-            whole = _whole(_result_of(x, chain), blocks[i + 1], chains[i + 1])
-            if whole is None or _first_possible(whole_choices(whole))[0].kernel != native.WHOLE:
+            if not _runs_whole(x, chain, blocks[i + 1], chains[i + 1]):
                 following = chains[i + 1][0]
         x, ahead = _run_block(x, block, chain, ahead, following)
     return x
@@ -397,13 +392,6 @@ def _later(c: Convolution) -> Tensor:
     return torch.empty(c.output_sizes, dtype=c.x.dtype, device="meta", memory_format=torch.channels_last)
 
 
-def _result_of(x: Tensor, chain: list[Convolution]) -> Tensor:
-    """What a block would make of x, known by its sizes."""
-    for c in chain:
-        x = _later(_given(c, x))
-    return x
-
-
 def _last(x: Tensor, block: Block, chain: list[Convolution]) -> Convolution:
     """The chain's last convolution with what is added to it."""
     if block.shortcut == "projection":
@@ -413,13 +401,25 @@ def _last(x: Tensor, block: Block, chain: list[Convolution]) -> Convolution:
     return dataclasses.replace(chain[-1], residual=x[:, :, ::s, ::s])
 
 
-def _whole(x: Tensor, block: Block, chain: list[Convolution]) -> native.Whole | None:
-    """The block, if there is a kernel of such weights for all of it."""
-    if tuple(tuple(w.shape) for w in block.weights) != native.WHOLES.get(block.shortcut):
-        return None
+def _has_whole(block: Block) -> bool:
+    """Whether there is a kernel for blocks of such weights, their scales multiplied in."""
+    shapes = tuple(tuple(w.shape) for w in block.weights)
+    return shapes == native.WHOLES.get(block.shortcut) and all(w.scale is None for w in block.weights)
+
+
+def _whole(chain: list[Convolution], x: Tensor, last: Convolution) -> native.Whole:
     first = _given(chain[0], x)
     middle = _given(chain[1], _later(first))
-    return native.Whole(first, middle, _given(_last(x, block, chain), _later(middle)))
+    return native.Whole(first, middle, _given(last, _later(middle)))
+
+
+def _runs_whole(x: Tensor, before: list[Convolution], block: Block, chain: list[Convolution]) -> bool:
+    """Whether the block runs as one kernel behind one that makes its x of this."""
+    if not _has_whole(block):
+        return False
+    for c in before:
+        x = _later(_given(c, x))
+    return _first_possible(whole_choices(_whole(chain, x, _last(x, block, chain))))[0].kernel == native.WHOLE
 
 
 def _run_block(
@@ -429,7 +429,7 @@ def _run_block(
     last = _last(x, block, chain)
     h = x
     refused: dict[str, str] = {}
-    whole = None if ahead is not None else _whole(x, block, chain)
+    whole = _whole(chain, x, last) if ahead is None and _has_whole(block) else None
     if whole is not None:
         choice, refused = _first_possible(whole_choices(whole))
         if choice.kernel == native.WHOLE:
