@@ -524,10 +524,12 @@ for channels, K in ((32, 64), (48, 80)):  # 80: two panels, two more and one
         for engine in ("direct", "winograd")[: 1 + (geometry == Geometry(padding=1))]:
             conv = C.pack_conv(w, torch.rand(K), geometry, list(x.shape), engine)
             y = C.conv(x, conv, shift, None, False, False)
-            found += [y, C.conv(x, conv, shift, y, False, True)]
+            found += [y, C.conv(x, conv, shift, y, False, True, torch.rand(K))]
         found.append(cpu.wgrad(Operand(y), Operand(x), (R, R), geometry, sums=True))
         found.append(C.data_grad(y, w, 13, 11, geometry))
     found.append(C.second_moments(g))
+x, w = nhwc(1, 16, 131, 129), torch.randn(256, 16, 1, 1)  # 17 MB go past the cache
+found.append(C.conv(x, C.pack_conv(w, torch.ones(256), Geometry(), list(x.shape), "direct"), None, None, False, True))
 torch.save(found, sys.argv[1])
 """
 
@@ -543,7 +545,7 @@ def test_avx512_computes_what_avx2_does(tmp_path):
         subprocess.run(command, env=environment, check=True)
         found.append(torch.load(tmp_path / capability))
     torch.testing.assert_close(*found, rtol=0, atol=0)
-    assert len(found[0]) == 2 * (5 * 2 + 4 * 2 + 1)
+    assert len(found[0]) == 2 * (5 * 2 + 4 * 2 + 1) + 1
 
 
 def engine_module(engine):

@@ -27,7 +27,8 @@ Isa isa() {
   static const Isa found = [] {
     const auto most = at::get_cpu_capability();
     if (most == "AVX512" && __builtin_cpu_supports("avx512f")) return Isa::kAvx512;
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? Isa::kAvx2 : Isa::kNone;
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    return avx2 && (most == "AVX512" || most == "AVX2") ? Isa::kAvx2 : Isa::kNone;
   }();
   return found;
 }
@@ -266,15 +267,15 @@ RK_AVX2 void winograd_block(float* y, const float* x, const float* packed, const
     }
     for (int64_t t = 0; t < count; ++t) {
       const int64_t n = (begin + t) / (down * across), h = (begin + t) / across % down * 2, w = (begin + t) % across * 2;
-      for (int half = 0; half < columns; half += 8) {
+      for (int part = 0; part < columns; part += 8) {
         __m256 out[2][2];
-        transform_products(M + t * columns + half, count * columns, out);
+        transform_products(M + t * columns + part, count * columns, out);
         for (int i = 0; i < 4; ++i) {
           if (h + i / 2 >= g.H || w + i % 2 >= g.W) continue;
-          const int64_t at = ((n * g.H + h + i / 2) * g.W + w + i % 2) * g.K + k + half;
+          const int64_t at = ((n * g.H + h + i / 2) * g.W + w + i % 2) * g.K + k + part;
           __m256 v = out[i / 2][i % 2];
-          if (scale) v = _mm256_mul_ps(v, _mm256_loadu_ps(scale + k + half));
-          if (shift) v = _mm256_add_ps(v, _mm256_loadu_ps(shift + k + half));
+          if (scale) v = _mm256_mul_ps(v, _mm256_loadu_ps(scale + k + part));
+          if (shift) v = _mm256_add_ps(v, _mm256_loadu_ps(shift + k + part));
           if (residual) v = _mm256_add_ps(v, _mm256_loadu_ps(residual + at));
           if (relu) v = _mm256_max_ps(_mm256_setzero_ps(), v);
           _mm256_storeu_ps(y + at, v);
@@ -349,7 +350,7 @@ void direct(const at::Tensor& y, const at::Tensor& x, const at::Tensor& packed, 
       for (int64_t k = 0, columns; k < K; k += columns) {
         columns = micro().columns(k, K);
         const Finish finish{scale ? scale + k : nullptr, shift ? shift + k : nullptr, residual, result, relu, stream};
-        // This panel's share of the next block.
+        // These columns' share of the next block.
         const int64_t from = (k * depth / K + 15) / 16 * 16, share = (k + columns) * depth / K - from;
         for (int64_t m = 0; m < rows; m += kRows) {
           float* out[kRows];

@@ -1,4 +1,4 @@
-// fp32 convolutions of our own for processors with AVX2 or AVX-512, where oneDNN leaves a fifth of the peak:
+// fp32 convolutions of our own for processors with AVX2 or AVX-512:
 // a direct one, and Winograd's F(2x2, 3x3) for 3x3 of stride 1. Both finish in registers: shift, residual, ReLU.
 #pragma once
 

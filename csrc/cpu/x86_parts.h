@@ -14,7 +14,7 @@
 
 namespace resnet_kernels {
 
-// What the processor has, and torch uses itself: ATEN_CPU_CAPABILITY bounds both.
+// What the processor has and torch uses itself (ATEN_CPU_CAPABILITY).
 enum class Isa { kNone, kAvx2, kAvx512 };
 Isa isa();
 
