@@ -4,8 +4,8 @@ the tensor copy engine (csrc/cuda/sm90). docs/hopper.md has their plan and what 
     kernels.py  what the kernels take, and their launches
 
 What stands between convolutions in training, and convolutions that these kernels do not have, are the backend `cuda`'s.
-It is chosen by name; the Triton backend takes single kernels for inference where they are faster. Those of training no
-GPU has run yet: tests run their source on a CPU, and read their machine code.
+It is chosen by name; the Triton backend takes single kernels for inference where they are faster. Those of training and
+of whole bottlenecks no GPU has run yet: tests run their source on a CPU, and read their machine code.
 """
 
 from __future__ import annotations
