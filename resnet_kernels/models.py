@@ -109,6 +109,7 @@ def _stage(
 ) -> nn.Sequential:
     """Blocks one after the other, the first with the stride. shortcut: None for plain blocks. norm: a projection's.
     drop_rates: one per block that may drop its branch, or none."""
+    # Every class of blocks has it; that they are modules does not say so.
     outputs = planes * block.expansion  # type: ignore[attr-defined]
     made = []
     for i in range(blocks):
@@ -165,6 +166,7 @@ class ImageNetResNet(ResNet):
             raise ValueError("expected no dilation; torchvision's constructor takes it, with rk.nn's blocks")
         width = {} if block is PlainBlock else {"groups": self.groups, "base_width": self.base_width}
         shortcut = None if block is PlainBlock else self.shortcut
+        # torchvision's constructor, which has no types, sets it.
         inplanes: int = self.inplanes  # type: ignore[has-type]
         rates, self._drop_rates = self._drop_rates[:blocks], self._drop_rates[blocks:]
         stage = _stage(block, inplanes, planes, blocks, stride, shortcut, self._norm_layer, rates, **width)

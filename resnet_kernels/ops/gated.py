@@ -105,6 +105,7 @@ def _second(ctx: Any, grads: Sequence[Tensor | None]) -> tuple:
     if to_gate is not None:
         parts.append(to_gate[:, :, None, None] * z)
         dz = (kept(dy) * to_gate[:, :, None, None]).to(z.dtype)
+    # mypy: a sum of nothing would be 0, no tensor; there is a part here.
     return kept(sum(parts)).to(dy.dtype) if parts else None, None, dz, dgate, None, None  # type: ignore[arg-type]
 
 
