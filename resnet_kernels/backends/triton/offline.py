@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import re
+import struct
 import subprocess
 import tempfile
 from pathlib import Path
@@ -32,6 +34,7 @@ REGISTERS = 65536
 class Compiled:
     """Of one launch: registers and bytes of stack a thread, bytes of shared memory, and instructions by what they do.
 
+    machine_code: digest of the instructions, without symbols, line numbers and debug information.
     drains: waits for every outstanding matrix product inside a loop, which keep the next from being issued behind it.
     torn: waits for a part of them, in loops whose products read operands from registers that the next step writes.
     """
@@ -49,6 +52,7 @@ class Compiled:
     drains: int
     torn: int
     ptx: str
+    machine_code: str
 
     @property
     def programs(self) -> int:
@@ -72,6 +76,21 @@ class Compiled:
         if self.plain_max:
             found.append(f"{self.plain_max} maxima that drop NaN")
         return found
+
+
+def machine_code(cubin: bytes) -> dict[str, str]:
+    """Return {kernel's symbol: digest of its instructions} of a cubin (64-bit ELF): its sections .text.SYMBOL."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    strings = headers[names][4]
+    found = {}
+    for name, _, _, _, offset, length in headers:
+        start = strings + name
+        section = cubin[start : cubin.index(b"\0", start)].decode()
+        if section.startswith(".text."):
+            found[section.removeprefix(".text.")] = hashlib.sha256(cubin[offset : offset + length]).hexdigest()[:16]
+    return found
 
 
 @functools.cache
@@ -143,6 +162,8 @@ def read(launch: Launch, arch: int) -> Compiled:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
     registers, stack = map(int, found.groups())
+    (code,) = machine_code(kernel.asm["cubin"]).values()
+    counts = count(kernel.asm["ptx"])
     return Compiled(
-        arch, registers, stack, kernel.metadata.shared, launch.options["num_warps"], **count(kernel.asm["ptx"])
+        arch, registers, stack, kernel.metadata.shared, launch.options["num_warps"], **counts, machine_code=code
     )
