@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from resnet_kernels.analysis.results import Row
 from resnet_kernels.backends.contract import BackendUnavailable
-from resnet_kernels.results import Row
 from resnet_kernels.testing import RESNET_CASES, BlockCase, eager_results, exact_results, fused_results
 
 from .cases import DTYPES

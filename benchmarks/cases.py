@@ -14,9 +14,9 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-from resnet_kernels import traffic
+from resnet_kernels.analysis import traffic
+from resnet_kernels.analysis.results import Row
 from resnet_kernels.backends.contract import Geometry
-from resnet_kernels.results import Row
 from resnet_kernels.testing import RESNET_CASES, RESNEXT_CASES, BlockCase, randomize_
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet_kernels.results import Row
-from resnet_kernels.timing import Clock, Instant
+from resnet_kernels.analysis.results import Row
+from resnet_kernels.analysis.timing import Clock, Instant
 
 from . import cases
 from .cases import Case, Prepared

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from resnet_kernels.results import Row
+from resnet_kernels.analysis.results import Row
 
 # Stands for a provider where a case itself is being prepared.
 PREPARATION = "preparation"

@@ -29,8 +29,8 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from resnet_kernels.analysis.results import Results, Row, Section, best_peer, load
 from resnet_kernels.backends import extension
-from resnet_kernels.results import Results, Row, Section, best_peer, load
 
 from . import events, ncu
 from .sections import Options, static_facts
@@ -413,7 +413,7 @@ class Suite:
                 section.status, section.reason = "cut", section.reason or "not reached"
         self.save()
         try:
-            from resnet_kernels.report import report
+            from resnet_kernels.analysis.report import report
 
             report(self.console, [self.out / "results.json"], self.out, png=False, fail_on_regression=False)
         except Exception as error:  # the results are saved: the table below is still to come

@@ -13,8 +13,8 @@ from torch import nn
 from torchvision.models import resnet
 
 import resnet_kernels as rk
-from resnet_kernels import traffic
-from resnet_kernels.timing import sample, synchronize
+from resnet_kernels.analysis import traffic
+from resnet_kernels.analysis.timing import sample, synchronize
 
 from .cases import DTYPES, Case, Prepared
 from .events import Log

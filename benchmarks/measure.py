@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnet_kernels.analysis.results import Row
+from resnet_kernels.analysis.timing import Clock, captured, interleaved, rotating, synchronize
 from resnet_kernels.backends import extension
-from resnet_kernels.results import Row
 from resnet_kernels.testing import compare
-from resnet_kernels.timing import Clock, captured, interleaved, rotating, synchronize
 
 from .cases import Case, Prepared, results_of, trained
 from .events import PREPARATION, Log

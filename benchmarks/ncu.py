@@ -11,7 +11,7 @@ import torch
 import torchvision
 
 import resnet_kernels as rk
-from resnet_kernels.results import Row
+from resnet_kernels.analysis.results import Row
 from resnet_kernels.testing import randomize_
 
 BATCH, KERNELS, SLOWEST = 256, 40, 8

@@ -26,9 +26,9 @@ import torchvision
 from torch import Tensor
 
 import resnet_kernels as rk
-from resnet_kernels.backends import measured
-from resnet_kernels.roofline import launches_of, training_launches_of
-from resnet_kernels.timing import Clock, sample
+from resnet_kernels.analysis.roofline import launches_of, training_launches_of
+from resnet_kernels.analysis.timing import Clock, sample
+from resnet_kernels.backends import tables
 
 from . import accuracy, cases, layers
 from .cases import DTYPES, Case
@@ -75,7 +75,7 @@ def static_facts(device: str, commit: str | None = None) -> dict[str, Any]:
         describe = ["git", "-C", str(Path(__file__).parent.parent), "describe", "--always", "--dirty", "--exclude", "*"]
         with contextlib.suppress(OSError):
             commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
-    versions = {name: measured.version(name) for name in PACKAGES}
+    versions = {name: tables.version(name) for name in PACKAGES}
     facts = {
         "device": device,
         "date": time.strftime("%Y-%m-%d"),
@@ -86,7 +86,7 @@ def static_facts(device: str, commit: str | None = None) -> dict[str, Any]:
     }
     if device == "cpu":
         capability = torch.backends.cpu.get_cpu_capability()
-        return facts | {"processor": measured.processor(), "capability": capability}
+        return facts | {"processor": tables.processor(), "capability": capability}
     return facts | {"processor": torch.cuda.get_device_name(), "cudnn": torch.backends.cudnn.version()}
 
 
@@ -174,9 +174,9 @@ def facts(c: Context) -> None:
 
 def ahead(c: Context, of_tuning: bool = False) -> None:
     """Compile what the Triton backend will launch, and the tuner will try, on all cores, into Triton's cache."""
-    from resnet_kernels.backends.triton.ahead import compile_all
-    from resnet_kernels.backends.triton.launch import Native, arch_of
-    from resnet_kernels.backends.triton.offline import specialize
+    from resnet_kernels.backends.gpu.ahead import compile_all
+    from resnet_kernels.backends.gpu.launch import Native, arch_of
+    from resnet_kernels.backends.gpu.offline import specialize
     from resnet_kernels.tuning import CANDIDATES
     from resnet_kernels.tuning.launches import field, problems_of
 

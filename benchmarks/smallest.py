@@ -8,7 +8,7 @@ import torch
 from torchvision.models import resnet
 
 import resnet_kernels as rk
-from resnet_kernels.backends import extension, triton
+from resnet_kernels.backends import extension, gpu
 from resnet_kernels.backends.contract import Epilogue, Operand, Pool
 from resnet_kernels.testing import BlockCase, assert_matches, randomize_
 
@@ -42,7 +42,7 @@ def main() -> None:
         frozen = rk.freeze(model.cuda(), cuda_graphs=False)
     assert_matches(frozen(x.cuda()), want, exact, 9 * 512, "a network with its stem")
     x = torch.randn(2, 16, 9, 9, device="cuda").to(dtype, memory_format=torch.channels_last)
-    pooled, _ = triton.bn_pass(Operand(x), Epilogue(relu=True), Pool(3, 2, 1))
+    pooled, _ = gpu.bn_pass(Operand(x), Epilogue(relu=True), Pool(3, 2, 1))
     assert torch.equal(pooled, torch.nn.functional.max_pool2d(torch.relu(x), 3, 2, 1))
     torch.cuda.synchronize()
     print(f"{len(CASES)} blocks by {', '.join(backends)}, a network and pooling: right")

@@ -35,7 +35,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 import resnet_kernels as rk
-from resnet_kernels.images import MEAN, STD, residual_networks
+from resnet_kernels.testing.images import MEAN, STD, residual_networks
 
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

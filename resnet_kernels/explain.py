@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet
 
-from .backends import select, triton
+from .analysis.roofline import H200, launches_of
+from .backends import gpu, select
 from .backends.contract import Call
 from .inference import FrozenModel, FrozenResNet, FrozenTrunk
 from .nn import DenseLayer, ResNet, densenet, fusable, gated
 from .nn import stem as stem_module
 from .nn.blocks import Fused
-from .ops import block as block_op
+from .ops import block_inference as block_op
 from .ops import residual_block
-from .roofline import H200, launches_of
 
 PLAIN = "plain torch modules"
 
@@ -57,7 +57,7 @@ class Explanations(list[Explanation]):
 
 def _kernels(backend: str, module: nn.Module, x: Tensor) -> tuple[str, ...]:
     """What the Triton backend launches for a block or a frozen trunk."""
-    if backend != triton.NAME:
+    if backend != gpu.NAME:
         return ()
     lines = []
     for launch in launches_of(module, x):

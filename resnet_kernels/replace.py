@@ -72,7 +72,7 @@ OTHERS = tuple(f"timm.models.{name}" for name in ("res2net", "resnest", "senet",
 
 @functools.cache
 def _of_timm() -> tuple[Kind, ...]:
-    ours = importlib.import_module(".nn.timm", __package__)
+    ours = importlib.import_module(".nn.timm_blocks", __package__)
     kinds = (ours.BasicBlock, ours.Bottleneck, ours.PreActBasic, ours.PreActBottleneck)
     return tuple(Kind(fused.__bases__[-1], fused, gated.structure, gated.refused) for fused in kinds)
 

@@ -54,7 +54,7 @@ def test_odd_blocks(case, dtype, backend, poisoned):
 
 
 def interpret(case, dtype, arch):
-    from resnet_kernels.backends.triton.launch import assume_arch
+    from resnet_kernels.backends.gpu.launch import assume_arch
 
     with assume_arch(arch):
         check(case, DTYPES[dtype], "triton")

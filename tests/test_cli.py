@@ -8,9 +8,9 @@ import pytest
 import torch
 import torchvision
 
-from resnet_kernels import verify as verify_module
-from resnet_kernels.cli import main
-from resnet_kernels.images import classifier, photographs, residual_networks
+from resnet_kernels.cli import verify as verify_module
+from resnet_kernels.cli.main import main
+from resnet_kernels.testing.images import classifier, photographs, residual_networks
 
 
 def run(capsys, *args):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from resnet_kernels.backends import aten, cpu, cuda, reference, sm90, triton
+from resnet_kernels.backends import cpu, gpu, library, reference
 from resnet_kernels.backends.contract import (
     NOWHERE,
     Affine,
@@ -24,6 +24,7 @@ from resnet_kernels.backends.contract import (
     call_of,
     wide,
 )
+from resnet_kernels.backends.gpu import cuda, sm90
 from resnet_kernels.testing import assert_matches
 
 NHWC = torch.channels_last
@@ -54,10 +55,10 @@ class Interpreted:
         self.arch = arch
 
     def __getattr__(self, name):
-        value = getattr(triton, name)
+        value = getattr(gpu, name)
 
         def call(*args, **keywords):
-            from resnet_kernels.backends.triton.launch import assume_arch
+            from resnet_kernels.backends.gpu.launch import assume_arch
 
             with assume_arch(self.arch):
                 return value(*args, **keywords)
@@ -66,11 +67,11 @@ class Interpreted:
 
 
 BACKENDS = [
-    pytest.param(aten, "cpu", id="aten"),
+    pytest.param(library, "cpu", id="aten"),
     pytest.param(cpu, "cpu", id="cpu"),
-    pytest.param(aten, "cuda", id="aten-gpu", marks=pytest.mark.gpu),
+    pytest.param(library, "cuda", id="aten-gpu", marks=pytest.mark.gpu),
     pytest.param(cuda, "cuda", id="cuda", marks=pytest.mark.gpu),
-    pytest.param(triton, "cuda", id="triton", marks=pytest.mark.gpu),
+    pytest.param(gpu, "cuda", id="triton", marks=pytest.mark.gpu),
     pytest.param(Interpreted(80), "cpu", id="triton-sm80", marks=pytest.mark.interpreted),
     pytest.param(Interpreted(90), "cpu", id="triton-sm90", marks=pytest.mark.interpreted),
 ]
@@ -383,7 +384,7 @@ def test_a_bottleneck_trains_by_the_primitives_alone():
         ),
     ],
 )
-@pytest.mark.parametrize("backend", [reference, aten, cpu], ids=lambda b: b.NAME)
+@pytest.mark.parametrize("backend", [reference, library, cpu], ids=lambda b: b.NAME)
 def test_conv_names_what_does_not_fit(backend, build, error, says):
     with pytest.raises(error, match=says):
         backend.conv(*build(torch.randn(2, 8, 6, 6), torch.randn(4, 8, 1, 1)))

@@ -16,15 +16,16 @@ import test_training as training
 import torch
 
 import resnet_kernels as rk
-from resnet_kernels.backends import cuda, extension, reference, select
+from resnet_kernels.backends import extension, reference, select
 from resnet_kernels.backends.contract import Affine, Call, Epilogue, Geometry, Moments, Normalized, Operand, Stats
-from resnet_kernels.backends.cuda import library
+from resnet_kernels.backends.gpu import cuda
+from resnet_kernels.backends.gpu.cuda import calls
 from resnet_kernels.testing import assert_matches
 
 NHWC = torch.channels_last
 
 
-class Emulated(library.Library):
+class Emulated(calls.Library):
     """The kernels on CPU tensors. multiprocessors: few, so that a thread has many rows, or many, so that there are
     parts."""
 
@@ -48,7 +49,7 @@ def built():
 
 @pytest.fixture
 def emulated(built, monkeypatch):
-    monkeypatch.setattr(library, "load", lambda: (built, None))
+    monkeypatch.setattr(calls, "load", lambda: (built, None))
     monkeypatch.setattr(cuda, "load", lambda: (built, None))
     select._choose.cache_clear()
     yield built
@@ -366,7 +367,7 @@ def test_bad_input_is_named_before_anything_is_launched(emulated, monkeypatch):
 
 
 def test_a_launch_that_fails_tells_which(emulated):
-    call = library.Pass(type=7)
+    call = calls.Pass(type=7)
     with pytest.raises(RuntimeError, match="pass: expected a type of 0 to 2"):
         emulated.run("pass", call, torch.device("cpu"))
 
@@ -385,7 +386,7 @@ def test_a_launch_that_fails_tells_which(emulated):
     ],
 )
 def test_which_gpus_it_was_built_for(archs, capability, runs):
-    assert library.built_for(archs, capability) == runs
+    assert calls.built_for(archs, capability) == runs
 
 
 def test_it_is_chosen_by_name_only(emulated):
@@ -555,10 +556,10 @@ def test_an_extension_of_other_sources_is_a_reason():
         def build_info():
             return {"cuda": 13000, "archs": "9.0a"}
 
-    assert "built from other sources, build it again" in library._opened.__wrapped__(Old)[1]
+    assert "built from other sources, build it again" in calls._opened.__wrapped__(Old)[1]
 
 
 def test_a_library_of_other_structures_is_refused(built, monkeypatch):
-    monkeypatch.setitem(library.LAUNCHES, "outer", library.Pass)
-    with pytest.raises(OSError, match=f"outer: expected a call of {ctypes.sizeof(library.Pass)} bytes, got [0-9]+"):
+    monkeypatch.setitem(calls.LAUNCHES, "outer", calls.Pass)
+    with pytest.raises(OSError, match=f"outer: expected a call of {ctypes.sizeof(calls.Pass)} bytes, got [0-9]+"):
         Emulated(emulation.cuda(), "")

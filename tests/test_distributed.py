@@ -19,7 +19,7 @@ from torchvision.models import resnet
 
 import resnet_kernels as rk
 from resnet_kernels.nn.fusable import parts, why_plain
-from resnet_kernels.ops.training import pays_by_moments
+from resnet_kernels.ops.chain_training import pays_by_moments
 from resnet_kernels.testing import BlockCase, randomize_
 
 WORLD = 2

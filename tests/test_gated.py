@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import resnet_kernels as rk
-from resnet_kernels import traffic
+from resnet_kernels.analysis import traffic
 from resnet_kernels.backends import select
 from resnet_kernels.backends.contract import BackendUnavailable
-from resnet_kernels.backends.triton import gates as kernels
-from resnet_kernels.backends.triton import launch, offline
+from resnet_kernels.backends.gpu import launch, offline
+from resnet_kernels.backends.gpu.training import gates as kernels
 from resnet_kernels.inference import FrozenGated
 from resnet_kernels.nn import gated
 from resnet_kernels.nn.gated import why_plain
@@ -190,7 +190,7 @@ def test_what_does_not_fit_is_named():
 
 
 def test_triton_is_chosen_by_name_alone():
-    call = rk.ops.gated.call_of_gated(torch.device("cuda"), torch.float32)
+    call = rk.ops.gating.call_of_gated(torch.device("cuda"), torch.float32)
     assert select.choose(call).NAME == "aten" and select.ONLY_BY_NAME["triton"] == select.reasons(call)["triton"]
 
 

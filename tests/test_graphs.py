@@ -10,8 +10,8 @@ import torchvision
 from torch import nn
 
 import resnet_kernels as rk
-from resnet_kernels import graphs, inference
-from resnet_kernels.graphs import Captured, Graphs
+from resnet_kernels.inference import graphs
+from resnet_kernels.inference.graphs import Captured, Graphs
 from resnet_kernels.testing import assert_matches, randomize_
 
 NHWC = torch.channels_last
@@ -51,7 +51,7 @@ def remembered(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
-    monkeypatch.setattr(inference, "usable", lambda x: x.numel() > 0)
+    monkeypatch.setattr(graphs, "usable", lambda x: x.numel() > 0)
     return captured
 
 

@@ -16,7 +16,7 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn
 from torchvision.models.segmentation import deeplabv3_resnet50
 
 import resnet_kernels as rk
-from resnet_kernels.backends import aten, select
+from resnet_kernels.backends import library, select
 from resnet_kernels.nn import ZeroPadShortcut
 from resnet_kernels.testing import assert_matches, randomize_
 
@@ -400,7 +400,7 @@ def test_every_backend_freezes(model, backend):
 def test_eager_by_name_means_the_reference_for_an_op():
     with rk.use_backend("eager"):
         assert select.choose(select.Call(torch.device("cpu"), torch.float32, frozenset({"conv"}))).NAME == "reference"
-    assert aten.why_not(select.Call(torch.device("cpu"), torch.int8, frozenset({"conv"}))) is not None
+    assert library.why_not(select.Call(torch.device("cpu"), torch.int8, frozenset({"conv"}))) is not None
 
 
 def peak_of_process(build):

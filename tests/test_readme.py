@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet_kernels.report import readme_tables
-from resnet_kernels.results import load
+from resnet_kernels.analysis.report import readme_tables
+from resnet_kernels.analysis.results import load
 
 README = Path(__file__).parents[1] / "README.md"
 

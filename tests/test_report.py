@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from resnet_kernels.cli import main
-from resnet_kernels.report import Change, number, readme_tables
-from resnet_kernels.results import Results, Row
+from resnet_kernels.analysis.report import Change, number, readme_tables
+from resnet_kernels.analysis.results import Results, Row
+from resnet_kernels.cli.main import main
 
 PROVIDERS = {"eager": (True, 0.040), "inductor": (True, 0.025), "replaced": (False, 0.030), "frozen": (False, 0.020)}
 
@@ -182,7 +182,7 @@ def test_the_page_needs_nothing_else(reported):
 
 
 def test_the_plots_draw_the_rows():
-    from resnet_kernels import plots
+    from resnet_kernels.analysis import plots
 
     results = whole()
     speed, memory, layers = (
@@ -207,7 +207,7 @@ def test_the_plots_draw_the_rows():
 
 
 def test_no_roofline_without_ceilings():
-    from resnet_kernels import plots
+    from resnet_kernels.analysis import plots
 
     results = whole()
     del results.facts["matrix"]
@@ -406,8 +406,8 @@ def test_errors_are_a_sentence_and_a_code(capsys, project):
 
 
 def test_markdown_without_matplotlib(capsys, monkeypatch, project):
-    monkeypatch.delitem(sys.modules, "resnet_kernels.plots", raising=False)
-    monkeypatch.delattr("resnet_kernels.plots", raising=False)
+    monkeypatch.delitem(sys.modules, "resnet_kernels.analysis.plots", raising=False)
+    monkeypatch.delattr("resnet_kernels.analysis.plots", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, _, err = run(capsys, project / "results/gpu.json", "--out", project / "out")
     assert code == 2 and "pip install 'resnet_kernels[demo]'" in err

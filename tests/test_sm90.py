@@ -21,10 +21,11 @@ import torchvision
 from torch.nn.grad import conv2d_weight
 
 import resnet_kernels as rk
-from resnet_kernels.backends import cuda, extension, reference, select, sm90
+from resnet_kernels.backends import extension, reference, select
 from resnet_kernels.backends.contract import Call, Epilogue, Geometry, Operand, Product, wide
-from resnet_kernels.backends.cuda import library as cuda_library
-from resnet_kernels.backends.sm90 import kernels
+from resnet_kernels.backends.gpu import cuda, sm90
+from resnet_kernels.backends.gpu.cuda import calls as cuda_library
+from resnet_kernels.backends.gpu.sm90 import launchers
 from resnet_kernels.testing import BlockCase, assert_matches
 
 NHWC = torch.channels_last
@@ -33,7 +34,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @pytest.fixture(scope="module")
 def library():
-    found, reason = kernels.load()
+    found, reason = launchers.load()
     if found is None:
         module, _ = extension.load()
         built = module is not None and module.build_info()["cuda"] and "9.0a" in module.build_info()["archs"]
@@ -46,10 +47,10 @@ def library():
 def device(request, monkeypatch):
     """Where the kernels run."""
     if request.param == "cpu":
-        library = kernels.declared(emulated.sm90())
-        monkeypatch.setattr(kernels, "_run", lambda name, call, device: kernels.invoke(library, name, call, None))
-        monkeypatch.setattr(kernels, "multiprocessors", lambda device: 3)
-        monkeypatch.setattr(kernels, "why_not_here", lambda device, dtype: None)
+        library = launchers.declared(emulated.sm90())
+        monkeypatch.setattr(launchers, "_run", lambda name, call, device: launchers.invoke(library, name, call, None))
+        monkeypatch.setattr(launchers, "multiprocessors", lambda device: 3)
+        monkeypatch.setattr(launchers, "why_not_here", lambda device, dtype: None)
     return request.param
 
 
@@ -91,7 +92,7 @@ def test_indices_are_those_of_brute_force(tmp_path):
 
 
 def test_tiles_are_those_that_were_built(library):
-    assert kernels.load()[0].resnet_kernels_sm90_tiles().decode().split() == list(kernels.NUMBERS)
+    assert launchers.load()[0].resnet_kernels_sm90_tiles().decode().split() == list(launchers.NUMBERS)
 
 
 # Of csrc/cuda/sm90 without comments and spaces: what all tests marked gpu passed with, on an NVIDIA H200. Since then,
@@ -117,7 +118,7 @@ def test_kernels_have_no_stack_and_the_registers_that_three_warp_groups_can_have
     usage = re.findall(resources, cuobjdump(library, "-res-usage"))
     kinds = [re.search(r"(conv_act|bottleneck|wide_tail|tail|pair|stem|wgrad)_kernel", name)[1] for name, *_ in usage]
     of_two = {"tail": 2, "wide_tail": 1, "bottleneck": 2, "stem": 1, "wgrad": 2}
-    of_two |= {"conv_act": len(kernels.NUMBERS), "pair": len(kernels.PAIRS)}
+    of_two |= {"conv_act": len(launchers.NUMBERS), "pair": len(launchers.PAIRS)}
     expected = {kind: 2 * n for kind, n in of_two.items()}
     assert {kind: kinds.count(kind) for kind in kinds} == expected
     # 65536 for 384 or 512 threads; the warp groups that multiply take more from the one that moves.
@@ -147,7 +148,7 @@ def test_what_cannot_run_is_told_before_it_is_launched(monkeypatch):
         return sm90.why_not(Call(device, dtype, frozenset(needs), weights))
 
     assert "expected tensors on cuda, got cpu" in why_not(device=torch.device("cpu"))
-    monkeypatch.setattr(kernels, "why_not_here", lambda device, dtype: None)
+    monkeypatch.setattr(launchers, "why_not_here", lambda device, dtype: None)
     assert why_not() is None and why_not((256, 64, 3, 3), Geometry(2, 1)) is None
     assert "expected bfloat16, float16, got torch.float32" in why_not(dtype=torch.float32)
     assert "not implemented here: gated" in why_not(needs=("gated",))
@@ -162,23 +163,23 @@ def test_what_cannot_run_is_told_before_it_is_launched(monkeypatch):
 
 
 def test_a_missing_library_is_a_reason(monkeypatch, tmp_path):
-    monkeypatch.setattr(kernels, "__file__", str(tmp_path / "backends" / "sm90" / "kernels.py"))
-    assert "were not built" in kernels.load.__wrapped__()[1]
+    monkeypatch.setattr(launchers, "__file__", str(tmp_path / "backends" / "gpu" / "sm90" / "launchers.py"))
+    assert "were not built" in launchers.load.__wrapped__()[1]
     of_other_sources = ctypes.CDLL(None)  # this process: it has none of the functions
     with monkeypatch.context() as m:
-        m.setattr(kernels.ctypes, "CDLL", lambda path: of_other_sources)
+        m.setattr(launchers.ctypes, "CDLL", lambda path: of_other_sources)
         (tmp_path / "_sm90.so").touch()
-        assert re.search("expected a call of [0-9]+ bytes, got 0; build it again", kernels.load.__wrapped__()[1])
+        assert re.search("expected a call of [0-9]+ bytes, got 0; build it again", launchers.load.__wrapped__()[1])
     (tmp_path / "_sm90.so").write_text("no library")
-    assert "do not load" in kernels.load.__wrapped__()[1]
+    assert "do not load" in launchers.load.__wrapped__()[1]
 
 
 def test_the_stem_tells_what_it_cannot_take():
     stem, g = (64, 3, 7, 7), Geometry(2, 3)
-    assert kernels.why_not_stem(stem, g, 224) is None
-    assert "even image width up to 224, got 225" in kernels.why_not_stem(stem, g, 225)
-    assert "even image width up to 224, got 226" in kernels.why_not_stem(stem, g, 226)
-    assert "7x7 convolution of stride 2" in kernels.why_not_stem((64, 3, 3, 3), Geometry(2, 1), 224)
+    assert launchers.why_not_stem(stem, g, 224) is None
+    assert "even image width up to 224, got 225" in launchers.why_not_stem(stem, g, 225)
+    assert "even image width up to 224, got 226" in launchers.why_not_stem(stem, g, 226)
+    assert "7x7 convolution of stride 2" in launchers.why_not_stem((64, 3, 3, 3), Geometry(2, 1), 224)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -253,7 +254,7 @@ def drawn(name, dtype, device):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("name", CONVS)
-@pytest.mark.parametrize("tile", kernels.TILES)
+@pytest.mark.parametrize("tile", launchers.TILES)
 def test_conv_act(tile, name, dtype, device, poisoned):
     x, weight, g, what, y = drawn(name, dtype, device)
     N, K, P, Q = y.shape
@@ -269,7 +270,7 @@ def test_conv_act(tile, name, dtype, device, poisoned):
         second = (x2[:, :, ::2, ::2], weight2)
     packed = None if second is None else (second[0], krsc(second[1]))
     run = (x, krsc(weight), y, g, tile, scale, shift, packed, residual, "relu" in what)
-    kernels.conv_act(*run)
+    launchers.conv_act(*run)
     eager = chain(x, weight, g, scale, shift, second, residual, "relu" in what)
     double = [None if t is None else t.double() for t in (scale, shift)]
     exact = chain(
@@ -278,7 +279,7 @@ def test_conv_act(tile, name, dtype, device, poisoned):
     )  # fmt: skip
     assert_matches(y, eager, exact, weight[0].numel())
     first = y.clone()
-    kernels.conv_act(*run)
+    launchers.conv_act(*run)
     assert torch.equal(y, first), "another result the second time"
 
 
@@ -298,7 +299,7 @@ def statistics_in_fp32(y):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("name", CONVS)
-@pytest.mark.parametrize("tile", kernels.STATISTICS_TILES)
+@pytest.mark.parametrize("tile", launchers.STATISTICS_TILES)
 def test_statistics_of_a_result(tile, name, dtype, device, poisoned):
     x, weight, g, what, y = drawn(name, dtype, device)
     plain, K = torch.empty_like(y), y.shape[1]
@@ -306,21 +307,21 @@ def test_statistics_of_a_result(tile, name, dtype, device, poisoned):
     shift = 5 + torch.randn(K, device=device)
     parts = torch.empty(2, -(-rows // 128), K, device=device)
     run = (x, krsc(weight), y, g, tile, None, shift, None, None, "relu" in what, parts)
-    kernels.conv_act(*run)
-    kernels.conv_act(x, krsc(weight), plain, g, tile.replace("stats", "turn"), None, shift, relu="relu" in what)
+    launchers.conv_act(*run)
+    launchers.conv_act(x, krsc(weight), plain, g, tile.replace("stats", "turn"), None, shift, relu="relu" in what)
     assert torch.equal(y, plain)
-    stats, exact = kernels.statistics_of(parts, rows), reference.reduce(Operand(y.double()), "stats")
+    stats, exact = launchers.statistics_of(parts, rows), reference.reduce(Operand(y.double()), "stats")
     mean, M2 = statistics_in_fp32(y)
     assert_matches(stats.mean, mean, exact.mean, rows)
     assert_matches(stats.M2, M2, exact.M2, rows)
     first = parts.clone()
-    kernels.conv_act(*run)
+    launchers.conv_act(*run)
     assert torch.equal(parts, first), "another result the second time"
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("name", CONVS)
-@pytest.mark.parametrize("tile", kernels.SUMS_TILES)
+@pytest.mark.parametrize("tile", launchers.SUMS_TILES)
 def test_masks_and_sums_of_a_result(tile, name, dtype, device, poisoned):
     x, weight, g, what, y = drawn(name, dtype, device)
     (N, K, P, Q), second = y.shape, None
@@ -333,7 +334,7 @@ def test_masks_and_sums_of_a_result(tile, name, dtype, device, poisoned):
     packed = None if second is None else (second[0], krsc(second[1]))
     masks = torch.stack((shift, a, b, mean), 1)
     run = (x, krsc(weight), y, g, tile, None, None, packed, z, False, parts, masks)
-    kernels.conv_act(*run)
+    launchers.conv_act(*run)
 
     def plain(w):
         """Where and what, and the sums of what came out above."""
@@ -358,7 +359,7 @@ def test_masks_and_sums_of_a_result(tile, name, dtype, device, poisoned):
         assert_matches(got, e, d, y.numel() // K)
     assert y.isfinite().any() and (y == 0).any()
     first = y.clone(), parts.clone()
-    kernels.conv_act(*run)
+    launchers.conv_act(*run)
     assert torch.equal(y, first[0]) and torch.equal(parts.nan_to_num(7), first[1].nan_to_num(7)), "another result"
 
 
@@ -368,7 +369,7 @@ def test_conv_act_reads_views_and_keeps_nan(device):
     x, weight = whole[1:3, :, 2:17, 4::2], draw(128, 64, 3, 3, dtype=torch.bfloat16, device=device, scale=0.04)
     y = torch.empty(2, 128, 15, 10, device=device, dtype=x.dtype).to(memory_format=NHWC)
     shift = torch.randn(128, device=device)
-    kernels.conv_act(x, krsc(weight), y, Geometry(1, 1), "turn128x128", shift=shift, relu=True)
+    launchers.conv_act(x, krsc(weight), y, Geometry(1, 1), "turn128x128", shift=shift, relu=True)
     eager = chain(x, weight, Geometry(1, 1), shift=shift, relu=True)
     exact = chain(x.double(), weight.double(), Geometry(1, 1), shift=shift.double(), relu=True)
     assert torch.equal(y.isnan(), exact.isnan()) and y.isnan().any()
@@ -377,7 +378,7 @@ def test_conv_act_reads_views_and_keeps_nan(device):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("name", CONVS)
-@pytest.mark.parametrize("columns", kernels.WGRAD_COLUMNS)
+@pytest.mark.parametrize("columns", launchers.WGRAD_COLUMNS)
 def test_parts_of_a_weight_gradient(columns, name, dtype, device, poisoned):
     x, weight, g, _, y = drawn(name, dtype, device)
     dy, (K, C, R, _) = draw(*y.shape, dtype=dtype, device=device), weight.shape
@@ -386,7 +387,7 @@ def test_parts_of_a_weight_gradient(columns, name, dtype, device, poisoned):
     parts = torch.empty(-(-M // span), K, R, R, C, device=device)
     sums = parts.new_empty(len(parts), K)
     run = (dy, x, (R, R), g, span, columns, parts, sums)
-    kernels.wgrad_parts(*run)
+    launchers.wgrad_parts(*run)
     shape = (K, C, R, R)
     exact, eager = (conv2d_weight(x.to(w), shape, dy.to(w), *g) for w in (torch.float64, torch.float32))
     assert_matches(parts.sum(0).permute(0, 3, 1, 2), eager, exact, M)
@@ -394,7 +395,7 @@ def test_parts_of_a_weight_gradient(columns, name, dtype, device, poisoned):
     for i, some in enumerate(rows.split(span)):
         assert_matches(sums[i], some.float().sum(0), some.double().sum(0), span)
     first = parts.clone()
-    kernels.wgrad_parts(*run)
+    launchers.wgrad_parts(*run)
     assert torch.equal(parts, first), "another result the second time"
 
 
@@ -441,14 +442,14 @@ def test_moments(J, dtype, mean, device, poisoned):
 
 def test_parts_fill_the_multiprocessors():
     for M, K, C, taps in ((802816, 64, 256, 1), (200704, 128, 512, 1), (12544, 512, 512, 9), (50176, 256, 256, 9)):
-        columns = kernels.wgrad_columns(C, taps)
-        tiles = kernels.wgrad_tiles(K, C, taps, columns)
-        span = kernels.wgrad_span(M, tiles, K * C * taps, 132)
+        columns = launchers.wgrad_columns(C, taps)
+        tiles = launchers.wgrad_tiles(K, C, taps, columns)
+        span = launchers.wgrad_span(M, tiles, K * C * taps, 132)
         parts = -(-M // span)
-        assert span % kernels.FLUSH == 0 and (parts - 1) * span < M
+        assert span % launchers.FLUSH == 0 and (parts - 1) * span < M
         rounds = tiles * parts / 132
         assert rounds / -(-rounds // 1) > 0.85, (M, K, C, taps, parts)
-    assert kernels.wgrad_span(5, 1, 64, 132) == kernels.FLUSH
+    assert launchers.wgrad_span(5, 1, 64, 132) == launchers.FLUSH
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -472,7 +473,7 @@ def test_tail(J, K, ahead, N, H, W, dtype, device, poisoned):
     shifts = [torch.randn(s[0], device=device) for s in shapes]
     y, after = (torch.empty(N, k, H, W, device=device, dtype=dtype).to(memory_format=NHWC) for k in (K, ahead))
     run = (x, tuple(map(krsc, weights)), tuple(shifts), residual, y, after)
-    kernels.tail(*run)
+    launchers.tail(*run)
 
     def plain(x, residual, weights, shifts):
         h = chain(x, weights[0], Geometry(1, 1), shift=shifts[0], relu=True)
@@ -485,16 +486,16 @@ def test_tail(J, K, ahead, N, H, W, dtype, device, poisoned):
         assert torch.equal(got.isnan(), d.isnan())
         assert_matches(got, e, d, 9 * J)
     first = y.clone(), after.clone()
-    kernels.tail(*run)
+    launchers.tail(*run)
     assert torch.equal(y.nan_to_num(), first[0].nan_to_num()) and torch.equal(after.nan_to_num(), first[1].nan_to_num())
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("N, H, W", [(1, 9, 56), (2, 6, 7), (1, 1, 1), (7, 11, 5), (3, 56, 56), (150, 13, 28)])
-@pytest.mark.parametrize("shortcut", kernels.BOTTLENECKS)
+@pytest.mark.parametrize("shortcut", launchers.BOTTLENECKS)
 def test_bottleneck(shortcut, N, H, W, dtype, device, poisoned):
     too_large(device, N * 256 * H * W)
-    shapes = kernels.BOTTLENECKS[shortcut]
+    shapes = launchers.BOTTLENECKS[shortcut]
     C = shapes[0][1]
     x = draw(N, C, H, W, dtype=dtype, device=device)
     if H > 6:
@@ -503,7 +504,7 @@ def test_bottleneck(shortcut, N, H, W, dtype, device, poisoned):
     shifts = [torch.randn(s[0], device=device) for s in shapes[:3]]
     y = torch.empty(N, 256, H, W, device=device, dtype=dtype).to(memory_format=NHWC)
     run = (x, tuple(map(krsc, weights)), tuple(shifts), y)
-    kernels.bottleneck(*run)
+    launchers.bottleneck(*run)
 
     def plain(x, weights, shifts):
         h = chain(x, weights[0], Geometry(), shift=shifts[0], relu=True)
@@ -515,12 +516,12 @@ def test_bottleneck(shortcut, N, H, W, dtype, device, poisoned):
     assert torch.equal(y.isnan(), exact.isnan())
     assert_matches(y, plain(x, weights, shifts), exact, 576)
     first = y.clone()
-    kernels.bottleneck(*run)
+    launchers.bottleneck(*run)
     assert torch.equal(y.nan_to_num(), first.nan_to_num())
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("J, ahead", kernels.PAIRS)
+@pytest.mark.parametrize("J, ahead", launchers.PAIRS)
 @pytest.mark.parametrize("N, K, H, W", [(3, 512, 9, 7), (1, 64, 1, 1), (2, 192, 13, 11), (64, 256, 28, 28)])
 def test_pair(N, K, H, W, J, ahead, dtype, device, poisoned):
     too_large(device, N * J * H * W)
@@ -530,7 +531,7 @@ def test_pair(N, K, H, W, J, ahead, dtype, device, poisoned):
     shifts = [torch.randn(k, device=device) for k in (K, ahead)]
     y, after = (torch.empty(N, k, H, W, device=device, dtype=dtype).to(memory_format=NHWC) for k in (K, ahead))
     run = (x, tuple(map(krsc, weights)), tuple(shifts), residual, y, after)
-    kernels.pair(*run)
+    launchers.pair(*run)
 
     def plain(x, residual, weights, shifts):
         t = chain(x, weights[0], Geometry(), shift=shifts[0], residual=residual, relu=True)
@@ -542,7 +543,7 @@ def test_pair(N, K, H, W, J, ahead, dtype, device, poisoned):
         assert torch.equal(got.isnan(), d.isnan())
         assert_matches(got, e, d, max(J, K))
     first = y.clone(), after.clone()
-    kernels.pair(*run)
+    launchers.pair(*run)
     assert torch.equal(y.nan_to_num(), first[0].nan_to_num()) and torch.equal(after.nan_to_num(), first[1].nan_to_num())
 
 
@@ -567,7 +568,7 @@ def test_stem(N, H, W, dtype, device, poisoned):
 
     exact = plain(image.double(), weight.double(), shift.double())
     y = torch.empty(exact.shape, device=device, dtype=dtype).to(memory_format=NHWC)
-    kernels.stem(x, packed.flatten(2), shift, y)
+    launchers.stem(x, packed.flatten(2), shift, y)
     assert torch.equal(y.isnan(), exact.isnan())
     assert_matches(y, plain(image, weight, shift), exact, 147)
 
@@ -586,7 +587,7 @@ def test_nan_in_an_image_spreads_one_pooled_column_further_at_most(device):
         chain(image.double(), weight.double(), Geometry(2, 3), shift=shift.double(), relu=True), 3, 2, 1
     )
     y = torch.empty(exact.shape, device=device, dtype=image.dtype).to(memory_format=NHWC)
-    kernels.stem(x, packed.flatten(2), shift, y)
+    launchers.stem(x, packed.flatten(2), shift, y)
     due = exact.isnan()
     more = due | F.pad(due, (1, 0))[..., :-1]
     assert (y.isnan() | ~due).all() and (~y.isnan() | more).all()
@@ -601,8 +602,8 @@ def test_nan_in_an_image_spreads_one_pooled_column_further_at_most(device):
 def test_the_backend_by_name_runs_blocks(C, stride, launches, frozen, device, with_passes, monkeypatch):
     case = BlockCase("", basic=False, inplanes=C, planes=64, H=7, W=9, stride=stride, N=2)
     module, x = case.make().to(device).bfloat16(), case.input(torch.bfloat16, device)
-    names, run = [], kernels._run
-    monkeypatch.setattr(kernels, "_run", lambda name, *rest: [names.append(name), run(name, *rest)])
+    names, run = [], launchers._run
+    monkeypatch.setattr(launchers, "_run", lambda name, *rest: [names.append(name), run(name, *rest)])
     with torch.no_grad(), rk.use_backend("sm90"):
         blocks = torch.nn.Sequential(module)
         if frozen:
@@ -617,13 +618,13 @@ def test_the_backend_by_name_runs_blocks(C, stride, launches, frozen, device, wi
 
 
 def test_what_no_whole_block_is_for_is_told():
-    shapes, geometries = kernels.BOTTLENECKS["identity"], [Geometry(), Geometry(padding=1), Geometry()]
-    assert kernels.why_not_bottleneck(shapes, geometries, "identity", 56) is None
-    assert "at most 56 columns, got 57" in kernels.why_not_bottleneck(shapes, geometries, "identity", 57)
-    assert "and zero_pad" in kernels.why_not_bottleneck(shapes, geometries, "zero_pad", 56)
+    shapes, geometries = launchers.BOTTLENECKS["identity"], [Geometry(), Geometry(padding=1), Geometry()]
+    assert launchers.why_not_bottleneck(shapes, geometries, "identity", 56) is None
+    assert "at most 56 columns, got 57" in launchers.why_not_bottleneck(shapes, geometries, "identity", 57)
+    assert "and zero_pad" in launchers.why_not_bottleneck(shapes, geometries, "zero_pad", 56)
     dilated = [Geometry(), Geometry(1, 2, 2), Geometry()]
-    assert "strides, dilations and groups of 1" in kernels.why_not_bottleneck(shapes, dilated, "identity", 56)
-    assert "(128, 256, 1, 1)" in kernels.why_not_bottleneck(((128, 256, 1, 1),), geometries, "identity", 56)
+    assert "strides, dilations and groups of 1" in launchers.why_not_bottleneck(shapes, dilated, "identity", 56)
+    assert "(128, 256, 1, 1)" in launchers.why_not_bottleneck(((128, 256, 1, 1),), geometries, "identity", 56)
     for (J, K, ahead, columns), says in {
         (96, 256, 64, 56): "64, 128 channels inside, got 96",
         (64, 320, 64, 56): "expected 256 channels outside, got 320",
@@ -631,7 +632,7 @@ def test_what_no_whole_block_is_for_is_told():
         (128, 512, 256, 28): "expected 128 channels ahead, got 256",
         (128, 512, 128, 29): "at most 28 columns, got 29",
     }.items():
-        assert says in kernels.why_not_tail(J, K, ahead, columns)
+        assert says in launchers.why_not_tail(J, K, ahead, columns)
 
 
 def test_a_launch_that_fails_is_named(device):
@@ -640,7 +641,7 @@ def test_a_launch_that_fails_is_named(device):
         draw(64, 1, 1, 64, dtype=torch.bfloat16, device=device),
     )
     with pytest.raises(RuntimeError, match="sm90 conv_act: no tensor map of y"):
-        kernels.conv_act(x, w, torch.empty_like(x)[:, 1:], Geometry(), "turn128x64")
+        launchers.conv_act(x, w, torch.empty_like(x)[:, 1:], Geometry(), "turn128x64")
 
 
 # What is beyond the kernels is the library's, whose weight gradients are rounded to 16 bits.
@@ -680,18 +681,18 @@ def test_blocks_train(name, dtype, device, with_passes, poisoned):
 
 def test_a_block_trains_by_these_kernels(with_passes, device, monkeypatch):
     """And not by the library's, which would be as right."""
-    names, run = collections.Counter(), kernels._run
+    names, run = collections.Counter(), launchers._run
 
     def counted(name, call, device):
         kind = (
-            list(kernels.NUMBERS)[call.tile].rstrip("0123456789x") + " two" * bool(call.x2)
+            list(launchers.NUMBERS)[call.tile].rstrip("0123456789x") + " two" * bool(call.x2)
             if name == "conv_act"
             else ""
         )
         names[f"{name} {kind or ('upper' if call.upper else f'{call.R}x{call.S}')}"] += 1
         run(name, call, device)
 
-    monkeypatch.setattr(kernels, "_run", counted)
+    monkeypatch.setattr(launchers, "_run", counted)
     case = BLOCKS["by-moments"]
     training.check(lambda: (case.make().train().to(device), case.input(device=device)), torch.bfloat16, "sm90")
     assert names == {
@@ -708,14 +709,14 @@ def test_a_block_trains_by_these_kernels(with_passes, device, monkeypatch):
 def launched(monkeypatch, batch, model="resnet50", dtype=torch.bfloat16, arch=90):
     """What a frozen model would launch on a Hopper GPU, as far as metadata tell."""
     pytest.importorskip("triton", reason="the plan is the Triton backend's")
-    from resnet_kernels.backends.triton import native, run
-    from resnet_kernels.roofline import launches_of
+    from resnet_kernels.analysis.roofline import launches_of
+    from resnet_kernels.backends.gpu.inference import dispatch, hopper
 
     def why_not_here(t, arch):
         return None if arch == 90 and t.dtype in DTYPES.values() else "expected sm_90 and 16 bits"
 
-    monkeypatch.setattr(native, "_why_not_here", why_not_here)
-    monkeypatch.setattr(run, "gpu_of", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(hopper, "_why_not_here", why_not_here)
+    monkeypatch.setattr(dispatch, "gpu_of", lambda device: torch.device("cuda"))
     images = torch.empty(batch, 3, 224, 224, dtype=dtype)
     return launches_of(getattr(torchvision.models, model)().eval().to(dtype), images, arch)
 
@@ -737,16 +738,16 @@ def test_a_frozen_resnet50_runs_by_these_kernels_where_they_were_faster(monkeypa
 
 
 def test_the_tail_of_128_channels_runs_where_it_is_named_alone(monkeypatch):
-    from resnet_kernels.backends.triton import native, run
+    from resnet_kernels.backends.gpu.inference import dispatch, hopper
 
     of_128 = [m for m in launched(monkeypatch, 256) if m.name == "pair" and m.problem.first.weight.shape[0] == 128]
-    ways = [[choice.kernel for choice in run.candidates(m.problem)] for m in of_128]
+    ways = [[choice.kernel for choice in dispatch.candidates(m.problem)] for m in of_128]
     # The last is followed by 256 channels, which do not fit.
-    assert [native.TAIL in found for found in ways] == [True, True, False] and {found[0] for found in ways} == {
-        native.PAIR
+    assert [hopper.TAIL in found for found in ways] == [True, True, False] and {found[0] for found in ways} == {
+        hopper.PAIR
     }
     with monkeypatch.context() as m:
-        m.setattr(native, "PROVED_TAILS", (64, 128))
+        m.setattr(hopper, "PROVED_TAILS", (64, 128))
         now = launched(m, 256)
     wide = [m for m in now if m.name == "tail" and m.problem.first.weight.shape[0] == 128]
     assert len(wide) == 2 and all(m.grid == 256 * 28 // 4 / 2 for m in wide)
@@ -756,24 +757,24 @@ def test_the_tail_of_128_channels_runs_where_it_is_named_alone(monkeypatch):
 
 
 def test_whole_bottlenecks_run_where_a_table_says_so(monkeypatch):
-    from resnet_kernels.backends.triton import native, run
+    from resnet_kernels.backends.gpu.inference import dispatch, hopper
 
-    there = [m.within for m in launched(monkeypatch, 256) if isinstance(m.within, native.Whole)]
+    there = [m.within for m in launched(monkeypatch, 256) if isinstance(m.within, hopper.Whole)]
     # The first stage's first block, which projects, and its second. Of the third the first convolution is in the tail.
     assert len(there) == 2 and [w.last.second is None for w in there] == [False, True]
-    ways = [[choice.kernel for choice in run.candidates(whole)] for whole in there]
-    assert ways == [[run.SEPARATE, native.WHOLE], [run.SEPARATE, run.IN_A_ROW, native.WHOLE]]
+    ways = [[choice.kernel for choice in dispatch.candidates(whole)] for whole in there]
+    assert ways == [[dispatch.SEPARATE, hopper.WHOLE], [dispatch.SEPARATE, dispatch.IN_A_ROW, hopper.WHOLE]]
 
     def launched_by(kernel, config):
         row = {"kernel": kernel, "config": config}
         with monkeypatch.context() as m:
             m.setattr(
-                run, "measured_choice", lambda device, problem: row if isinstance(problem, native.Whole) else None
+                dispatch, "measured_choice", lambda device, problem: row if isinstance(problem, hopper.Whole) else None
             )
             return launched(m, 256)
 
-    assert [m.name for m in launched_by(run.IN_A_ROW, None)] == [m.name for m in launched(monkeypatch, 256)]
-    now = launched_by(native.WHOLE, dataclasses.asdict(native.WHOLE_CONFIG))
+    assert [m.name for m in launched_by(dispatch.IN_A_ROW, None)] == [m.name for m in launched(monkeypatch, 256)]
+    now = launched_by(hopper.WHOLE, dataclasses.asdict(hopper.WHOLE_CONFIG))
     names = [m.name for m in now]
     assert names.count("bottleneck") == 3 and names.count("tail") == 0 and names.count("pair") == 3 + 4
     first, second, third = (m.work for m in now if m.name == "bottleneck")

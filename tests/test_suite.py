@@ -20,11 +20,11 @@ from benchmarks.cases import ConvAct
 from benchmarks.conftest import EventTimer, Told
 from benchmarks.folding import folded
 from benchmarks.providers import PROVIDERS, Built, Provider, providers_of
-from resnet_kernels import timing
-from resnet_kernels.backends import aten
-from resnet_kernels.results import Results, Row, load, parse
+from resnet_kernels.analysis import timing
+from resnet_kernels.analysis.results import Results, Row, load, parse
+from resnet_kernels.analysis.timing import Clock, interleaved, rotating, sample
+from resnet_kernels.backends import library
 from resnet_kernels.testing import BlockCase, eager_results
-from resnet_kernels.timing import Clock, interleaved, rotating, sample
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -64,8 +64,8 @@ def test_providers_are_right_and_timed(name):
 
 def test_a_provider_that_is_wrong_has_no_time(monkeypatch):
     """Ours, with a kernel broken; the others are timed."""
-    conv = aten.conv
-    monkeypatch.setattr(aten, "conv", lambda *args: (conv(*args)[0] * 1.001, None))
+    conv = library.conv
+    monkeypatch.setattr(library, "conv", lambda *args: (conv(*args)[0] * 1.001, None))
     found = rows_of(TINY["primitives"], providers_of("primitives", "cpu"))
     assert found["aten"].status == "wrong" and found["aten"].seconds is None and "rms" in found["aten"].reason
     assert found["cpu"].status == "ok" and found["cpu"].seconds > 0

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import resnet_kernels as rk
-from resnet_kernels.backends.triton import tape
+from resnet_kernels.backends.gpu.training import tape
 from resnet_kernels.testing import ODD_CASES
 
 NHWC = torch.channels_last

@@ -11,11 +11,11 @@ from torch.utils._pytree import tree_leaves
 from torchvision.models import resnet
 
 from resnet_kernels import nn as ours
-from resnet_kernels import traffic
+from resnet_kernels.analysis import traffic
+from resnet_kernels.analysis.roofline import training_launches_of
+from resnet_kernels.analysis.traffic import INFERENCE, PLANS, TRAINING, Need
 from resnet_kernels.backends.contract import Geometry
 from resnet_kernels.replace import replace_blocks
-from resnet_kernels.roofline import training_launches_of
-from resnet_kernels.traffic import INFERENCE, PLANS, TRAINING, Need
 
 BF16, FP32 = 2, 4
 N = 2

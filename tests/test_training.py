@@ -14,7 +14,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import resnet_kernels as rk
 from resnet_kernels.nn import stem
 from resnet_kernels.nn.fusable import why_plain
-from resnet_kernels.ops import training
+from resnet_kernels.ops import chain_training
 from resnet_kernels.ops.batch_norm import norm_of
 from resnet_kernels.testing import (
     ODD_CASES,
@@ -189,7 +189,7 @@ def eager_stem(conv, bn, x, pool):
 def fused_stem(conv, bn, x, pool):
     y = rk.ops.stem(x, conv.weight, norm_of(bn), conv.stride[0], conv.dilation[0], conv.groups, pool)
     node = y.grad_fn
-    kept = training.Kept.of(node.saved_tensors[1 + node.count :], training.Plan(*node.plan))
+    kept = chain_training.Kept.of(node.saved_tensors[1 + node.count :], chain_training.Plan(*node.plan))
     (kernel, stride, padding), (P, Q) = pool, y.shape[2:]
     row, column = ((torch.arange(n, device=x.device) * stride - padding) for n in (P, Q))
     within, W = kept.mask.long(), kept.c[0].shape[3]
@@ -296,7 +296,7 @@ def test_stems_say_what_does_not_fit():
 def test_opcheck_of_a_stem():
     x, w = torch.randn(2, 3, 9, 8).contiguous(memory_format=torch.channels_last), torch.randn(4, 3, 3, 3)
     vectors = [[torch.randn(4, requires_grad=True)] for _ in range(2)] + [[torch.empty(0)]] * 2
-    plan = training.Plan(
+    plan = chain_training.Plan(
         [2], [1], [1], [1e-5], [True], [""], "none", True, False, [True, False], [3, 2, 1], "cpu"
     )  # fmt: skip
     op = torch.ops.resnet_kernels.residual_block_training.default
@@ -622,7 +622,7 @@ def test_opcheck():
     w = [t.requires_grad_() for t in w]
     gammas, betas = ([torch.randn(t.shape[0], requires_grad=True) for t in w] for _ in range(2))
     empty = [torch.empty(0)] * 3
-    plan = training.Plan(
+    plan = chain_training.Plan(
         [1] * 3, [1] * 3, [1] * 3, [1e-5] * 3, [True] * 3, [""] * 3, "identity", True, False, [False] * 2, [], "cpu"
     )
     op = torch.ops.resnet_kernels.residual_block_training.default

@@ -20,13 +20,15 @@ from torchvision.models import resnet
 
 import resnet_kernels as rk
 from resnet_kernels import cli
-from resnet_kernels.backends import triton
+from resnet_kernels.analysis.roofline import H200, launches_of
+from resnet_kernels.backends import gpu
 from resnet_kernels.backends.contract import Block, Call, Geometry, Operand, Packed, Pool
-from resnet_kernels.backends.sm90 import kernels
-from resnet_kernels.backends.triton import boxes, configs, gather, launch, native, offline, run, tail
-from resnet_kernels.backends.triton.convolution import Convolution
+from resnet_kernels.backends.gpu import configs, launch, offline
+from resnet_kernels.backends.gpu.convolution import Convolution
+from resnet_kernels.backends.gpu.inference import boxes, dispatch, gather, tail
+from resnet_kernels.backends.gpu.inference import hopper as hopper_kernels
+from resnet_kernels.backends.gpu.sm90 import launchers
 from resnet_kernels.ops import stem_inference as stem_op
-from resnet_kernels.roofline import H200, launches_of
 from resnet_kernels.testing import ODD_CASES, RESNET_CASES, RESNEXT_CASES, assert_matches, randomize_
 from resnet_kernels.tuning import launches
 
@@ -250,7 +252,7 @@ def test_nan_stays_in_its_group_where_groups_are_not_joined(device):
     x[0, 100, 2, 2] = float("nan")
     w = torch.randn(192, 96, 3, 3, device=device, dtype=torch.float16)
     g = Geometry(1, 1, 1, 2)
-    y, _ = triton.conv([run.Product(Operand(x), w, g)], run.Epilogue())
+    y, _ = gpu.conv([dispatch.Product(Operand(x), w, g)], dispatch.Epilogue())
     assert torch.equal(y.isnan(), F.conv2d(x, w, None, *g).isnan()) and y.isnan().any() and not y.isnan().all()
 
 
@@ -259,7 +261,7 @@ def test_a_weight_inside_a_flat_buffer_of_parameters(device):
     flat = torch.randn(64 * 64 + 1, device=device, dtype=torch.float16)
     w = flat[1:].view(64, 64, 1, 1)
     x = torch.randn(2, 64, 8, 8, device=device, dtype=torch.float16).contiguous(memory_format=NHWC)
-    y, _ = triton.conv([run.Product(Operand(x), w)], run.Epilogue())
+    y, _ = gpu.conv([dispatch.Product(Operand(x), w)], dispatch.Epilogue())
     assert_matches(y, F.conv2d(x, w), F.conv2d(x.double(), w.double()), 64)
 
 
@@ -288,10 +290,10 @@ def test_the_stem_in_one_kernel(name, dtype, device, poisoned):
     weight = (torch.randn(K, C, R, R, device=device) * (C * R * R) ** -0.5).to(dtype)
     shift = torch.randn(K, device=device)
     pool = Pool(3, 2, 1)
-    packed = triton.pack_stem(weight, torch.ones(K, device=device), g, pool)
-    assert triton.stem_channels(tuple(weight.shape), g, pool) == 4 and packed.weight.dim() == 3
+    packed = gpu.pack_stem(weight, torch.ones(K, device=device), g, pool)
+    assert gpu.stem_channels(tuple(weight.shape), g, pool) == 4 and packed.weight.dim() == 3
     padded = F.pad(x, (0, 0, 0, 0, 0, 4 - C)).contiguous(memory_format=NHWC)
-    y = stem_op.run(triton, padded, packed, shift, g, pool)
+    y = stem_op.run(gpu, padded, packed, shift, g, pool)
     want, exact = pooled(x, weight, shift, g, dtype), pooled(x.double(), weight, shift.double(), g, torch.float64)
     assert exact.isnan().any()
     assert_matches(y, want, exact, C * R * R)
@@ -301,9 +303,9 @@ def test_the_stem_in_one_kernel(name, dtype, device, poisoned):
 def test_a_stem_that_pools_otherwise_takes_two_kernels(device):
     x, weight = torch.randn(2, 3, 20, 22, device=device), torch.randn(8, 3, 7, 7, device=device) / 12
     shift, g, pool = torch.randn(8, device=device), Geometry(2, 3), Pool(2, 2, 0)
-    assert triton.stem_channels(tuple(weight.shape), g, pool) == 3
-    packed = triton.pack_stem(weight, torch.ones(8, device=device), g, pool)
-    y = stem_op.run(triton, x.contiguous(memory_format=NHWC), packed, shift, g, pool)
+    assert gpu.stem_channels(tuple(weight.shape), g, pool) == 3
+    packed = gpu.pack_stem(weight, torch.ones(8, device=device), g, pool)
+    y = stem_op.run(gpu, x.contiguous(memory_format=NHWC), packed, shift, g, pool)
     want = F.max_pool2d(torch.relu(F.conv2d(x, weight, shift, *g)), 2)
     exact = F.max_pool2d(torch.relu(F.conv2d(x.double(), weight.double(), shift.double(), *g)), 2)
     assert_matches(y, want, exact, 147)
@@ -313,9 +315,9 @@ def test_a_stem_that_pools_otherwise_takes_two_kernels(device):
 def test_a_stem_with_groups(device):
     x, weight = torch.randn(2, 6, 20, 22, device=device), torch.randn(64, 3, 7, 7, device=device) / 12
     shift, g, pool = torch.randn(64, device=device), Geometry(2, 3, 1, 2), Pool(3, 2, 1)
-    assert triton.stem_channels(tuple(weight.shape), g, pool) == 6
-    packed = triton.pack_stem(weight, torch.ones(64, device=device), g, pool)
-    y = stem_op.run(triton, x.contiguous(memory_format=NHWC), packed, shift, g, pool)
+    assert gpu.stem_channels(tuple(weight.shape), g, pool) == 6
+    packed = gpu.pack_stem(weight, torch.ones(64, device=device), g, pool)
+    y = stem_op.run(gpu, x.contiguous(memory_format=NHWC), packed, shift, g, pool)
     assert_matches(
         y,
         pooled(x, weight, shift, g, x.dtype),
@@ -328,16 +330,16 @@ def test_a_stem_with_groups(device):
 def hopper(monkeypatch):
     """What `native` hands to csrc/cuda/sm90 runs emulated; the rest in the interpreter. Returns the names of the
     emulated, counted."""
-    library, names = kernels.declared(emulated.sm90()), collections.Counter()
+    library, names = launchers.declared(emulated.sm90()), collections.Counter()
 
     def run_emulated(name, call, device):
         names[name] += 1
-        kernels.invoke(library, name, call, None)
+        launchers.invoke(library, name, call, None)
 
-    monkeypatch.setattr(kernels, "_run", run_emulated)
-    monkeypatch.setattr(kernels, "multiprocessors", lambda device: 3)
-    monkeypatch.setattr(native, "_why_not_here", lambda t, arch: None)
-    monkeypatch.setattr(run, "gpu_of", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(launchers, "_run", run_emulated)
+    monkeypatch.setattr(launchers, "multiprocessors", lambda device: 3)
+    monkeypatch.setattr(hopper_kernels, "_why_not_here", lambda t, arch: None)
+    monkeypatch.setattr(dispatch, "gpu_of", lambda device: torch.device("cuda"))
     monkeypatch.setattr(launch, "INTERPRETED_PROCESSORS", 1)
     with launch.assume_arch(90):
         yield names
@@ -356,13 +358,13 @@ def test_a_frozen_stage_is_right_by_the_kernels_for_hopper(by, hopper, monkeypat
     def measured(device, problem):
         assert device.type == "cpu"  # where it runs, though what it reads may not be there yet
         kernel, config = {
-            native.Whole: (native.WHOLE, native.WHOLE_CONFIG),
-            tail.Tail: (native.TAIL, native.TAIL_CONFIG),
+            hopper_kernels.Whole: (hopper_kernels.WHOLE, hopper_kernels.WHOLE_CONFIG),
+            tail.Tail: (hopper_kernels.TAIL, hopper_kernels.TAIL_CONFIG),
         }.get(type(problem), (None, None))
         return None if kernel is None else {"kernel": kernel, "config": dataclasses.asdict(config)}
 
     if by == "table":
-        monkeypatch.setattr(run, "measured_choice", measured)
+        monkeypatch.setattr(dispatch, "measured_choice", measured)
     stages = [
         bottleneck_with_projection(64, 64, 1),
         resnet.Bottleneck(256, 64),
@@ -387,16 +389,16 @@ def test_every_way_of_a_whole_bottleneck_is_right(hopper):
     x = torch.empty(8, 64, 6, 5, dtype=torch.half)
     with rk.use_backend("triton"):
         made = launches_of(nn.Sequential(*stage).half(), x)
-        wholes = {m.within.key: m.within for m in made if isinstance(m.within, native.Whole)}
+        wholes = {m.within.key: m.within for m in made if isinstance(m.within, hopper_kernels.Whole)}
         assert len(wholes) == 2
-        ways = {run.SEPARATE: {"conv_act": 3}, native.WHOLE: {"bottleneck": 1}}
-        for whole, ran in zip(wholes.values(), (ways, ways | {run.IN_A_ROW: {"tail": 1}}), strict=True):
+        ways = {dispatch.SEPARATE: {"conv_act": 3}, hopper_kernels.WHOLE: {"bottleneck": 1}}
+        for whole, ran in zip(wholes.values(), (ways, ways | {dispatch.IN_A_ROW: {"tail": 1}}), strict=True):
             whole = launches.materialize(whole, x.device)
             exact, plain = launches.plain(whole, torch.float64), launches.plain(whole, x.dtype)
-            choices = list(run.candidates(whole))
+            choices = list(dispatch.candidates(whole))
             assert {choice.kernel for choice in choices} == set(ran)
             for choice in choices:
-                hopper.clear()
+                hopper_kernels.clear()
                 for y, p, e in zip(launches.run_so(whole, choice), plain, exact, strict=True):
                     assert_matches(y, p, e, 576, choice.kernel)
                 assert hopper == ran[choice.kernel]
@@ -410,7 +412,7 @@ def test_frozen_models_in_the_interpreter(name, arch, monkeypatch):
     model = randomize_(torchvision.models.get_model(name, num_classes=8, **width)).eval().half()
     x = torch.randn(4, 3, 32, 32).half()
     names = collections.Counter()
-    monkeypatch.setattr(run, "submit", lambda made: (names.update([made.name]), launch.submit(made)))
+    monkeypatch.setattr(dispatch, "submit", lambda made: (names.update([made.name]), launch.submit(made)))
     with torch.no_grad(), launch.assume_arch(arch):
         want = copy.deepcopy(model).to(memory_format=NHWC)(x.contiguous(memory_format=NHWC))
         exact = copy.deepcopy(model).double()(x.double())
@@ -425,12 +427,12 @@ def test_frozen_models_in_the_interpreter(name, arch, monkeypatch):
 @pytest.mark.parametrize("groups, C, K", [(4, 4, 4), (32, 4, 8), (3, 20, 20), (2, 64, 32), (6, 1, 2), (5, 7, 3)])
 def test_joined_groups_are_the_grouped_convolution(groups, C, K):
     weight = torch.randn(groups * K, 3, 3, C)
-    joined = run.join_groups(weight, groups)
+    joined = dispatch.join_groups(weight, groups)
     x = torch.randn(1, groups * C, 4, 4)
     to = x.shape[1] // joined.shape[3]
     got = F.conv2d(x, joined.permute(0, 3, 1, 2), groups=to)
     torch.testing.assert_close(got, F.conv2d(x, weight.permute(0, 3, 1, 2), groups=groups))
-    assert to == 1 or (groups * K // to) % run.JOINED == 0
+    assert to == 1 or (groups * K // to) % dispatch.JOINED == 0
 
 
 # What would run on a GPU: recorded.
@@ -479,7 +481,7 @@ def test_bytes_of_a_block_counted_by_hand():
 
 def test_why_a_kernel_was_not_taken():
     launches = launches_of(*model_and_input("resnet50", 1, torch.bfloat16), 90)
-    assert any(run.TAIL in made.refused for made in launches)
+    assert any(dispatch.TAIL in made.refused for made in launches)
     assert any("full" in made.refused.get("boxes", "") for made in launches if made.name == "conv_gather")
     launches = launches_of(*model_and_input("resnet18", 8, torch.bfloat16), 80)
     assert {made.refused.get("boxes") for made in launches[1:]} == {"expected sm_90 or sm_100, got sm_80"}
@@ -571,7 +573,9 @@ def test_what_boxes_refuse_compiles_clean_in_large(sizes, arch):
     with launch.recording(arch) as launches, torch.device("meta"):
         x = torch.empty(256, C, H, H, dtype=torch.bfloat16).to(memory_format=NHWC)
         w = torch.empty(K, C, R, R, dtype=torch.bfloat16)
-        triton.conv([run.Product(Operand(x), w, Geometry(stride, R // 2))], run.Epilogue(torch.empty(K), relu=True))
+        gpu.conv(
+            [dispatch.Product(Operand(x), w, Geometry(stride, R // 2))], dispatch.Epilogue(torch.empty(K), relu=True)
+        )
     (made,) = launches
     assert made.name == "conv_gather" and not offline.read(made, arch).wrong(), offline.read(made, arch).wrong()
 
@@ -584,8 +588,8 @@ def test_the_lazy_operand_and_passes_compile_clean(arch):
             x = torch.empty(64, C, H, H, dtype=torch.bfloat16).to(memory_format=NHWC)
             a, w = torch.empty(C), torch.empty(K, C, R, R, dtype=torch.bfloat16)
             lazy = Operand(x, (a, a), relu=True)
-            triton.conv([run.Product(lazy, w, Geometry(1, R // 2))], run.Epilogue(relu=True))
-            triton.bn_pass(lazy, run.Epilogue(residual=Operand(x)), Pool(3, 2, 1) if R == 3 else None)
+            gpu.conv([dispatch.Product(lazy, w, Geometry(1, R // 2))], dispatch.Epilogue(relu=True))
+            gpu.bn_pass(lazy, dispatch.Epilogue(residual=Operand(x)), Pool(3, 2, 1) if R == 3 else None)
     for made in launches:
         found.setdefault(offline.specialize(made, arch)[0], made)
     for made in found.values():
@@ -597,7 +601,7 @@ def test_the_lazy_operand_and_passes_compile_clean(arch):
 
 
 def test_the_documented_table_is_what_compiles(capsys):
-    documented = (HERE.parent / "docs/kernels.md").read_text().split("### ")[1]
+    documented = (HERE.parent / "docs/launchers.md").read_text().split("### ")[1]
     assert cli.main(["kernels"]) == 0
     assert capsys.readouterr().out.strip().removeprefix("### ") == documented.strip(), "run `make kernels`"
 
@@ -626,21 +630,21 @@ def call(device="cuda", dtype=torch.bfloat16, weights=THREE, needs=("conv", "res
 
 
 def test_why_not():
-    assert "expected tensors on cuda, got cpu" in triton.why_not(call("cpu"))
-    assert "expected float32, bfloat16, float16, got torch.float64" in triton.why_not(call(dtype=torch.float64))
-    assert "not implemented here: bottleneck" in triton.why_not(call(needs=("conv", "bottleneck")))
-    assert triton.why_not(call(needs=("training",))) is None
+    assert "expected tensors on cuda, got cpu" in gpu.why_not(call("cpu"))
+    assert "expected float32, bfloat16, float16, got torch.float64" in gpu.why_not(call(dtype=torch.float64))
+    assert "not implemented here: bottleneck" in gpu.why_not(call(needs=("conv", "bottleneck")))
+    assert gpu.why_not(call(needs=("training",))) is None
     second = (((64, 64, 1, 1), Geometry()), ((64, 64, 3, 3), Geometry(1, 1)))
-    reason = triton.why_not(call(weights=second, needs=("conv", "two_products")))
+    reason = gpu.why_not(call(weights=second, needs=("conv", "two_products")))
     assert "expected a second product that is an ungrouped 1x1, got 3x3" in reason
-    assert triton.why_not(call()) is None
+    assert gpu.why_not(call()) is None
 
 
 def test_the_interpreter_is_refused_bf16(monkeypatch):
     monkeypatch.setattr(launch, "INTERPRETING", True)
-    monkeypatch.setattr(run, "INTERPRETING", True)
-    assert triton.why_not(call("cpu")) == "Triton's interpreter multiplies bfloat16 wrongly"
-    assert triton.why_not(call("cpu", torch.float16)) is None
+    monkeypatch.setattr(dispatch, "INTERPRETING", True)
+    assert gpu.why_not(call("cpu")) == "Triton's interpreter multiplies bfloat16 wrongly"
+    assert gpu.why_not(call("cpu", torch.float16)) is None
 
 
 @pytest.mark.gpu
@@ -658,7 +662,7 @@ def test_more_than_two_to_the_31_elements():
         y = torch.empty_like(x)
         launch.submit(module.launch(c, config, y))
         torch.testing.assert_close(y[-1:], want, rtol=2e-2, atol=2e-2)
-    y = triton.bn_pass(Operand(x), run.Epilogue(relu=True))[0]
+    y = gpu.bn_pass(Operand(x), dispatch.Epilogue(relu=True))[0]
     assert torch.equal(y[-1:], torch.relu(x[-1:]))
 
 
@@ -680,5 +684,5 @@ def test_blocks_on_a_side_stream_and_twice_the_same():
 def test_blocks_are_chained_only_where_that_is_right():
     """A basic block behind a bottleneck begins with a 3x3; a first convolution with a stride is not the same 1x1."""
     packed = Packed(torch.empty(64, 3, 3, 256, device="meta"), None, (64, 256, 3, 3))
-    c = run._chain(Block([packed], [torch.empty(64, device="meta")], [Geometry(1, 1)], "identity"))[0]
+    c = dispatch._chain(Block([packed], [torch.empty(64, device="meta")], [Geometry(1, 1)], "identity"))[0]
     assert "expected a 1x1 convolution" in tail.why_not_after(c)

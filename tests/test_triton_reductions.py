@@ -18,7 +18,9 @@ from resnet_kernels.backends.contract import (
     Pooled,
     Stats,
 )
-from resnet_kernels.backends.triton import finalize, launch, offline, outer, products, reductions, run
+from resnet_kernels.backends.gpu import launch, offline
+from resnet_kernels.backends.gpu.inference import dispatch
+from resnet_kernels.backends.gpu.training import finalize, outer, products, reductions
 from resnet_kernels.testing import assert_matches
 
 NHWC = torch.channels_last
@@ -534,7 +536,7 @@ def launches_of_training(dtype, arch):
             torch.empty(64),
             Pool(3, 2, 1),
         )
-        y, winners = run.bn_pass(Operand(c, (j, j)), Epilogue(relu=True, reduce="winners"), pool)
+        y, winners = dispatch.bn_pass(Operand(c, (j, j)), Epilogue(relu=True, reduce="winners"), pool)
         g = Operand(y, pooled=Pooled(winners, pool, (112, 112)))
         reductions.reduce(g, Normalized(c, j, j))
         reductions.bn_pass(dataclasses.replace(g, affine=(j, j), second=(c, j, j)), Epilogue())

@@ -8,10 +8,11 @@ import torch
 from test_training import CASES, SMALL, check
 from torch import nn
 
-from resnet_kernels.backends import reference, triton
+from resnet_kernels.backends import gpu, reference
 from resnet_kernels.backends.contract import Epilogue, Geometry, Normalized, Operand, Product
-from resnet_kernels.backends.triton import launch, offline, products
-from resnet_kernels.ops import training
+from resnet_kernels.backends.gpu import launch, offline
+from resnet_kernels.backends.gpu.training import products
+from resnet_kernels.ops import chain_training
 from resnet_kernels.testing import RESNET_CASES, assert_matches
 
 NHWC = torch.channels_last
@@ -167,7 +168,7 @@ def plain_sums(y, by):
     return v.sum((0, 2, 3)), (v * off).sum((0, 2, 3)) * by.rstd
 
 
-def compare(call, dtype, arch, backend=triton):
+def compare(call, dtype, arch, backend=gpu):
     """The backend's call against the reference's, and what it reduces against the result it is of."""
     terms, epilogue = converted(call, dtype, pack=True)
     with launch.assume_arch(arch) if launch.INTERPRETING else contextlib.nullcontext():
@@ -184,7 +185,7 @@ def compare(call, dtype, arch, backend=triton):
     if by is None:
         assert reduced is None
     elif by == "mask":
-        assert tuple(reduced.shape) == triton.mask_size(y.shape)
+        assert tuple(reduced.shape) == gpu.mask_size(y.shape)
         assert torch.equal(reduced, products.packed_bits(~(y <= 0)))
     else:
         exact_sums = reference.reduce(Operand(y.double()), converted(by, torch.float64))
@@ -223,7 +224,7 @@ def test_nan_passes_where_the_reference_lets_it(name, dtype, device, poisoned):
     assert y.isnan().any() and not y.isnan().all()
     if epilogue.reduce == "mask":
         with launch.assume_arch(90):
-            y, bits = triton.conv(terms, epilogue)
+            y, bits = gpu.conv(terms, epilogue)
         assert torch.equal(bits, products.packed_bits(~(y <= 0))) and products.packed_bits(y.isnan()).any()
 
 
@@ -250,7 +251,7 @@ def test_a_mask_is_of_the_rounded_value(dtype, kept, device):
     d = Draw(dtype, device, 1, 8, 8, 3, 3)
     tiny = torch.full((8,), 1e-9, device=device)
     by = Operand(torch.ones_like(d.t(8)), (tiny, torch.zeros_like(tiny)), relu=True)
-    y, _ = triton.conv([d.by(d.x(8))], Epilogue(mask=by))
+    y, _ = gpu.conv([d.by(d.x(8))], Epilogue(mask=by))
     assert bool(y.all()) == kept and bool(y.any()) == kept
 
 
@@ -258,10 +259,10 @@ def test_a_mask_is_of_the_rounded_value(dtype, kept, device):
 def test_an_empty_batch(device):
     x, w = torch.randn(0, 8, 4, 4, device=device), torch.randn(16, 8, 1, 1, device=device)
     for by in ("stats", "mask", Normalized(torch.randn(0, 16, 4, 4, device=device), *torch.ones(2, 16, device=device))):
-        y, reduced = triton.conv([Product(Operand(x), w)], Epilogue(reduce=by))
+        y, reduced = gpu.conv([Product(Operand(x), w)], Epilogue(reduce=by))
         assert y.shape == (0, 16, 4, 4)
         if by == "mask":
-            assert tuple(reduced.shape) == triton.mask_size(y.shape) == (0, 2)
+            assert tuple(reduced.shape) == gpu.mask_size(y.shape) == (0, 2)
         else:
             assert not torch.stack(reduced[-1:]).any()
 
@@ -270,8 +271,8 @@ def test_an_empty_batch(device):
 def test_what_settles(device):
     d = Draw(torch.float32, device, 2, 8, 8, 4, 3)
     h, x = d.h(8), d.x(8)
-    assert triton.settle(h, 1) is h and triton.settle(x, 3).tensor is x.tensor
-    settled = triton.settle(h, 3)
+    assert gpu.settle(h, 1) is h and gpu.settle(x, 3).tensor is x.tensor
+    settled = gpu.settle(h, 3)
     assert settled.plain
     torch.testing.assert_close(settled.tensor, reference.bn_pass(h, Epilogue())[0])
 
@@ -279,7 +280,7 @@ def test_what_settles(device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_twice_the_same_bits(device):
     call = CALLS["dh"](Draw(torch.float16, device, 3, 40, 72, 8, 9))
-    (y, sums), (again, sums_again) = (triton.conv(*converted(call, torch.float16, pack=True)) for _ in range(2))
+    (y, sums), (again, sums_again) = (gpu.conv(*converted(call, torch.float16, pack=True)) for _ in range(2))
     assert torch.equal(y, again) and all(map(torch.equal, sums, sums_again))
 
 
@@ -329,7 +330,7 @@ def launches_of_training(case, dtype, arch):
         unused = [torch.empty(0) for _ in weights]
         n = len(convs)
         geometry = [[c.stride[0] for c in convs], [c.dilation[0] for c in convs], [c.groups for c in convs]]
-        plan = training.Plan(
+        plan = chain_training.Plan(
             *geometry,
             [1e-5] * n,
             [True] * n,
@@ -342,10 +343,10 @@ def launches_of_training(case, dtype, arch):
             backend="triton",
         )
         shapes = [w.shape for w in weights]
-        plan = plan._replace(stored=training.stored_outputs(x.shape, shapes, plan, plan.geometries(weights)))
-        kept = training.Forward(triton, x, weights, vectors, vectors, unused, unused, plan).run()
+        plan = plan._replace(stored=chain_training.stored_outputs(x.shape, shapes, plan, plan.geometries(weights)))
+        kept = chain_training.Forward(gpu, x, weights, vectors, vectors, unused, unused, plan).run()
         every = [True] * n
-        training.Backward(triton, x, weights, kept, plan, True, every, every).run(torch.empty_like(kept.y))
+        chain_training.Backward(gpu, x, weights, kept, plan, True, every, every).run(torch.empty_like(kept.y))
     return launches
 
 

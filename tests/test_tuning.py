@@ -13,17 +13,19 @@ import torch
 import torchvision
 
 import resnet_kernels as rk
-from resnet_kernels.backends import aten, measured, select
+from resnet_kernels.analysis.roofline import launches_of
+from resnet_kernels.analysis.timing import Sample
+from resnet_kernels.backends import library, select, tables
 from resnet_kernels.backends.contract import Call, Geometry
-from resnet_kernels.backends.measured import Table
-from resnet_kernels.backends.triton import ahead, configs, launch, native, run
-from resnet_kernels.backends.triton.configs import Config
-from resnet_kernels.backends.triton.launch import assume_arch, recording
-from resnet_kernels.backends.triton.tail import Tail
-from resnet_kernels.roofline import launches_of
+from resnet_kernels.backends.gpu import ahead, configs, launch
+from resnet_kernels.backends.gpu.configs import Config
+from resnet_kernels.backends.gpu.inference import dispatch, hopper
+from resnet_kernels.backends.gpu.inference.tail import Tail
+from resnet_kernels.backends.gpu.launch import assume_arch, recording
+from resnet_kernels.backends.tables import Table
 from resnet_kernels.testing import randomize_
-from resnet_kernels.timing import Sample
 from resnet_kernels.tuning import launches, tuner
+from resnet_kernels.tuning.store import store
 
 THREE = (((64, 64, 3, 3), Geometry(1, 1)),)
 
@@ -38,11 +40,11 @@ def folders(monkeypatch, tmp_path):
     shipped, user = tmp_path / "shipped", tmp_path / "user"
     shipped.mkdir()
     user.mkdir()
-    monkeypatch.setattr(measured, "SHIPPED", shipped)
+    monkeypatch.setattr(tables, "SHIPPED", shipped)
     monkeypatch.setenv("RESNET_KERNELS_CACHE", str(user))
-    measured.forget()
+    tables.forget()
     yield shipped, user
-    measured.forget()
+    tables.forget()
 
 
 @pytest.fixture
@@ -52,15 +54,15 @@ def h200(monkeypatch, folders):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(launch, "_properties", lambda device: (90, 132))
-    measured._identity.cache_clear()
+    tables._identity.cache_clear()
     yield folders
-    measured._identity.cache_clear()
+    tables._identity.cache_clear()
 
 
 def write_table(folder, call, fastest="triton", **other):
-    identity = measured.identity(call.device) | other
-    row = {"call": measured.key(call), "fastest": fastest}
-    measured.store(folder / measured.file_of(identity), identity, Table({row["call"]: row}, {}))
+    identity = tables.identity(call.device) | other
+    row = {"call": tables.key(call), "fastest": fastest}
+    store(folder / tables.file_of(identity), identity, Table({row["call"]: row}, {}))
 
 
 @pytest.mark.parametrize("place", [0, 1], ids=["shipped", "the user's"])
@@ -107,8 +109,8 @@ def test_tables_of_others_do_not_count(h200, other):
     "text", ["", "[]", '{"schema": 1}', '{"schema": 2, "identity": {}, "calls": [], "launches": []}']
 )
 def test_a_file_that_is_no_table_is_ignored_with_a_warning_and_rebuilt(h200, text):
-    identity = measured.identity(torch.device("cuda"))
-    path = h200[1] / measured.file_of(identity)
+    identity = tables.identity(torch.device("cuda"))
+    path = h200[1] / tables.file_of(identity)
     path.write_text(text)
     with pytest.warns(UserWarning, match="expected a table of measured choices of schema 1.*ignored"):
         assert select.choose(call()).NAME == "aten"
@@ -118,24 +120,24 @@ def test_a_file_that_is_no_table_is_ignored_with_a_warning_and_rebuilt(h200, tex
 
 
 def test_a_table_of_other_versions_under_its_name_is_replaced_with_a_warning(h200):
-    identity = measured.identity(torch.device("cuda"))
-    path = h200[1] / measured.file_of(identity)
-    measured.store(path, identity | {"torch": "1.0"}, Table({"old": {"call": "old", "fastest": "aten"}}, {}))
+    identity = tables.identity(torch.device("cuda"))
+    path = h200[1] / tables.file_of(identity)
+    store(path, identity | {"torch": "1.0"}, Table({"old": {"call": "old", "fastest": "aten"}}, {}))
     with pytest.warns(UserWarning, match="expected a table for .*replaced"):
         write_table(h200[1], call())
-    assert "old" not in measured.read(path)[1].calls
+    assert "old" not in tables.read(path)[1].calls
 
 
 def _store(path, i):
     row = {"call": f"call {i}", "fastest": "aten"}
-    measured.store(path, {"device": "one"}, Table({row["call"]: row}, {}))
+    store(path, {"device": "one"}, Table({row["call"]: row}, {}))
 
 
 def test_processes_that_write_one_table_lose_nothing(tmp_path):
     path = tmp_path / "table.json"
     with multiprocessing.get_context("fork").Pool(4) as pool:
         pool.map(functools.partial(_store, path), range(24))
-    assert set(measured.read(path)[1].calls) == {f"call {i}" for i in range(24)}
+    assert set(tables.read(path)[1].calls) == {f"call {i}" for i in range(24)}
     assert not [p for p in tmp_path.iterdir() if p.suffix not in (".json", ".lock")]
 
 
@@ -143,7 +145,7 @@ def test_the_cache_folder_is_where_the_system_has_such(monkeypatch, tmp_path):
     monkeypatch.delenv("RESNET_KERNELS_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert tmp_path in measured.cache_folder().parents and "resnet_kernels" in str(measured.cache_folder())
+    assert tmp_path in tables.cache_folder().parents and "resnet_kernels" in str(tables.cache_folder())
 
 
 SHIPPED = sorted((Path(rk.__file__).parent / "tuning").glob("*.json"))
@@ -151,18 +153,18 @@ SHIPPED = sorted((Path(rk.__file__).parent / "tuning").glob("*.json"))
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_tables_are_of_these_kernels(path):
-    holds_for, table = measured.read(path)
-    assert path.name == measured.file_of(holds_for)
-    assert holds_for["kernels"] == measured.kernels_digest(), "kernels changed: measure again, or take the table out"
+    holds_for, table = tables.read(path)
+    assert path.name == tables.file_of(holds_for)
+    assert holds_for["kernels"] == tables.kernels_digest(), "kernels changed: measure again, or take the table out"
     assert table.calls and table.launches
     for row in table.launches.values():
-        assert (row["config"] is None) == (row["kernel"] in (run.SEPARATE, native.PAIR))
+        assert (row["config"] is None) == (row["kernel"] in (dispatch.SEPARATE, hopper.PAIR))
         config = None if row["config"] is None else configs.parse(row["config"])
-        built = {native.TAIL: native.TAIL_CONFIG, **native.KERNELS}
+        built = {hopper.TAIL: hopper.TAIL_CONFIG, **hopper.KERNELS}
         if row["kernel"] in built:
             assert config == built[row["kernel"]]
         else:
-            assert row["kernel"] in ("boxes", "gather", run.TAIL, run.SEPARATE, native.PAIR)
+            assert row["kernel"] in ("boxes", "gather", dispatch.TAIL, dispatch.SEPARATE, hopper.PAIR)
 
 
 def test_the_digest_is_the_kernels_code_and_not_its_comments(tmp_path, monkeypatch):
@@ -170,8 +172,8 @@ def test_the_digest_is_the_kernels_code_and_not_its_comments(tmp_path, monkeypat
         "@triton.jit\ndef kernel(x):\n    '''Docs.'''\n    # Why.\n    return x + 1\n\ndef launcher():\n    return 1\n"
     )
     digests = []
-    monkeypatch.setattr(measured, "_TRITON", tmp_path)
-    monkeypatch.setattr(measured, "_TUNED", ("kernel",))
+    monkeypatch.setattr(tables, "_GPU", tmp_path)
+    monkeypatch.setattr(tables, "_TUNED", ("kernel",))
     for text in (
         source,
         source.replace("Why", "Because").replace("Docs", "More docs"),
@@ -179,9 +181,9 @@ def test_the_digest_is_the_kernels_code_and_not_its_comments(tmp_path, monkeypat
         source.replace("x + 1", "x + 2"),
     ):
         (tmp_path / "kernel.py").write_text(text)
-        measured.kernels_digest.cache_clear()
-        digests.append(measured.kernels_digest())
-    measured.kernels_digest.cache_clear()
+        tables.kernels_digest.cache_clear()
+        digests.append(tables.kernels_digest())
+    tables.kernels_digest.cache_clear()
     assert digests[0] == digests[1] == digests[2] != digests[3]
 
 
@@ -205,12 +207,12 @@ def test_a_measured_configuration_is_what_is_launched(h200, monkeypatch):
     plain = next(p for p in found.values() if "1x1 2048->512 7x7" in p.key and not isinstance(p, Tail))
     other = Config(64, 128, 64, 4, 3)
     rows = [
-        {"launch": tail.key, "kernel": run.SEPARATE, "config": None},
+        {"launch": tail.key, "kernel": dispatch.SEPARATE, "config": None},
         {"launch": plain.key, "kernel": "boxes", "config": dataclasses.asdict(other)},
     ]
     device = torch.device("cuda")
-    identity = measured.identity(device)
-    measured.store(h200[1] / "t.json", identity, Table({}, {row["launch"]: row for row in rows}))
+    identity = tables.identity(device)
+    store(h200[1] / "t.json", identity, Table({}, {row["launch"]: row for row in rows}))
     with select.use_backend("triton"), recording(90, device) as made:
         rk.freeze(model)(x)
     assert [m.problem.key for m in made if m.problem and m.problem.key == tail.key] == []
@@ -232,10 +234,10 @@ def test_a_measured_configuration_is_what_is_launched(h200, monkeypatch):
 def test_a_row_that_is_no_choice_is_ignored_with_a_warning(h200, row):
     _, _, found = problems()
     key, problem = next((k, p) for k, p in found.items() if not isinstance(p, Tail))
-    identity = measured.identity(torch.device("cuda"))
-    measured.store(h200[1] / "t.json", identity, Table({}, {key: row | {"launch": key}}))
+    identity = tables.identity(torch.device("cuda"))
+    store(h200[1] / "t.json", identity, Table({}, {key: row | {"launch": key}}))
     with recording(90, torch.device("cuda")), pytest.warns(UserWarning, match="is ignored"):
-        assert run.choices(problem)[0].config is not None
+        assert dispatch.choices(problem)[0].config is not None
 
 
 @pytest.mark.parametrize("row", [("of the future", Config(64, 64, 64, 4, 3)), ("boxes", None)])
@@ -243,7 +245,7 @@ def test_a_choice_nobody_knows_is_refused(row):
     _, _, found = problems()
     problem = next(p for p in found.values() if not isinstance(p, Tail))
     with recording(90):
-        assert run.judge(problem, *row).why_not.startswith("unknown")
+        assert dispatch.judge(problem, *row).why_not.startswith("unknown")
 
 
 def test_keys_tell_apart_what_configurations_depend_on():
@@ -264,11 +266,11 @@ def test_candidates_are_many_and_within_the_limits():
     _, _, found = problems()
     for problem in found.values():
         with recording(90):
-            ways = list(run.candidates(problem))
+            ways = list(dispatch.candidates(problem))
             assert len(ways) >= 5 and len({(w.kernel, w.config) for w in ways}) == len(ways)
             for way in ways:
                 if way.config is not None:
-                    made = run.launch_so(problem, way)
+                    made = dispatch.launch_so(problem, way)
                     assert made.grid > 0 and made.work.issued >= made.work.flops > 0
 
 
@@ -277,10 +279,10 @@ def test_compiled_ahead_is_what_compiles_here():
     _, _, found = problems()
     problem = next(p for p in found.values() if "1x1 2048->512 7x7" in p.key)
     with recording(90):
-        choice = run.choices(problem)[0]
-        sound = run.launch_so(problem, choice)
+        choice = dispatch.choices(problem)[0]
+        sound = dispatch.launch_so(problem, choice)
         config = dataclasses.replace(choice.config, num_warps=3)
-        unsound = run.launch_so(problem, run.Choice("boxes", config))
+        unsound = dispatch.launch_so(problem, dispatch.Choice("boxes", config))
     first, second = ahead.compile_all([sound, unsound], 90, workers=2)
     assert first.matrix["wgmma"] > 0 and not first.wrong()
     assert isinstance(second, str) and second
@@ -306,8 +308,8 @@ def test_tune_chooses_the_fastest_that_is_right(folders, small, monkeypatch):
     assert report.path.parent == folders[1] and "1000.0 us, 2.00x cpu" in str(report)
     assert {e.chosen for e in rk.explain(rk.freeze(model), x)} == {"aten"}
     assert {e.chosen for e in rk.explain(rk.freeze(model), torch.randn(3, 3, 32, 32))} == {"cpu"}
-    conv = aten.conv
-    monkeypatch.setattr(aten, "conv", lambda *args: (conv(*args)[0] * 1.01, None))
+    conv = library.conv
+    monkeypatch.setattr(library, "conv", lambda *args: (conv(*args)[0] * 1.01, None))
     report = rk.tune(model, x, again=True)
     assert {m.chosen for m in report.measured} == {"cpu"}  # nothing is left to be compared together
     assert all("wrong: rms" in m.out["aten"] and "aten" not in m.seconds for m in report.measured)
@@ -331,7 +333,7 @@ def test_choices_that_lose_together_are_dropped(folders, small, monkeypatch):
     report = rk.tune(model, x)
     assert report.measured[-1].chosen == "default" and report.measured[0].chosen == "aten"
     assert {e.chosen for e in rk.explain(rk.freeze(model), x)} == {"cpu"}
-    assert {row.get("alone") for row in measured.read(report.path)[1].calls.values()} == {"aten", None}
+    assert {row.get("alone") for row in tables.read(report.path)[1].calls.values()} == {"aten", None}
     assert rk.tune(model, x).left == 0 and rk.tune(model, x).measured == ()
 
 
@@ -417,21 +419,21 @@ def test_launches_are_tuned_and_run_as_measured(folders):
     with rk.use_backend("triton"), assume_arch(90):
         report = rk.tune(model, x, path=path, candidates=1)
         assert all(m.seconds and not m.out for m in report.measured)
-        assert any(set(m.seconds) > {run.SEPARATE} and len(m.seconds) >= 3 for m in report.measured)
-        rows = measured.read(path)[1].launches
+        assert any(set(m.seconds) > {dispatch.SEPARATE} and len(m.seconds) >= 3 for m in report.measured)
+        rows = tables.read(path)[1].launches
         tails = [row for key, row in rows.items() if " > " in key]
         assert tails and {row["kernel"] for row in rows.values()} <= {
             "boxes",
             "gather",
-            run.SEPARATE,
-            run.TAIL,
-            run.IN_A_ROW,
+            dispatch.SEPARATE,
+            dispatch.TAIL,
+            dispatch.IN_A_ROW,
         }
         want = rk.freeze(model)(x)
         for row in tails:
-            row |= {"kernel": run.SEPARATE, "config": None}
-        identity = measured.identity(x.device)
-        measured.store(path, identity, Table({}, rows))
+            row |= {"kernel": dispatch.SEPARATE, "config": None}
+        identity = tables.identity(x.device)
+        store(path, identity, Table({}, rows))
         torch.testing.assert_close(rk.freeze(model)(x), want, rtol=2e-3, atol=2e-3)
 
 

@@ -18,7 +18,8 @@ from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.ops import FrozenBatchNorm2d
 
 import resnet_kernels as rk
-from resnet_kernels import cli, coverage
+from resnet_kernels import cli
+from resnet_kernels.cli import coverage
 from resnet_kernels.nn.blocks import Fused
 from resnet_kernels.testing import assert_matches
 

@@ -69,7 +69,7 @@ class Folder:
         from torchvision import transforms
         from torchvision.datasets import ImageFolder
 
-        from resnet_kernels.images import MEAN, STD
+        from resnet_kernels.testing.images import MEAN, STD
 
         end = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
         crops = [transforms.RandomResizedCrop(size, antialias=True), transforms.RandomHorizontalFlip()]

@@ -344,8 +344,8 @@ def fold(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 class Backend(Protocol):
     """A backend is a module with these names. A primitive may be called where `why_not` of its call is None, and need
-    not exist elsewhere. Optional are, in one call, what `ops.block.run` and `ops.stem_inference.run` compose, and a way
-    to decide once:
+    not exist elsewhere. Optional are, in one call, what `ops.block_inference.run` and `ops.stem_inference.run` compose,
+    and a way to decide once:
 
     residual_blocks(x, blocks, overwrite), of blocks that have a shortcut
     residual_block(x, block), of one: its result, or None where no kernel has all of it

@@ -11,10 +11,11 @@ import os
 from contextlib import AbstractContextManager
 from typing import cast
 
-from . import aten, cpu, cuda, measured, reference, sm90, triton
+from . import cpu, gpu, library, reference, tables
 from .contract import Backend, BackendUnavailable, Call
+from .gpu import cuda, sm90
 
-CANDIDATES: tuple[Backend, ...] = tuple(cast(Backend, module) for module in (cpu, triton, sm90, cuda, aten, reference))
+CANDIDATES: tuple[Backend, ...] = tuple(cast(Backend, module) for module in (cpu, gpu, sm90, cuda, library, reference))
 BY_NAME = {backend.NAME: backend for backend in CANDIDATES}
 
 # Never chosen unasked, whatever their why_not says, unless a measured table does.
@@ -72,7 +73,7 @@ def use_backend(name: str | None) -> AbstractContextManager:
 
 def reasons(call: Call) -> dict[str, str | None]:
     """For every candidate, in order of preference: None if it may be chosen for the call, else why not."""
-    best = measured.fastest(call)
+    best = tables.fastest(call)
     unasked = {name: reason for name, reason in ONLY_BY_NAME.items() if name != best}
     return {b.NAME: b.why_not(call) or unasked.get(b.NAME) for b in CANDIDATES}
 
@@ -95,4 +96,4 @@ def choose(call: Call, name: str | None = None) -> Backend:
     """The backend for a call: the named one (None: the one the user named, if any). Raises `BackendUnavailable`."""
     name = name or named()
     # A graph that was compiled before "eager" was named still calls the op: the reference is the plain chain.
-    return _choose(call, reference.NAME if name == EAGER else name, measured.fastest(call))
+    return _choose(call, reference.NAME if name == EAGER else name, tables.fastest(call))

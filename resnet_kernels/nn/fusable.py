@@ -17,7 +17,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from ..backends import select
 from ..backends.contract import Call, Geometry, Pool
 from ..ops.batch_norm import group_of, uses_batch_statistics
-from ..ops.block import same_padding, total_stride, walk
+from ..ops.block_inference import same_padding, total_stride, walk
 from ..ops.block_training import MOST_POOLED, call_of_training, pooled_size
 from .shortcuts import Preactivation, ZeroPadShortcut
 

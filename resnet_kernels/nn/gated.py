@@ -17,7 +17,7 @@ from torchvision.models import resnet
 from torchvision.ops import StochasticDepth
 
 from ..backends import select
-from ..ops.gated import call_of_gated, gated_tail
+from ..ops.gating import call_of_gated, gated_tail
 from . import fusable
 from .blocks import Fused, fused_forward
 from .fusable import Parts

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from ..ops.block import zero_pad
+from ..ops.block_inference import zero_pad
 
 
 class ZeroPadShortcut(nn.Module):

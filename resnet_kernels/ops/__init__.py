@@ -1,10 +1,10 @@
 """Differentiable fused ops over the primitives of `backends.contract`."""
 
 from .batch_norm import BatchNorm
-from .block import residual_block
+from .block_inference import residual_block
 from .block_training import preactivation_block, residual_block_training, stem
 from .functional import basic_block, bottleneck, conv_bn_act, preactivation_basic_block, preactivation_bottleneck
-from .gated import gated_tail
+from .gating import gated_tail
 
 __all__ = [
     "BatchNorm",

@@ -11,9 +11,9 @@ from torch import Tensor
 from ..backends import select
 from ..backends.contract import Call, Geometry, Pool, wide
 from .batch_norm import BatchNorm, update_running
-from .block import LIBRARY, check_chain, same_padding, walk
-from .preactivation import PreactivationBackward, PreactivationForward
-from .training import Backward, Forward, Kept, Plan, stored_outputs
+from .block_inference import LIBRARY, check_chain, same_padding, walk
+from .chain_training import Backward, Forward, Kept, Plan, stored_outputs
+from .preactivation_training import PreactivationBackward, PreactivationForward
 
 
 def call_of_training(

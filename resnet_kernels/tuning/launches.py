@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..analysis.roofline import H200
 from ..backends.contract import Geometry, wide
-from ..backends.triton import ahead, native
-from ..backends.triton.convolution import Convolution
-from ..backends.triton.launch import INTERPRETING, Launch, Native, arch_of, processors_of, recording
-from ..backends.triton.run import Choice, Problem, candidates, launch_so, run_so
-from ..backends.triton.tail import Tail
-from ..roofline import H200
+from ..backends.gpu import ahead
+from ..backends.gpu.convolution import Convolution
+from ..backends.gpu.inference import hopper
+from ..backends.gpu.inference.dispatch import Choice, Problem, candidates, launch_so, run_so
+from ..backends.gpu.inference.tail import Tail
+from ..backends.gpu.launch import INTERPRETING, Launch, Native, arch_of, processors_of, recording
 
 __all__ = ["Pruned", "field", "materialize", "name", "plain", "problems_of", "prune", "row", "run_so"]
 
@@ -33,7 +34,7 @@ def problems_of(launches: Iterable[Launch]) -> list[Problem]:
                 found += problem.parts
             if problem is not None:  # a pass and a stem have one way only
                 found.append(problem)
-    return sorted(found, key=lambda problem: isinstance(problem, native.Whole))
+    return sorted(found, key=lambda problem: isinstance(problem, hopper.Whole))
 
 
 def materialize(problem: Problem, device: torch.device) -> Problem:
@@ -45,7 +46,7 @@ def materialize(problem: Problem, device: torch.device) -> Problem:
         return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device).normal_(0, deviation)
 
     made = problem.map(real)
-    if isinstance(made, native.Whole):
+    if isinstance(made, hopper.Whole):
         a = _plain_conv(made.first, made.first.x.dtype).contiguous(memory_format=torch.channels_last)
         made = dataclasses.replace(made, middle=dataclasses.replace(made.middle, x=a))
     return made

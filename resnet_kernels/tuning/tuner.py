@@ -23,13 +23,14 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from ..backends import measured, reference, select, triton
+from ..analysis.roofline import launches_of
+from ..analysis.timing import Clock, Sample, captured, interleaved, synchronize
+from ..backends import gpu, reference, select, tables
 from ..backends.contract import Call, wide
 from ..inference import FrozenModel, FrozenResNet, FrozenTrunk, Step, freeze
-from ..ops import block as block_op
-from ..roofline import launches_of
+from ..ops import block_inference as block_op
 from ..testing import compare
-from ..timing import Clock, Sample, captured, interleaved, synchronize
+from .store import store
 
 # Launch configurations to time per launch, beside the one that is chosen without.
 CANDIDATES = 8
@@ -64,7 +65,7 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class TuningReport:
-    """What was measured, in order; how many choices the table held before, and how many the budget left. path: of the
+    """What was tables, in order; how many choices the table held before, and how many the budget left. path: of the
     table."""
 
     path: Path
@@ -114,10 +115,10 @@ def tune(
         frozen = model
     else:
         frozen = freeze(model, example_input.dtype, cuda_graphs=False)
-    holds_for = measured.identity(frozen.device)
-    path = path or measured.cache_folder() / measured.file_of(holds_for)
+    holds_for = tables.identity(frozen.device)
+    path = path or tables.cache_folder() / tables.file_of(holds_for)
     if again or not path.exists():
-        known = measured.Table({}, {})
+        known = tables.Table({}, {})
     else:
         known = _known(path, holds_for)
     trunks = _trunks(frozen, example_input)
@@ -127,7 +128,7 @@ def tune(
     rows: list[Measured] = []
     progress = Progress(console=console, transient=True, disable=console is None)
     # What was measured first already serves those that follow.
-    with progress, measured.also(path.parent):
+    with progress, tables.also(path.parent):
         bar = progress.add_task("tuning", total=len(todo))
         for job in todo:
             # The launches' half of the time; without the backends' choices theirs would count for nothing.
@@ -135,22 +136,22 @@ def tune(
                 continue
             progress.update(bar, description=job.what[:60])
             before(job.what)
-            row = job.run(functools.partial(measured.store, path, holds_for))
+            row = job.run(functools.partial(store, path, holds_for))
             rows += [] if row is None else [row]
             done += 1
             progress.advance(bar)
     return TuningReport(path, tuple(rows), len(jobs) - len(todo), len(todo) - done)
 
 
-def _known(path: Path, holds_for: dict[str, str]) -> measured.Table:
+def _known(path: Path, holds_for: dict[str, str]) -> tables.Table:
     try:
-        found, table = measured.read(path)
+        found, table = tables.read(path)
     except ValueError:
-        return measured.Table({}, {})  # `store` replaces the file, and says so
-    return table if found == holds_for else measured.Table({}, {})
+        return tables.Table({}, {})  # `store` replaces the file, and says so
+    return table if found == holds_for else tables.Table({}, {})
 
 
-Store = Callable[[measured.Table], None]
+Store = Callable[[tables.Table], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +209,7 @@ def _call_jobs(trunks: Iterable[tuple[FrozenTrunk, tuple[int, ...]]]) -> list[Jo
     for trunk, size in trunks:
         for step, call in zip(trunk.steps, _calls(trunk, size), strict=True):
             names = _names(step, call)
-            key = measured.key(call)
+            key = tables.key(call)
             if len(names) > 1:
                 run = functools.partial(_tune_call, step, call.size, names, key)
                 jobs.setdefault(key, Job(key, f"{step.name} {'x'.join(map(str, call.size))}", run))
@@ -220,7 +221,7 @@ def _names(step: Step, call: Call) -> list[str]:
     dtype = select.BY_NAME[_default(step)].compute_dtype(call.dtype)
     able = [b for b in select.CANDIDATES if b.why_not(call) is None and b.compute_dtype(call.dtype) == dtype]
     # The definition is no candidate, and the interpreter is for proofs.
-    left_out = (reference.NAME, *[triton.NAME] * triton.interpreting())
+    left_out = (reference.NAME, *[gpu.NAME] * gpu.interpreting())
     return [b.NAME for b in able if b.NAME not in left_out]
 
 
@@ -275,7 +276,7 @@ def _checked(
 
 def _tune_call(step: Step, size: tuple[int, ...], names: list[str], key: str, store: Store) -> Measured:
     default = _default(step)
-    store(measured.Table({key: {"call": key, "fastest": default, "unfinished": True}}, {}))
+    store(tables.Table({key: {"call": key, "fastest": default, "unfinished": True}}, {}))
     x = torch.randn(size, device=step.shifts[0].device)
     x = (x if step.pool is not None else torch.relu(x)).to(step.call.dtype, memory_format=torch.channels_last)
     exact = _by_images(lambda part: _plain_step(step, part, torch.float64), x)
@@ -295,7 +296,7 @@ def _tune_call(step: Step, size: tuple[int, ...], names: list[str], key: str, st
     what, seconds = f"{step.name} {'x'.join(map(str, size))}", _medians(samples)
     chosen = _best(samples, default) if samples else ""
     if samples:
-        store(measured.Table({key: {"call": key, "fastest": chosen, "seconds": seconds}}, {}))
+        store(tables.Table({key: {"call": key, "fastest": chosen, "seconds": seconds}}, {}))
     return Measured(what, chosen, default, seconds, out)
 
 
@@ -315,7 +316,7 @@ def _calls(trunk: FrozenTrunk, size: tuple[int, ...]) -> Iterator[Call]:
 def _trunk_jobs(trunks: Iterable[tuple[FrozenTrunk, tuple[int, ...]]]) -> list[Job]:
     jobs = []
     for trunk, size in trunks:
-        keys = [measured.key(call) for call in _calls(trunk, size)]
+        keys = [tables.key(call) for call in _calls(trunk, size)]
         key = "all together: " + hashlib.sha256(" ".join(keys).encode()).hexdigest()[:16]
         what = f"{trunk.steps[0].name} to {trunk.steps[-1].name} {'x'.join(map(str, size))}"
         jobs.append(Job(key, what, functools.partial(_tune_trunk, trunk, size, keys, key, what)))
@@ -327,11 +328,11 @@ def _tune_trunk(
 ) -> Measured | None:
     """Whether the steps' choices hold when they run one after the other; else all take what they would without."""
     device = trunk.steps[0].shifts[0].device
-    table = {k: row for k, row in measured.table(device).calls.items() if k in keys}
+    table = {k: row for k, row in tables.table(device).calls.items() if k in keys}
     default = [_default(step) for step in trunk.steps]
     chosen = [table[k]["fastest"] if k in table else name for k, name in zip(keys, default, strict=True)]
     if chosen == default:
-        store(measured.Table({key: {"call": key, "fastest": "default"}}, {}))
+        store(tables.Table({key: {"call": key, "fastest": "default"}}, {}))
         return None
     x = torch.randn(size, device=device).to(trunk.dtype, memory_format=torch.channels_last)
     calls: dict[str, Callable[[], Any]] = {}
@@ -344,7 +345,7 @@ def _tune_trunk(
     if best == "default":
         without = dict(zip(keys, default, strict=True))
         rows |= {k: row | {"fastest": without[k], "alone": row["fastest"]} for k, row in table.items()}
-    store(measured.Table(rows, {}))
+    store(tables.Table(rows, {}))
     return Measured(what, best, "default", _medians(samples), {})
 
 
@@ -356,7 +357,7 @@ def _launch_jobs(trunks: Iterable[tuple[FrozenTrunk, tuple[int, ...]]], most: in
     device = torch.device("cpu")
     for trunk, size in trunks:
         device = trunk.steps[0].shifts[0].device
-        if not any(triton.why_not(step.call) for step in trunk.steps):
+        if not any(gpu.why_not(step.call) for step in trunk.steps):
             x = torch.empty(size, dtype=trunk.dtype, device=device)
             problems |= {p.key: p for p in launches.problems_of(launches_of(trunk, x))}
     unknown = [p for key, p in problems.items() if key not in known]
@@ -379,11 +380,11 @@ def _tune_launch(
     key, found = problem.key, prune()[problem.key]
     default, out, named = found.default, dict(found.out), {launches.name(choice): choice for choice in found.choices}
     if list(named) == [default] and not out:
-        store(measured.Table({}, {key: {"launch": key, **launches.row(named[default])}}))
+        store(tables.Table({}, {key: {"launch": key, **launches.row(named[default])}}))
         return None
     if default in named:
         row = {"launch": key, **launches.row(named[default]), "unfinished": True}
-        store(measured.Table({}, {key: row}))
+        store(tables.Table({}, {key: row}))
     real = launches.materialize(problem, device)
     exact, plain = launches.plain(real, torch.float64), launches.plain(real, real.parts[0].x.dtype)
     terms = max(c.weight[0].numel() for c in real.parts)
@@ -398,5 +399,5 @@ def _tune_launch(
     seconds = _medians(samples)
     chosen = _best(samples, default) if samples else ""
     if samples:
-        store(measured.Table({}, {key: {"launch": key, **launches.row(named[chosen]), "seconds": seconds}}))
+        store(tables.Table({}, {key: {"launch": key, **launches.row(named[chosen]), "seconds": seconds}}))
     return Measured(_what(key), chosen, default, seconds, out)

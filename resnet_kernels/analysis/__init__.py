@@ -1,0 +1,1 @@
+"""Measurements and predictions: memory traffic, rooflines, launch tables, results files, reports."""

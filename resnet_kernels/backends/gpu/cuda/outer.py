@@ -1,0 +1,88 @@
+"""Weight gradients and moments: csrc/cuda/outer.cuh where they are sums over rows of outer products, else cuDNN. Both
+read plain operands, so that what an operand holds is computed before."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ...contract import Epilogue, Geometry, Moments, Operand
+from . import passes
+from .calls import TYPES, Outer, library
+from .passes import computed
+
+
+def wgrad(
+    g: Operand, x: Operand, kernel: tuple[int, int], geometry: Geometry, sums: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """(dL/dweight (K, C/groups, R, S), sum of g per channel (K) if `sums`), fp32, for g = dL/dconv (N, K, P, Q) and the
+    convolution's operand x (N, C, H, W). See `contract.Backend.wgrad`."""
+    N, K, P, Q = g.sizes
+    C = x.tensor.shape[1]
+    if not N * P * Q:
+        like = g.tensor.new_zeros(K, dtype=torch.float32)
+        return like.new_zeros(K, C // geometry.groups, *kernel), like if sums else None
+    if tuple(kernel) != (1, 1) or (geometry.padding, geometry.groups) != (0, 1):
+        return _by_library(g, x, kernel, geometry, sums)
+    rows = computed(dataclasses.replace(x, stride=x.stride * geometry.stride))
+    dweight, total = _outer(computed(g), rows, sums, False)
+    return dweight.view(K, C, 1, 1), total
+
+
+def _outer(g: Tensor, x: Tensor, sums: bool, moments: bool) -> tuple[Tensor, Tensor | None]:
+    """Of rows, contiguous in channels_last: sum of g^T x (K, C), and of g (K); or (M2, mean) of g."""
+    (N, K, P, Q), C = g.shape, x.shape[1]
+    if (N, P, Q) != (x.shape[0], *x.shape[2:]) or (g.dtype, g.device) != (x.dtype, x.device):
+        raise ValueError(
+            f"wgrad: expected x of {N} images of {P}x{Q} in {g.dtype} on {g.device}, as g, got {tuple(x.shape)} in "
+            f"{x.dtype} on {x.device}"
+        )
+    M, type_ = N * P * Q, TYPES[g.dtype]
+    span = library().number("outer_span", M, K, C, moments, type_, library().multiprocessors(g.device))
+    parts = -(-M // span)
+    result = torch.empty(K, C, device=g.device)
+    total = torch.empty(K, device=g.device) if sums else None
+    # Of one part there is nothing to add, but moments are not centred yet.
+    scratch, sum_scratch = result, total
+    if parts > 1 or moments:
+        scratch = torch.empty(parts, K, C, device=g.device)
+        sum_scratch = torch.empty(parts, K, device=g.device) if sums else None
+    pointers = [None if t is None else t.data_ptr() for t in (g, x, scratch, sum_scratch, result, total)]
+    aligned = K % 8 == 0 and C % 8 == 0 and all(t.data_ptr() % 16 == 0 for t in (g, x))
+    library().run("outer", Outer(*pointers, M, span, K, C, moments, aligned, type_), g.device)
+    return result, total
+
+
+def _by_library(
+    g: Operand, x: Operand, kernel: tuple[int, int], geometry: Geometry, sums: bool
+) -> tuple[Tensor, Tensor | None]:
+    gv, xv = computed(g), computed(x)
+    # Of the weight nothing but its sizes and memory format is read.
+    weight = gv.new_empty(gv.shape[1], xv.shape[1] // geometry.groups, *kernel)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    pairs = [[geometry.stride] * 2, [geometry.padding] * 2, [geometry.dilation] * 2]
+    backward = torch.ops.aten.convolution_backward
+    _, dweight, _ = backward(gv, xv, weight, None, *pairs, False, [0, 0], geometry.groups, [False, True, False])
+    total = passes.run(Operand(gv), Epilogue(reduce="sum"), False)[1][0] if sums else None
+    return dweight.float(), total
+
+
+def moments(h: Operand) -> Moments:
+    """Over the M rows of h (N, J, P, Q): mean (J) and M2 (J, J), fp32. See `contract.Backend.moments`. In fp32 the mean
+    is a pass of its own, and leaves before anything is multiplied."""
+    N, J, P, Q = h.sizes
+    M = N * P * Q
+    if not M:
+        zeros = torch.zeros(J, J, device=h.tensor.device)
+        return Moments(0, torch.full_like(zeros[0], float("nan")), zeros)
+    if h.tensor.dtype == torch.float32:
+        mean = passes.run(h, Epilogue(reduce="stats"), False)[1].mean
+        centred = computed(dataclasses.replace(h, centre=mean))
+        M2, _ = _outer(centred, centred, True, True)
+        return Moments(M, mean, M2, Operand(centred))
+    rows = computed(h)
+    M2, total = _outer(rows, rows, True, True)
+    assert total is not None
+    return Moments(M, total, M2)

@@ -1,0 +1,1 @@
+"""Triton kernels of inference, and the choice between them and Hopper's CUDA kernels."""

@@ -1,0 +1,199 @@
+"""Measured choices: for each device a table that says which backend computed a call right there and fastest, and which
+kernel and configuration a launch.
+
+`rk.tune` makes tables (tuning/). They lie, one JSON file per device and versions, in resnet_kernels/tuning, shipped,
+and in the user's cache folder, which wins. A table holds for its `identity` only. Nothing is measured here: without a
+table the heuristics decide. RESNET_KERNELS_TUNING=off ignores all tables.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .contract import Call
+
+SCHEMA = 1
+SHIPPED = Path(__file__).parent.parent / "tuning"
+_GPU = Path(__file__).parent / "gpu"
+
+
+class Table(NamedTuple):
+    """calls: `key` of a call -> its row, {"call", "fastest", "seconds": {backend: median}}. launches: key of a launch
+    -> its row, {"launch", "kernel", "config" or None, ...}; the backend that wrote it knows the rest."""
+
+    calls: dict[str, dict[str, Any]]
+    launches: dict[str, dict[str, Any]]
+
+
+def key(call: Call) -> str:
+    """What a measurement of the call holds for."""
+    weights = " ".join(f"{'x'.join(map(str, shape))}{tuple(geometry)}" for shape, geometry in call.weights)
+    size = "x".join(map(str, call.size))
+    return f"{str(call.dtype).removeprefix('torch.')} {'+'.join(sorted(call.needs))} {size}: {weights}"
+
+
+def version(package: str) -> str:
+    """Of an installed package, or "none"."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+@functools.cache
+def processor() -> str:
+    """The CPU's name, as the system has it."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
+
+
+# What tables tell of: the kernels of inference.
+_TUNED = ("inference/boxes", "inference/conv_pool", "device", "inference/gather", "inference/pooling", "inference/tail")
+
+
+@functools.cache
+def kernels_digest() -> str:
+    """Of the Triton kernels' code: what a GPU has proved is that code, not a later one. Comments do not count."""
+    digest = hashlib.sha256()
+    for path in (_GPU / f"{name}.py" for name in _TUNED):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list):
+                if ast.get_docstring(node) is not None:
+                    del node.body[0]
+                digest.update(ast.unparse(node).encode())
+    return digest.hexdigest()[:16]
+
+
+@functools.cache
+def _identity(device: torch.device, threads: int) -> dict[str, str]:
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        name, capability = torch.cuda.get_device_name(device), f"sm_{major}{minor}"
+    else:
+        name, capability = processor(), f"{torch.backends.cpu.get_cpu_capability()}, {threads} threads"
+    versions = {"torch": torch.__version__, "triton": version("triton"), "resnet_kernels": version("resnet_kernels")}
+    return {"device": name, "capability": capability, **versions, "kernels": kernels_digest()}
+
+
+def identity(device: torch.device) -> dict[str, str]:
+    """What a table made on the device now would hold for."""
+    return _identity(device, torch.get_num_threads() if device.type == "cpu" else 0)
+
+
+def cache_folder() -> Path:
+    """The user's tables: RESNET_KERNELS_CACHE, else the system's place for caches.
+
+    Raises ModuleNotFoundError where neither is known.
+    """
+    named = os.environ.get("RESNET_KERNELS_CACHE")
+    if named:
+        return Path(named)
+    try:
+        import platformdirs
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("tables need platformdirs, or RESNET_KERNELS_CACHE set to a folder") from error
+    return Path(platformdirs.user_cache_dir("resnet_kernels")) / "tuning"
+
+
+def file_of(holds_for: Mapping[str, str]) -> str:
+    """The name of the table's file."""
+    slug = re.sub(r"[^a-z0-9]+", "-", holds_for["device"].lower()).strip("-")
+    return f"{slug}-{hashlib.sha256(json.dumps(dict(holds_for), sort_keys=True).encode()).hexdigest()[:8]}.json"
+
+
+def read(path: Path) -> tuple[dict[str, str], Table]:
+    """(identity, table) of a file. Raises ValueError where it is no table."""
+    try:
+        content = json.loads(path.read_text())
+        if content["schema"] != SCHEMA:
+            raise ValueError(f"schema {content['schema']!r}")
+        calls = {row["call"]: row for row in content["calls"] if isinstance(row["fastest"], str)}
+        launches = {row["launch"]: row for row in content["launches"] if isinstance(row["kernel"], str)}
+        return {str(k): str(v) for k, v in content["identity"].items()}, Table(calls, launches)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: expected a table of measured choices of schema {SCHEMA}: {error!r}") from error
+
+
+def _tables(folders: tuple[Path, ...], holds_for: Mapping[str, str]) -> Iterator[Table]:
+    for folder in folders:
+        for path in sorted(folder.glob("*.json")):
+            try:
+                found, table = read(path)
+            except ValueError as error:
+                warnings.warn(f"{error}; ignored", stacklevel=2)
+                continue
+            if found == dict(holds_for):
+                yield table
+
+
+@functools.cache
+def _table(device: torch.device, threads: int, folders: tuple[Path, ...]) -> Table:
+    merged = Table({}, {})
+    for table in _tables(folders, _identity(device, threads)):
+        merged.calls.update(table.calls)
+        merged.launches.update(table.launches)
+    return merged
+
+
+_also: tuple[Path, ...] = ()
+
+
+@contextlib.contextmanager
+def also(folder: Path) -> Iterator[None]:
+    """Inside, the tables of this folder count too, before all others."""
+    global _also
+    before, _also = _also, (*_also, folder)
+    try:
+        yield
+    finally:
+        _also = before
+
+
+@functools.cache
+def _folders(shipped: Path, named: str | None) -> tuple[Path, ...]:
+    try:
+        return shipped, cache_folder()
+    except ModuleNotFoundError:
+        return (shipped,)
+
+
+def forget() -> None:
+    """Files are read again at the next call."""
+    _table.cache_clear()
+    _folders.cache_clear()
+
+
+def table(device: torch.device) -> Table:
+    """What was measured on the device, by these versions; empty on devices that are none."""
+    known = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
+    setting = os.environ.get("RESNET_KERNELS_TUNING", "")
+    if setting not in ("", "off"):
+        raise ValueError(f"RESNET_KERNELS_TUNING: expected off or nothing, got {setting!r}")
+    if not known or setting == "off":
+        return Table({}, {})
+    threads = torch.get_num_threads() if device.type == "cpu" else 0
+    return _table(device, threads, _folders(SHIPPED, os.environ.get("RESNET_KERNELS_CACHE")) + _also)
+
+
+def fastest(call: Call) -> str | None:
+    """The name of the backend that a table says is fastest for the call, or None."""
+    calls = table(call.device).calls
+    # Every call asks: without a table not even the key is made.
+    row = calls.get(key(call)) if calls else None
+    return row["fastest"] if row else None

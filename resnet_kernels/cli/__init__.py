@@ -1,0 +1,5 @@
+"""The command resnet-kernels."""
+
+from .main import main
+
+__all__ = ["main"]

@@ -1,0 +1,7 @@
+"""python -m resnet_kernels.cli"""
+
+import sys
+
+from .main import main
+
+sys.exit(main())

@@ -1,0 +1,116 @@
+"""`resnet-kernels demo`: a real photograph through torchvision's model, the replaced and the frozen one."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+from torchvision.models import ResNet50_Weights
+
+from ..inference import freeze
+from ..replace import replace_blocks
+from ..testing.images import classifier, photographs
+
+ROUNDS = 5
+
+
+def _seconds(run: Callable[[], Tensor], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _best_of_torchvision(rates: dict[str, float]) -> float:
+    return max(rate for how, rate in rates.items() if how.startswith("torchvision"))
+
+
+def _chart(path: Path, title: str, rates: dict[str, float]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    bars = axes.barh(list(rates), list(rates.values()), color=["#9aa5b1", "#9aa5b1", "#3b7dd8", "#1f4e9c"])
+    best = _best_of_torchvision(rates)
+    axes.bar_label(bars, [f"{rate:.1f}  ({rate / best:.2f}x)" for rate in rates.values()], padding=4)
+    axes.set(
+        xlabel="images per second (and against the better of torchvision's)",
+        title=title,
+        xlim=(0, 1.3 * max(rates.values())),
+    )
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+@torch.no_grad()
+def demo(name: str, weights: Path | None, out: Path, batch: int, console: Console) -> bool:
+    """Run it, print the tables, write the chart. Returns whether all three agree on the top 5."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    out.mkdir(parents=True, exist_ok=True)
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("photographs and weights", total=4 + 4 * ROUNDS)
+        images = photographs(max(batch, 8), 224)
+        model = classifier(name, weights, images[:8]).to(device)
+        images = images[:batch].to(device)
+        progress.update(task, advance=1, description="replacing and freezing")
+        nhwc = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        replaced = copy.deepcopy(model)
+        report = replace_blocks(replaced, channels_last=True)
+        frozen = freeze(model)
+        runs = {"torchvision": model, "torchvision, channels_last": nhwc, "replaced": replaced, "frozen": frozen}
+        progress.update(task, advance=1, description="fp64 reference")
+        exact = copy.deepcopy(model).double()(images[:2].double())
+        progress.update(task, advance=1, description="warming up")
+        logits = {how: m(images)[:2] for how, m in runs.items()}
+        progress.update(task, advance=1)
+        times: dict[str, list[float]] = {how: [] for how in runs}
+        for _ in range(ROUNDS):
+            for how, m in runs.items():
+                progress.update(task, advance=1, description=f"timing {how}")
+                times[how].append(_seconds(functools.partial(m, images), device))
+
+    console.print(str(report))
+    if weights is None:
+        console.print(
+            "Weights: random, batch norms calibrated on the photographs. The class names below mean nothing "
+            "until --weights FILE brings a trained checkpoint; agreement and speed are real."
+        )
+    top = {how: y[:2].topk(5).indices.tolist() for how, y in logits.items()}
+    categories = ResNet50_Weights.DEFAULT.meta["categories"]
+    agree = all(t == top["torchvision"] for t in top.values())
+    table = Table(title="Top 5 of the two photographs, as torchvision's model has them")
+    for heading in ("photograph", "top 5"):
+        table.add_column(heading)
+    for photo, classes in zip(("temple", "flower"), top["torchvision"], strict=False):
+        table.add_row(photo, ", ".join(categories[c] if c < len(categories) else str(c) for c in classes))
+    console.print(table)
+    console.print(f"Replaced and frozen {'agree' if agree else 'DISAGREE'} with it on all of them, in this order.")
+
+    rates = {how: batch / statistics.median(t) for how, t in times.items()}
+    table = Table(title=f"{name}, batch {batch}, fp32, {device}, {torch.get_num_threads()} threads, median of {ROUNDS}")
+    for heading in ("", "images/s", "against the better torchvision", "largest error of a logit against fp64"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for how, rate in rates.items():
+        error = (logits[how].double() - exact).abs().max().item()
+        table.add_row(how, f"{rate:.1f}", f"{rate / _best_of_torchvision(rates):.2f}x", f"{error:.1e}")
+    console.print(table)
+    path = out / f"{name}.png"
+    _chart(path, f"{name}, batch {batch}, fp32, {device}", rates)
+    console.print(f"Chart: {path}")
+    return agree
