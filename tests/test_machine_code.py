@@ -13,7 +13,8 @@ import torch
 triton = pytest.importorskip("triton", reason="Triton's kernels are compiled by Triton")
 
 from resnet_kernels.backends import extension  # noqa: E402
-from resnet_kernels.backends.triton import launch, offline, run  # noqa: E402
+from resnet_kernels.backends.gpu import launch, offline  # noqa: E402
+from resnet_kernels.backends.gpu.inference import dispatch  # noqa: E402
 
 FILE = Path(__file__).parent / "machine_code_sm90.json"
 ARCH = 90
@@ -25,17 +26,17 @@ def tuned_launches():
     """ResNet-50 in bf16, batch 256, by the shipped table of the H200."""
     from test_triton import model_and_input
 
-    from resnet_kernels.roofline import launches_of
+    from resnet_kernels.analysis.roofline import launches_of
 
-    (table,) = (Path(run.__file__).parents[2] / "tuning").glob("nvidia-h200-*.json")
+    (table,) = (Path(dispatch.__file__).parents[3] / "tuning").glob("nvidia-h200-*.json")
     rows = {row["launch"]: row for row in json.loads(table.read_text())["launches"]}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "measured_choice", lambda device, problem: rows.get(problem.key))
+        patch.setattr(dispatch, "measured_choice", lambda device, problem: rows.get(problem.key))
         return launches_of(*model_and_input("resnet50", 256, torch.bfloat16), ARCH)
 
 
 def launches_of_gates(dtype):
-    from resnet_kernels.backends.triton import gates
+    from resnet_kernels.backends.gpu.training import gates
 
     with launch.recording(ARCH) as launches:
         for K, P in ((256, 56), (21, 5)):
@@ -84,7 +85,7 @@ def hopper_digests(library):
 
 
 def library_of_hopper():
-    built = sorted(Path(run.__file__).parents[2].glob("_sm90*.so"))
+    built = sorted(Path(dispatch.__file__).parents[3].glob("_sm90*.so"))
     return str(built[0]) if built else None
 
 
