@@ -67,11 +67,11 @@ class Interpreted:
 
 
 BACKENDS = [
-    pytest.param(library, "cpu", id="aten"),
+    pytest.param(library, "cpu", id="library"),
     pytest.param(cpu, "cpu", id="cpu"),
-    pytest.param(library, "cuda", id="aten-gpu", marks=pytest.mark.gpu),
-    pytest.param(cuda, "cuda", id="cuda", marks=pytest.mark.gpu),
-    pytest.param(gpu, "cuda", id="triton", marks=pytest.mark.gpu),
+    pytest.param(library, "cuda", id="library-gpu", marks=pytest.mark.gpu),
+    pytest.param(cuda, "cuda", id="gpu-cuda", marks=pytest.mark.gpu),
+    pytest.param(gpu, "cuda", id="gpu", marks=pytest.mark.gpu),
     pytest.param(Interpreted(80), "cpu", id="triton-sm80", marks=pytest.mark.interpreted),
     pytest.param(Interpreted(90), "cpu", id="triton-sm90", marks=pytest.mark.interpreted),
 ]

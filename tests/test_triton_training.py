@@ -305,7 +305,7 @@ def of_case(case, device, frozen=False):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", [c for c in SMALL if c.name != "wide"], ids=str)
 def test_blocks_train(case, dtype, device, poisoned):
-    check(of_case(case, device), DTYPES[dtype], "triton")
+    check(of_case(case, device), DTYPES[dtype], "gpu")
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -313,7 +313,7 @@ def test_blocks_train(case, dtype, device, poisoned):
 @pytest.mark.parametrize("name", ["odd-channels-down", "basic-odd-down", "batch-7"])
 def test_blocks_train_with_their_last_batch_norms_frozen(name, dtype, device, poisoned):
     # As many draws as make 64 values of a vector of the narrowest batch norm.
-    check(of_case(CASES[name], device, frozen=True), DTYPES[dtype], "triton", draws=-(-64 // CASES[name].planes))
+    check(of_case(CASES[name], device, frozen=True), DTYPES[dtype], "gpu", draws=-(-64 // CASES[name].planes))
 
 
 # What a GPU would run: recorded, compiled and read.
@@ -340,7 +340,7 @@ def launches_of_training(case, dtype, arch):
             preactivation=False,
             stored=[],
             pool=[],
-            backend="triton",
+            backend="gpu",
         )
         shapes = [w.shape for w in weights]
         plan = plan._replace(stored=chain_training.stored_outputs(x.shape, shapes, plan, plan.geometries(weights)))

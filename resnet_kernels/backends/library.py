@@ -15,7 +15,7 @@ from torch import Tensor
 from . import reference
 from .contract import Call, Epilogue, Geometry, Operand, Packed, Pool, Product, beyond, check_conv, fold, wide
 
-NAME = "aten"
+NAME = "library"
 SUPPORTS = frozenset({"conv", "residual", "two_products", "bn_pass", "pool", "gated"})
 PACKS_FOR_SIZE = False
 
