@@ -169,9 +169,8 @@ def test_a_missing_library_is_a_reason(monkeypatch, tmp_path):
     with monkeypatch.context() as m:
         m.setattr(launchers.ctypes, "CDLL", lambda path: of_other_sources)
         (tmp_path / "_sm90.so").touch()
-        assert re.search(
-            "expected a structure of [0-9]+ bytes, got 0; build the package again", launchers.load.__wrapped__()[1]
-        )
+        says = "expected a structure of [0-9]+ bytes, got 0; build the package again"
+        assert re.search(says, launchers.load.__wrapped__()[1])
     (tmp_path / "_sm90.so").write_text("no library")
     assert "do not load" in launchers.load.__wrapped__()[1]
 

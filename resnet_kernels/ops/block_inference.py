@@ -306,7 +306,8 @@ def residual_block(
         TypeError, ValueError: dtypes or shapes do not fit, before anything runs.
         BackendUnavailable: the backend that was named cannot run it.
     Numerics: accumulation, scale, shift and residual add in fp32, intermediates rounded to x's dtype (kept in fp32 by
-        CPUs without 16-bit arithmetic). library and cpu fold the scale into the weight. ReLU propagates NaN. The backward
+        CPUs without 16-bit arithmetic). The backends library and cpu fold the scale into the weight. ReLU propagates NaN.
+        The backward
         recomputes the chain from x; it is made of differentiable torch ops.
     """
     check(x, weights, scales, shifts, strides, dilations, groups, shortcut, relu)
