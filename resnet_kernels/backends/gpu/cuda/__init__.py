@@ -24,7 +24,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...contract import Call, Epilogue, Geometry, Normalized, Operand, Packed, Pool, Product, beyond, check_conv
+from ...contract import (
+    Call,
+    Epilogue,
+    Geometry,
+    Normalized,
+    Operand,
+    Packed,
+    Pool,
+    Product,
+    check_conv,
+    why_unsupported,
+)
 from . import passes
 from .calls import TYPES, empty, load
 from .finalize import finalize_bn_grad, finalize_moments, finalize_stats, finalize_tail_grad
@@ -53,10 +64,10 @@ __all__ = [
     "images_per_pass",
     "mask_size",
     "masked_conv",
+    "materialize",
     "moments",
     "pack",
     "reduce",
-    "settle",
     "wgrad",
     "why_not",
 ]
@@ -64,8 +75,8 @@ __all__ = [
 
 def why_not(call: Call) -> str | None:
     library, reason = load()
-    beyond_it = beyond(call, SUPPORTS, "cuda" if library is None else library.device, tuple(TYPES))
-    return beyond_it or reason or library.why_not(call.device)
+    unsupported = why_unsupported(call, SUPPORTS, "cuda" if library is None else library.device, tuple(TYPES))
+    return unsupported or reason or library.why_not(call.device)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -81,7 +92,7 @@ def pack(weight: Tensor, scale: Tensor, geometry: Geometry, size: Sequence[int],
     return Packed(nhwc, scale.float().contiguous(), tuple(weight.shape))
 
 
-def settle(operand: Operand, kernel: int) -> Operand:
+def materialize(operand: Operand, kernel: int) -> Operand:
     return operand if operand.plain else Operand(computed(operand))
 
 
@@ -92,14 +103,14 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
         return bn_pass(nothing, Epilogue(reduce=epilogue.reduce))
     *before, last = products
     # The residual, and every product but the last, are added to the next.
-    added, spread = epilogue.residual, epilogue.spread
+    added, upsample = epilogue.residual, epilogue.upsample
     for p in before:
         t = _by_library(p)
         if added is not None or p.packed.scale is not None:
-            t, _ = _stored(Operand(t), Epilogue(residual=added, spread=spread), p.packed.scale)
-        added, spread = Operand(t), 1
+            t, _ = _stored(Operand(t), Epilogue(residual=added, upsample=upsample), p.packed.scale)
+        added, upsample = Operand(t), 1
     t, scale = _by_library(last), last.packed.scale
-    behind = dataclasses.replace(epilogue, residual=added, spread=spread, overwrite=False)
+    behind = dataclasses.replace(epilogue, residual=added, upsample=upsample, overwrite=False)
     by = epilogue.reduce
     if scale is None and by != "mask" and behind == Epilogue(reduce=by):
         return t, None if by is None else reduce(Operand(t), by)
