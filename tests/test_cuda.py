@@ -235,7 +235,7 @@ def test_passes_of_views(emulated, C, channels, dtype, poisoned):
             results += [t, *(reduced[-2:] if by else ())]
         strided = dataclasses.replace(full, stride=2, mask=lazy_mask)
         few = Operand(other_[:, : n // 2, ::2, ::2][:, :, ::2, ::2])
-        results.append(primitives.bn_pass(strided, Epilogue(residual=few, spread=2, mask=kept[:, :, ::2, ::2]))[0])
+        results.append(primitives.bn_pass(strided, Epilogue(residual=few, upsample=2, mask=kept[:, :, ::2, ::2]))[0])
         return results
 
     matches(run, 160)

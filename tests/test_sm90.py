@@ -22,7 +22,7 @@ from torch.nn.grad import conv2d_weight
 
 import resnet_kernels as rk
 from resnet_kernels.backends import extension, reference, select
-from resnet_kernels.backends.contract import Call, Epilogue, Geometry, Operand, Product, wide
+from resnet_kernels.backends.contract import Call, Epilogue, Geometry, Operand, Product, accumulator_dtype
 from resnet_kernels.backends.gpu import cuda, sm90
 from resnet_kernels.backends.gpu.cuda import calls as cuda_library
 from resnet_kernels.backends.gpu.sm90 import launchers
@@ -213,7 +213,7 @@ def krsc(weight):
 
 def chain(x, weight, g, scale=None, shift=None, second=None, residual=None, relu=False):
     """What a user would write, every result rounded to x's dtype."""
-    per_channel = [None if t is None else t.to(wide(x.dtype))[:, None, None] for t in (scale, shift)]
+    per_channel = [None if t is None else t.to(accumulator_dtype(x.dtype))[:, None, None] for t in (scale, shift)]
     t = F.conv2d(x, weight, None, *g)
     if per_channel[0] is not None:
         t = (t * per_channel[0]).to(x.dtype)

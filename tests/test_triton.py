@@ -22,7 +22,7 @@ import resnet_kernels as rk
 from resnet_kernels import cli
 from resnet_kernels.analysis.roofline import H200, launches_of
 from resnet_kernels.backends import gpu
-from resnet_kernels.backends.contract import Block, Call, Geometry, Operand, Packed, Pool
+from resnet_kernels.backends.contract import Call, Geometry, Operand, Packed, PackedBlock, Pool
 from resnet_kernels.backends.gpu import configs, launch, offline
 from resnet_kernels.backends.gpu.convolution import Convolution
 from resnet_kernels.backends.gpu.inference import boxes, dispatch, gather, tail
@@ -684,5 +684,5 @@ def test_blocks_on_a_side_stream_and_twice_the_same():
 def test_blocks_are_chained_only_where_that_is_right():
     """A basic block behind a bottleneck begins with a 3x3; a first convolution with a stride is not the same 1x1."""
     packed = Packed(torch.empty(64, 3, 3, 256, device="meta"), None, (64, 256, 3, 3))
-    c = dispatch._chain(Block([packed], [torch.empty(64, device="meta")], [Geometry(1, 1)], "identity"))[0]
+    c = dispatch._chain(PackedBlock([packed], [torch.empty(64, device="meta")], [Geometry(1, 1)], "identity"))[0]
     assert "expected a 1x1 convolution" in tail.why_not_after(c)

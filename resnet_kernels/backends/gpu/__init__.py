@@ -39,7 +39,6 @@ from torch import Tensor
 
 from ..contract import (
     Affine,
-    Block,
     Call,
     Epilogue,
     Geometry,
@@ -47,11 +46,12 @@ from ..contract import (
     Normalized,
     Operand,
     Packed,
+    PackedBlock,
     Pool,
     Product,
     Stats,
     TailGrad,
-    beyond,
+    why_unsupported,
 )
 
 NAME = "gpu"
@@ -88,7 +88,7 @@ def why_not(call: Call) -> str | None:
     run, reason = _kernels()
     if reason:
         return reason
-    reason = beyond(call, SUPPORTS, None, DTYPES) or run.why_not_here(call.device, call.dtype)
+    reason = why_unsupported(call, SUPPORTS, None, DTYPES) or run.why_not_here(call.device, call.dtype)
     if reason:
         return reason
     if "two_products" in call.needs and call.weights:
@@ -114,8 +114,8 @@ def mask_size(sizes: Sequence[int]) -> tuple[int, ...] | None:
     return _training("convolutions").mask_size(sizes)
 
 
-def settle(operand: Operand, kernel: int) -> Operand:
-    return _training("convolutions").settle(operand, kernel)
+def materialize(operand: Operand, kernel: int) -> Operand:
+    return _training("convolutions").materialize(operand, kernel)
 
 
 def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
@@ -178,7 +178,7 @@ def taped(key: Hashable, tensors: Sequence[Tensor], function: Callable[[], list[
     return _training("tape").taped(key, tensors, function)
 
 
-def residual_blocks(x: Tensor, blocks: Sequence[Block], overwrite: bool) -> Tensor:
+def residual_blocks(x: Tensor, blocks: Sequence[PackedBlock], overwrite: bool) -> Tensor:
     """Whole blocks: a bottleneck's 3x3, its last 1x1 and the next block's first in one kernel where they fit."""
     return _kernels()[0].residual_blocks(x, blocks)
 

@@ -23,7 +23,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...contract import Call, Epilogue, Geometry, Normalized, Operand, Packed, Pool, Product, beyond, check_conv
+from ...contract import (
+    Call,
+    Epilogue,
+    Geometry,
+    Normalized,
+    Operand,
+    Packed,
+    Pool,
+    Product,
+    check_conv,
+    why_unsupported,
+)
 from ..glue import bit_mask_size, empty_nhwc, library_conv
 from . import finalize, outer, passes
 from .calls import TYPES, load
@@ -45,8 +56,8 @@ wgrad, moments = outer.wgrad, outer.moments
 
 def why_not(call: Call) -> str | None:
     library, reason = load()
-    beyond_it = beyond(call, SUPPORTS, "cuda" if library is None else library.device, tuple(TYPES))
-    return beyond_it or reason or library.why_not(call.device)
+    unsupported = why_unsupported(call, SUPPORTS, "cuda" if library is None else library.device, tuple(TYPES))
+    return unsupported or reason or library.why_not(call.device)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -66,7 +77,7 @@ def mask_size(sizes: Sequence[int]) -> tuple[int, int]:
     return bit_mask_size(sizes)
 
 
-def settle(operand: Operand, kernel: int) -> Operand:
+def materialize(operand: Operand, kernel: int) -> Operand:
     return operand if operand.plain else Operand(computed(operand))
 
 
@@ -77,14 +88,14 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
         return bn_pass(nothing, Epilogue(reduce=epilogue.reduce))
     *before, last = products
     # The residual, and every product but the last, are added to the next.
-    added, spread = epilogue.residual, epilogue.spread
+    added, upsample = epilogue.residual, epilogue.upsample
     for p in before:
         t = _by_library(p)
         if added is not None or p.packed.scale is not None:
-            t, _ = _stored(Operand(t), Epilogue(residual=added, spread=spread), p.packed.scale)
-        added, spread = Operand(t), 1
+            t, _ = _stored(Operand(t), Epilogue(residual=added, upsample=upsample), p.packed.scale)
+        added, upsample = Operand(t), 1
     t, scale = _by_library(last), last.packed.scale
-    behind = dataclasses.replace(epilogue, residual=added, spread=spread, overwrite=False)
+    behind = dataclasses.replace(epilogue, residual=added, upsample=upsample, overwrite=False)
     by = epilogue.reduce
     if scale is None and by != "mask" and behind == Epilogue(reduce=by):
         return t, None if by is None else reduce(Operand(t), by)

@@ -126,11 +126,11 @@ def run(x: Operand, epilogue: Epilogue, store: bool, scale: Tensor | None = None
         r = epilogue.residual
         if r.second is not None or r.pooled is not None:
             r = Operand(computed(r))
-        expected = (N, C, -(-P // epilogue.spread), -(-Q // epilogue.spread))
+        expected = (N, C, -(-P // epilogue.upsample), -(-Q // epilogue.upsample))
         if (r.sizes[0], *r.sizes[2:]) != (N, *expected[2:]) or r.sizes[1] > C:
             raise ValueError(f"residual: expected {expected}, got {r.sizes}")
-        call.residual, call.spread = filled.source(r, "residual"), epilogue.spread
-        call.mapped |= epilogue.spread > 1
+        call.residual, call.spread = filled.source(r, "residual"), epilogue.upsample
+        call.mapped |= epilogue.upsample > 1
     if epilogue.mask is not None:
         call.mask = filled.mask(epilogue.mask, 1, sizes)
     call.shift, call.relu = filled.vector(epilogue.shift, "shift"), epilogue.relu

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...contract import (
-    Block,
     Call,
     Epilogue,
     Geometry,
@@ -30,11 +29,12 @@ from ...contract import (
     Normalized,
     Operand,
     Packed,
+    PackedBlock,
     Pool,
     Product,
-    beyond,
     check_conv,
     fold,
+    why_unsupported,
 )
 from .. import cuda, glue
 from ..cuda.passes import computed
@@ -55,7 +55,7 @@ ALONE = frozenset({"conv", "residual", "two_products", "stats", "data_grad"})
 
 
 def why_not(call: Call) -> str | None:
-    reason = beyond(call, SUPPORTS, None, launchers.DTYPES) or launchers.why_not_here(call.device, call.dtype)
+    reason = why_unsupported(call, SUPPORTS, None, launchers.DTYPES) or launchers.why_not_here(call.device, call.dtype)
     if reason is None and not call.needs <= ALONE:
         reason = cuda.why_not(call)
     # In training, where one backend runs a whole block, what is beyond these kernels is the library's.
@@ -91,7 +91,7 @@ def mask_size(sizes: Sequence[int]) -> None:
     """A result is its own mask: it is kept as the next block's operand anyway."""
 
 
-def settle(operand: Operand, kernel: int) -> Operand:
+def materialize(operand: Operand, kernel: int) -> Operand:
     return operand if operand.plain else Operand(_computed(operand))
 
 
@@ -151,7 +151,7 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
     N, K, *_ = sizes = check_conv(products, epilogue)
     by, first = epilogue.reduce, products[0].operand.tensor
     masked = epilogue.mask is not None or isinstance(by, Normalized)
-    if masked or epilogue.spread > 1 or not _runs(products) or 0 in sizes:
+    if masked or epilogue.upsample > 1 or not _runs(products) or 0 in sizes:
         return _by_passes(products, epilogue)
     y = torch.empty(sizes, dtype=first.dtype, device=first.device, memory_format=torch.channels_last)
     run, scale = _prepared(products, y)
@@ -172,7 +172,7 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
     return y, y if by == "mask" else None
 
 
-def residual_block(x: Tensor, block: Block) -> Tensor | None:
+def residual_block(x: Tensor, block: PackedBlock) -> Tensor | None:
     """The whole block in one kernel, if there is one for it."""
     shapes = [w.shape for w in block.weights]
     if not x.numel() or launchers.why_not_bottleneck(shapes, block.geometries, block.shortcut, x.shape[3]):
