@@ -239,8 +239,8 @@ def test_blocks_that_are_no_resnets(weights, geometries, device, monkeypatch):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         per_channel = [[t.to(wide) for t in ts] for ts in (scales, shifts)]
         with rk.use_backend(backend):
-            sdg = zip(*geometries, strict=True)
-            return rk.ops.residual_block(x.to(dtype), [w.to(dtype) for w in ws], *per_channel, *sdg, shortcut)
+            spec = rk.ops.BlockSpec(*map(tuple, zip(*geometries, strict=True)), shortcut)
+            return rk.ops.residual_block(x.to(dtype), [w.to(dtype) for w in ws], *per_channel, spec)
 
     want, exact = block("library", torch.float16), block("reference", torch.float64)
     assert_matches(block("gpu", torch.float16), want, exact, 9 * 128)

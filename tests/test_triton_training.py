@@ -13,6 +13,8 @@ from resnet_kernels.backends.contract import Epilogue, Geometry, Normalized, Ope
 from resnet_kernels.backends.gpu import launch, offline
 from resnet_kernels.backends.gpu.training import products
 from resnet_kernels.ops import chain_training
+from resnet_kernels.ops.chain_backward import Backward
+from resnet_kernels.ops.spec import BlockSpec, NormSpec, TrainingPlan
 from resnet_kernels.testing import RESNET_CASES, assert_matches
 
 NHWC = torch.channels_last
@@ -329,24 +331,18 @@ def launches_of_training(case, dtype, arch):
         vectors = [torch.empty(w.shape[0]) for w in weights]
         unused = [torch.empty(0) for _ in weights]
         n = len(convs)
-        geometry = [[c.stride[0] for c in convs], [c.dilation[0] for c in convs], [c.groups for c in convs]]
-        plan = chain_training.Plan(
-            *geometry,
-            [1e-5] * n,
-            [True] * n,
-            [""] * n,
-            shortcut,
-            relu=True,
-            preactivation=False,
-            stored=[],
-            pool=[],
-            backend="gpu",
-        )
+        fields = [
+            tuple(c.stride[0] for c in convs),
+            tuple(c.dilation[0] for c in convs),
+            tuple(c.groups for c in convs),
+        ]
+        spec, batch = BlockSpec(*fields, shortcut), [True] * n
         shapes = [w.shape for w in weights]
-        plan = plan._replace(stored=chain_training.stored_outputs(x.shape, shapes, plan, plan.geometries(weights)))
+        stored = chain_training.stored_outputs(x.shape, shapes, spec, batch, spec.geometries(weights))
+        plan = TrainingPlan(spec, (NormSpec(1e-5, True, ""),) * n, stored, "gpu")
         kept = chain_training.Forward(gpu, x, weights, vectors, vectors, unused, unused, plan).run()
         every = [True] * n
-        chain_training.Backward(gpu, x, weights, kept, plan, True, every, every).run(torch.empty_like(kept.y))
+        Backward(gpu, x, weights, kept, plan, True, every, every).run(torch.empty_like(kept.y))
     return launches
 
 
