@@ -228,15 +228,10 @@ def test_opcheck(shortcut, device):
     affine = [[torch.randn(w.shape[0]) for w in weights] for _ in range(2)]
     tensors = [torch.randn(2, 8, 7, 7).contiguous(memory_format=torch.channels_last), weights, *affine]
     tensors = torch.utils._pytree.tree_map(lambda t: t.to(device).requires_grad_(), tensors)
-    args = (
-        *tensors,
-        [stride] + [1] * (n - 1 - (shortcut == "projection")) + [stride] * (shortcut == "projection"),
-        [1] * n,
-        [1] * n,
-        shortcut,
-        shortcut != "none",
-    )
-    torch.library.opcheck(torch.ops.resnet_kernels.residual_block.default, args)
+    projected = shortcut == "projection"
+    strides = (stride, *[1] * (n - 1 - projected), *[stride] * projected)
+    spec = BlockSpec(strides, (1,) * n, (1,) * n, shortcut, relu=shortcut != "none")
+    torch.library.opcheck(torch.ops.resnet_kernels.residual_block.default, (*tensors, *spec.flat()))
 
 
 BAD = {
