@@ -8,8 +8,8 @@ namespace {
 
 int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-template <typename T>
 // workspace product (K, J) = weight M2.
+template <typename T>
 const char* times_moments(const ResnetKernelsProduct& p, void* stream) {
   return launch("product", product_kernel<T, false>, ceil_div(p.K, kTile) * ceil_div(p.J, kTile), kFinalizeThreads, 0,
                 stream, p, nullptr, nullptr);
@@ -21,8 +21,8 @@ const char* product_table(const ResnetKernelsProductTable& p, void* stream) {
   return launch("product_table", product_table_kernel<T>, ceil_div(p.of.K, kWarps), kFinalizeThreads, 0, stream, p);
 }
 
-template <typename T>
 // Four launches: T = W M2; dgamma, q, A and dweight by row; B = -W^T (q W); v from the rounded A and B.
+template <typename T>
 const char* tail_grad(const ResnetKernelsTailGrad& p, void* stream) {
   if (const char* wrong = times_moments<T>(p.of, stream)) return wrong;
   if (const char* wrong = launch("tail", tail_kernel<T>, ceil_div(p.of.K, kWarps), kFinalizeThreads, 0, stream, p))

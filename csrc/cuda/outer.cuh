@@ -34,14 +34,14 @@ constexpr int kStepRows = 32, kStages = 4, kFlushRows = 128;
 template <int kTile>
 struct Tile {
   static constexpr int kColumns = kTile / 32, kThreads = 2 * kColumns * 32, kFragments = kTile / 2 / 16;
-  static constexpr int kChunks = kTile / 8;  // 16-byte chunks in a row of an operand
+  static constexpr int kChunks = kTile / 8;             // 16-byte chunks in a row of an operand
   static constexpr int kBytes = kStepRows * kTile * 2;  // of one operand in one stage
   static constexpr int kSharedBytes = kStages * 2 * kBytes;
   static_assert(kFragments == kColumns, "each warp of a row of tiles multiplies one of its fragments by ones");
 };
 
-template <int kTile>
 // The address of 16-byte chunk `index` of `row` of an operand's stage, swizzled.
+template <int kTile>
 __device__ inline char* chunk(char* operand, int row, int index) {
   return operand + (row * Tile<kTile>::kChunks + (index ^ row % 8)) * 16;
 }

@@ -26,9 +26,9 @@ const char* run(const ResnetKernelsPass& p, void* stream) {
   return wrong;
 }
 
-template <typename T, int kReduce>
 // Unaligned calls share one instance with all features. Aligned ones without a second tensor and a residual have a
 // leaner one.
+template <typename T, int kReduce>
 const char* by_alignment(const ResnetKernelsPass& p, void* stream) {
   if (!p.aligned) return run<T, kReduce, false, true>(p, stream);
   const bool full = p.x.second.data || p.residual.view.data;

@@ -50,7 +50,7 @@ struct Block {
   std::string failure;
   Meeting all, named[16];
   std::vector<Meeting> warps;
-  std::vector<uint64_t> exchanged;  // per thread: the value of a shuffle
+  std::vector<uint64_t> exchanged;               // per thread: the value of a shuffle
   std::vector<std::function<void()>> in_flight;  // TMA loads in flight, completed in random order
   uint32_t random = 1;
 
@@ -60,7 +60,7 @@ struct Block {
 
 inline Block* block = nullptr;
 
-// Set by an emulated unit: returns what a thread had started and not awaited when it ended ("its stores were awaited"),
+// Set by an emulated unit: returns what a thread had started and not awaited when it ended ("it had waited for its TMA stores"),
 // or null.
 inline const char* (*unawaited)(unsigned thread) = nullptr;
 
@@ -75,8 +75,8 @@ inline void yield() {
   if (!_setjmp(places[block->current].at)) _longjmp(block->scheduler, 1);
 }
 
-template <class Predicate>
 // Let other threads run until the predicate holds.
+template <class Predicate>
 void await(const char* what, Predicate there) {
   block->me().waits_for = what;
   while (!there()) yield();

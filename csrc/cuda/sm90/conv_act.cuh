@@ -50,9 +50,9 @@ struct ConvAct {
   struct Barriers {
     // Of the operands' ring: the stage's TMA bytes have landed; its consumers have read it.
     uint64_t full[kStages], empty[kStages];
-    uint64_t turn[2];  // this warp group may run its mainloop
+    uint64_t turn[2];    // this warp group may run its mainloop
     uint64_t loaded[2];  // this warp group's results buffer holds the residual, or is free
-    uint64_t ready[2];  // this warp group's results buffer holds the result
+    uint64_t ready[2];   // this warp group's results buffer holds the result
   };
   static_assert(sizeof(Barriers) <= 256);
   static_assert(shared_bytes(kShape) <= 227 * 1024);

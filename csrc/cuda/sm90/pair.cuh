@@ -33,7 +33,7 @@ struct TwoConvs {
   static constexpr int kTileBytes = pair_tile_bytes(kShape), kSlotBytes = pair_slot_bytes(kShape);
   static constexpr int kSliceBytes = kPairRows * kRow;
   struct Barriers {
-    uint64_t full[kTiles], empty[kTiles];  // stages of x: the bytes have landed; both consumers have read them
+    uint64_t full[kTiles], empty[kTiles];          // stages of x: the bytes have landed; both consumers have read them
     uint64_t brought[kSlots], multiplied[kSlots];  // slots of weights, likewise
     StepBarriers<kBuffers> steps[2];
   };

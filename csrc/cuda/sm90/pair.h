@@ -8,7 +8,7 @@ namespace resnet_kernels::sm90 {
 
 struct PairParams {
   CUtensorMap x, residual, y, ahead;  // (M, channels)
-  CUtensorMap w3, w1;  // (K, J) and (ahead's channels, K)
+  CUtensorMap w3, w1;                 // (K, J) and (ahead's channels, K)
   const float *shift3, *shift1;
   int tiles, parts;  // tiles of 128 positions; parts: slices of 64 channels of y
 };

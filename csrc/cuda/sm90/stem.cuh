@@ -40,8 +40,8 @@ struct Stem {
     __device__ int steps() const { return 2 * rows + 1; }
   };
 
-  template <class Use>
   // Call use(strip) for each strip of this warp group's share of all pooled rows.
+  template <class Use>
   static __device__ void for_each_strip(const StemParams& p, int group, Use use) {
     const int64_t rows = int64_t{p.images} * p.PP, part = blockIdx.x * kStemGroups + group;
     const int64_t parts = int64_t{gridDim.x} * kStemGroups, end = rows * (part + 1) / parts;

@@ -31,7 +31,7 @@ template <class T, int kAhead>
 struct Tail {
   static constexpr int kParts = kTailK / kSlice;           // slices of y, 64 channels each
   static constexpr int kSteps = kParts + kAhead / kSlice;  // steps of the results ring, per output row
-  static constexpr int kBuffers = tail_buffers(kAhead);  // results buffers of a consumer warp group
+  static constexpr int kBuffers = tail_buffers(kAhead);    // results buffers of a consumer warp group
   static constexpr int kTapBytes = 64 * kRow, kPartBytes = kAhead * kRow;
 
   struct Barriers {

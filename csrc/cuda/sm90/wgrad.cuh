@@ -32,7 +32,7 @@ struct Wgrad {
   static constexpr WgradShape kShape{kColumns, kStages};
   static constexpr int kStageBytes = wgrad_stage_bytes(kShape), kGSlices = kWgradRows / kSlice;
   static constexpr int kN = kColumns * kSlice;  // N of a wgmma
-  static constexpr int kFlush = 2;  // stages between flushes, 128 positions together
+  static constexpr int kFlush = 2;              // stages between flushes, 128 positions together
   static_assert(wgrad_shared_bytes(kShape) <= 227 * 1024);
 
   struct Barriers {

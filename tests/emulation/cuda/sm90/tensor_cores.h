@@ -37,7 +37,7 @@ struct Batches {
 };
 struct WarpGroup {
   std::vector<Batches> of = std::vector<Batches>(kWarpGroup);  // of its threads
-  size_t done = 0;  // batches completed
+  size_t done = 0;                                             // batches completed
 };
 inline std::vector<WarpGroup> warp_groups;
 
