@@ -601,7 +601,7 @@ def test_the_lazy_operand_and_passes_compile_clean(arch):
 
 
 def test_the_documented_table_is_what_compiles(capsys):
-    documented = (HERE.parent / "docs/launchers.md").read_text().split("### ")[1]
+    documented = (HERE.parent / "docs/kernels.md").read_text().split("### ")[1]
     assert cli.main(["kernels"]) == 0
     assert capsys.readouterr().out.strip().removeprefix("### ") == documented.strip(), "run `make kernels`"
 
