@@ -627,10 +627,10 @@ def test_what_no_whole_block_is_for_is_told():
     assert "strides, dilations and groups of 1" in launchers.why_not_bottleneck(shapes, dilated, "identity", 56)
     assert "(128, 256, 1, 1)" in launchers.why_not_bottleneck(((128, 256, 1, 1),), geometries, "identity", 56)
     for (J, K, ahead, columns), says in {
-        (96, 256, 64, 56): "64, 128 channels inside, got 96",
-        (64, 320, 64, 56): "expected 256 channels outside, got 320",
-        (128, 96, 128, 28): "expected multiples of 64 channels outside, got 96",
-        (128, 512, 256, 28): "expected 128 channels ahead, got 256",
+        (96, 256, 64, 56): "64, 128 inner channels, got 96",
+        (64, 320, 64, 56): "expected 256 outer channels, got 320",
+        (128, 96, 128, 28): "expected multiples of 64 outer channels, got 96",
+        (128, 512, 256, 28): "expected 128 output channels of the next convolution, got 256",
         (128, 512, 128, 29): "at most 28 columns, got 29",
     }.items():
         assert says in launchers.why_not_tail(J, K, ahead, columns)

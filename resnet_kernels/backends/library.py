@@ -1,7 +1,7 @@
 """The backend `library`: PyTorch's own engine for the device (cuDNN, oneDNN, native). It is right everywhere.
 
-The scale of a product is folded into its weight. Then convolution with bias, addition and ReLU run as torch's own calls,
-the latter two in place.
+The scale of a product is folded into its weight. Then convolution with bias, addition and ReLU run as torch's own
+calls, the latter two in place.
 """
 
 from __future__ import annotations

@@ -90,7 +90,8 @@ def _setup_second(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
 
 
 def _second(ctx: Any, grads: Sequence[Tensor | None]) -> tuple:
-    """Return the gradients of dz = g * gate, dgate = sum(g * z) and g, all linear in dy, in differentiable torch ops."""
+    """Return the gradients of dz = g * gate, dgate = sum(g * z) and g, all linear in dy, in differentiable torch
+    ops."""
     dy, y, z, gate = ctx.saved_tensors
     to_z, to_gate, to_g = (None if t is None or not t.numel() else t for t in grads)
 

@@ -55,7 +55,8 @@ def _product(m: Moments, weight: Tensor) -> tuple[ProductOf, list[Tensor]]:
 
 
 def finalize_moments(m: Moments, weight: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    """Return the table of `Affine` for c = h W^T from h's moments: mean = W mu, var = diag(W Cov W^T). weight: (K, J)."""
+    """Return the table of `Affine` for c = h W^T from h's moments: mean = W mu, var = diag(W Cov W^T). weight: (K,
+    J)."""
     if isinstance(m.rows, Tensor) or not m.rows:
         return algebra.table(algebra.product_stats(m, weight), gamma, beta, eps)
     of, held = _product(m, weight)
