@@ -114,7 +114,7 @@ def load() -> tuple[CLibrary | None, str | None]:
     if not built:
         return (
             None,
-            "the kernels for sm_90a were not built (they need nvcc, CUTLASS's headers and 9.0a in TORCH_CUDA_ARCH_LIST)",
+            "the kernels for sm_90a were not built (they need nvcc, CUTLASS's headers and the arch 9.0a)",
         )
     try:
         return declared(ctypes.CDLL(str(built[0]))), None
