@@ -9,7 +9,7 @@
     training.py    convolutions in training: which kernel, or the library's
     products.py    sums of 1x1 products, operands and epilogue as training has them
     reductions.py  passes with statistics, sums, masks
-    outer.py       weight gradients and moments
+    wgrad.py       weight gradients and moments
     finalize.py    the algebra per channel
     gates.py       the end of a block whose branch is gated per image, and its gradient
 
@@ -124,11 +124,11 @@ def masked_conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Operan
 def wgrad(
     g: Operand, x: Operand, kernel: tuple[int, int], geometry: Geometry, sums: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    return _training("outer").wgrad(g, x, kernel, geometry, sums)
+    return _training("wgrad").wgrad(g, x, kernel, geometry, sums)
 
 
 def moments(h: Operand) -> Moments:
-    return _training("outer").moments(h)
+    return _training("wgrad").moments(h)
 
 
 def bn_pass(x: Operand, epilogue: Epilogue, pool: Pool | None = None) -> tuple[Tensor, Any]:
