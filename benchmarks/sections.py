@@ -175,7 +175,7 @@ def facts(c: Context) -> None:
 def ahead(c: Context, of_tuning: bool = False) -> None:
     """Compile what the Triton backend will launch, and the tuner will try, on all cores, into Triton's cache."""
     from resnet_kernels.backends.gpu.ahead import compile_all
-    from resnet_kernels.backends.gpu.launch import Native, arch_of
+    from resnet_kernels.backends.gpu.launch import CudaLaunch, arch_of
     from resnet_kernels.backends.gpu.offline import specialize
     from resnet_kernels.tuning import CANDIDATES
     from resnet_kernels.tuning.launches import field, problems_of
@@ -201,7 +201,7 @@ def ahead(c: Context, of_tuning: bool = False) -> None:
         images = torch.empty(case.batch, 3, case.size, case.size, dtype=DTYPES[case.dtype], device="meta")
         launches = training_launches_of(model, images.to(memory_format=torch.channels_last), arch)
         made += [m for m in launches if m.kernel is not None]
-    compiled_here = [m for m in [*made, *tried] if not isinstance(m, Native)]
+    compiled_here = [m for m in [*made, *tried] if not isinstance(m, CudaLaunch)]
     made = list({str(specialize(m, arch)[0]): m for m in compiled_here}.values())
     begun = time.monotonic()
     compiled = compile_all(made, arch, max(1, (os.cpu_count() or 2) - 2))

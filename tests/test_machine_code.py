@@ -67,7 +67,7 @@ def triton_digests():
             launches += launches_of_gates(dtype)
     found = {}
     for made in launches:
-        if not isinstance(made, (launch.Native, launch.Library)):
+        if not isinstance(made, (launch.CudaLaunch, launch.Library)):
             found.setdefault(offline.specialize(made, ARCH)[0], made)
     compiled += [(made, offline.read(made, ARCH)) for made in found.values()]
     digests = {}

@@ -17,27 +17,33 @@ from ..backends.contract import Geometry, accumulator_dtype
 from ..backends.gpu import ahead
 from ..backends.gpu.convolution import Convolution
 from ..backends.gpu.inference import hopper
-from ..backends.gpu.inference.dispatch import Choice, Problem, candidates, launch_so, run_so
+from ..backends.gpu.inference.dispatch import (
+    Candidate,
+    FusedProblem,
+    candidates_to_measure,
+    launch_candidate,
+    run_candidate,
+)
 from ..backends.gpu.inference.tail import Tail
-from ..backends.gpu.launch import INTERPRETING, Launch, Native, arch_of, processors_of, recording
+from ..backends.gpu.launch import INTERPRETING, CudaLaunch, Launch, arch_of, processors_of, recording
 
-__all__ = ["Pruned", "field", "materialize", "name", "plain", "problems_of", "prune", "row", "run_so"]
+__all__ = ["Pruned", "field", "materialize", "name", "plain", "problems_of", "prune", "row", "run_candidate"]
 
 
-def problems_of(launches: Iterable[Launch]) -> list[Problem]:
+def problems_of(launches: Iterable[Launch]) -> list[FusedProblem]:
     """What the recorded launches compute, or might compute together; before several convolutions in one each by itself,
     which they are compared with, and whole blocks last, which are compared with tails too."""
-    found: list[Problem] = []
+    found: list[FusedProblem] = []
     for launch in launches:
         for problem in (launch.problem, launch.within):
             if problem is not None and not isinstance(problem, Convolution):
                 found += problem.parts
             if problem is not None:  # a pass and a stem have one way only
                 found.append(problem)
-    return sorted(found, key=lambda problem: isinstance(problem, hopper.Whole))
+    return sorted(found, key=lambda problem: isinstance(problem, hopper.WholeBottleneck))
 
 
-def materialize(problem: Problem, device: torch.device) -> Problem:
+def materialize(problem: FusedProblem, device: torch.device) -> FusedProblem:
     """The problem with normal numbers, in tensors of the same sizes, strides and dtypes; of a whole block with what its
     first convolution makes of them."""
 
@@ -46,13 +52,13 @@ def materialize(problem: Problem, device: torch.device) -> Problem:
         return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device).normal_(0, deviation)
 
     made = problem.map(real)
-    if isinstance(made, hopper.Whole):
+    if isinstance(made, hopper.WholeBottleneck):
         a = _plain_conv(made.first, made.first.x.dtype).contiguous(memory_format=torch.channels_last)
         made = dataclasses.replace(made, middle=dataclasses.replace(made.middle, x=a))
     return made
 
 
-def name(choice: Choice) -> str:
+def name(choice: Candidate) -> str:
     c = choice.config
     if c is None:
         return choice.kernel
@@ -60,7 +66,7 @@ def name(choice: Choice) -> str:
     return f"{choice.kernel} {tile}, {c.num_warps} warps, {c.num_stages} stages" + ", persistent" * c.persistent
 
 
-def row(choice: Choice) -> dict[str, Any]:
+def row(choice: Candidate) -> dict[str, Any]:
     """The choice in a table."""
     return {"kernel": choice.kernel, "config": None if choice.config is None else dataclasses.asdict(choice.config)}
 
@@ -70,28 +76,28 @@ class Field:
     """Of one problem. default: what is chosen now. separate: the choice of separate kernels, if that is one. made: what
     the others would launch, on meta tensors: the default, then the best predicted."""
 
-    default: Choice
-    separate: list[Choice]
-    made: dict[Choice, Launch]
+    default: Candidate
+    separate: list[Candidate]
+    made: dict[Candidate, Launch]
 
 
-def field(problem: Problem, device: torch.device, most: int) -> Field:
+def field(problem: FusedProblem, device: torch.device, most: int) -> Field:
     """problem: on meta tensors, to run on the device."""
     arch, processors = arch_of(device), processors_of(device)
     with recording(arch, device):
-        default, *rest = candidates(problem)
-        made = {choice: launch_so(problem, choice) for choice in (default, *rest) if choice.config is not None}
+        default, *rest = candidates_to_measure(problem)
+        made = {choice: launch_candidate(problem, choice) for choice in (default, *rest) if choice.config is not None}
 
-    def predicted(choice: Choice) -> float:
+    def predicted(choice: Candidate) -> float:
         # The last wave of tiles takes as long as a full one.
         tiles = made[choice].arguments.get("tiles", made[choice].grid)
         return H200.predicted(made[choice].work) * math.ceil(tiles / processors) * processors / tiles
 
     # Those that are compiled already are all tried.
-    best = [choice for choice in made if isinstance(made[choice], Native) and choice != default]
+    best = [choice for choice in made if isinstance(made[choice], CudaLaunch) and choice != default]
     most += len(best)
     of_tile = collections.Counter[tuple]()
-    for choice in sorted((c for c in made if c != default and not isinstance(made[c], Native)), key=predicted):
+    for choice in sorted((c for c in made if c != default and not isinstance(made[c], CudaLaunch)), key=predicted):
         assert choice.config is not None
         tile = choice.kernel, choice.config.BLOCK_M, choice.config.BLOCK_N
         of_tile[tile] += 1
@@ -114,21 +120,21 @@ class Pruned:
     """Of one problem: the name of what is chosen now, the candidates to time, and those that are not sound with why."""
 
     default: str
-    choices: list[Choice]
+    choices: list[Candidate]
     out: dict[str, str]
 
 
-def prune(problems: Sequence[Problem], device: torch.device, most: int) -> dict[str, Pruned]:
+def prune(problems: Sequence[FusedProblem], device: torch.device, most: int) -> dict[str, Pruned]:
     """By the problem's key. All of Triton's is compiled at once, on all cores; `most` are left beside the default, what
     is compiled already and the separate kernels."""
     fields = {problem.key: field(problem, device, most) for problem in problems}
-    made = [launch for f in fields.values() for launch in f.made.values() if not isinstance(launch, Native)]
+    made = [launch for f in fields.values() for launch in f.made.values() if not isinstance(launch, CudaLaunch)]
     compiled = iter(["interpreted"] * len(made) if INTERPRETING else ahead.compile_all(made, arch_of(device)))
     found = {}
     for key, f in fields.items():
         sound, out = [], {}
         for choice, launch in f.made.items():
-            if isinstance(launch, Native):
+            if isinstance(launch, CudaLaunch):
                 sound.append(choice)
                 continue
             result = next(compiled)
@@ -137,7 +143,7 @@ def prune(problems: Sequence[Problem], device: torch.device, most: int) -> dict[
                 out[name(choice)] = "; ".join(wrong)
             else:
                 sound.append(choice)
-        natives = sum(isinstance(launch, Native) for launch in f.made.values())
+        natives = sum(isinstance(launch, CudaLaunch) for launch in f.made.values())
         found[key] = Pruned(name(f.default), [*sound[: most + natives + 1], *f.separate], out)
     return found
 
@@ -168,7 +174,7 @@ def _plain_conv(c: Convolution, dtype: torch.dtype) -> Tensor:
     return (torch.relu(t) if c.relu else t).to(dtype)
 
 
-def plain(problem: Problem, dtype: torch.dtype) -> list[Tensor]:
+def plain(problem: FusedProblem, dtype: torch.dtype) -> list[Tensor]:
     """The problem's results, as torch's own functions compute them in dtype."""
     first, *rest = problem.parts
     results = [_plain_conv(first, dtype)]

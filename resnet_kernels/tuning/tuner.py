@@ -394,7 +394,7 @@ def _tune_launch(
         bad = [str(e) for e in errors if not e.ok]
         return "wrong: " + "; ".join(bad) if bad else ""
 
-    calls = {name: functools.partial(launches.run_so, real, choice) for name, choice in named.items()}
+    calls = {name: functools.partial(launches.run_candidate, real, choice) for name, choice in named.items()}
     samples = _time(_checked(calls, wrong, out, device), device)
     seconds = _medians(samples)
     chosen = _best(samples, default) if samples else ""
