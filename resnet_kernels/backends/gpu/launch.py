@@ -11,7 +11,6 @@ import contextvars
 import dataclasses
 import functools
 import operator
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -114,13 +113,8 @@ _recording: contextvars.ContextVar[Recording | None] = contextvars.ContextVar("r
 _assumed_arch: contextvars.ContextVar[int] = contextvars.ContextVar("assumed_arch", default=90)
 
 
-class _StepRecorder(threading.local):
-    """tape: the `tape.Tape` that records every launch of this thread, or None."""
-
-    tape: Any = None
-
-
-step_recorder = _StepRecorder()
+# The `tape.Tape` that records every launch of this thread or task, or None.
+active_tape: contextvars.ContextVar[Any] = contextvars.ContextVar("active_tape", default=None)
 
 
 @contextlib.contextmanager
@@ -229,5 +223,6 @@ def submit(launch: Launch) -> None:
     # The interpreter computes by torch's ops. Dispatch modes must not see them: they are not the caller's ops.
     with torch.cuda.device(device) if device.type == "cuda" else _disable_current_modes():
         compiled = launch.run()
-    if step_recorder.tape is not None:
-        step_recorder.tape.add_launch(launch, compiled)
+    tape = active_tape.get()
+    if tape is not None:
+        tape.add_launch(launch, compiled)

@@ -22,7 +22,8 @@ from torch import Tensor
 from ...contract import Geometry, nhwc_strides
 from ..configs import Config, ProblemSize, for_boxes
 from ..convolution import Convolution
-from ..launch import CudaLaunch, Work, gpu_of, nbytes, step_recorder
+from ..launch import CudaLaunch, Work, active_tape, gpu_of, nbytes
+from ..scope import cuda_kernels_excluded
 from ..sm90 import launchers as sm90
 from .tail import Tail
 
@@ -53,7 +54,9 @@ def _why_not_here(t: Tensor, arch: int) -> str | None:
     gpu = gpu_of(t.device)
     if gpu is None:
         return "for a GPU that is not present, only Triton's kernels are planned"
-    if step_recorder.tape is not None:
+    if cuda_kernels_excluded():
+        return "the family gpu:triton was named"
+    if active_tape.get() is not None:
         return "a recorded training step launches Triton's kernels only"
     return sm90.why_not_here(gpu, t.dtype)
 

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...contract import Epilogue, Geometry, Normalized, Operand, Packed, Product, Stats, call_of, check_conv, fold
+from ..glue import bit_mask_size, empty_nhwc, library_conv
 from ..inference import dispatch
 from ..launch import record_library, submit
 from . import reductions
@@ -26,10 +26,7 @@ INFERENCE = frozenset({"conv", "residual", "two_products", "lazy"})
 
 
 def mask_size(sizes: Sequence[int]) -> tuple[int, int]:
-    """Return the sizes (N*P*Q, ceil(K/8)) of the packed mask of a result (N, K, P, Q): bit j of byte b is set if not
-    (result <= 0) at channel 8b + j."""
-    N, K, P, Q = sizes
-    return N * P * Q, -(-K // 8)
+    return bit_mask_size(sizes)
 
 
 def materialize(operand: Operand, kernel: int) -> Operand:
@@ -44,7 +41,7 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
     if _runs_by_inference(products, epilogue):
         return dispatch.conv(products, epilogue), None
     if 0 in sizes:
-        nothing = Operand(_empty(products[0].operand.tensor, sizes))
+        nothing = Operand(empty_nhwc(products[0].operand.tensor, sizes))
         return reductions.bn_pass(nothing, Epilogue(reduce=epilogue.reduce))
     if len(products) <= 2 and all(map(_is_row_product, products)):
         return _by_row_products(products, epilogue, sizes)
@@ -81,10 +78,6 @@ def _runs_by_inference(products: Sequence[Product], epilogue: Epilogue) -> bool:
     return call_of(products, epilogue).needs <= INFERENCE and epilogue.upsample == 1 and not lazy
 
 
-def _empty(x: Tensor, sizes: Sequence[int]) -> Tensor:
-    return torch.empty(tuple(sizes), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
 def _unpacked(p: Product) -> tuple[Tensor, Geometry]:
     """Return the weight as (K, C/groups, R, S), and the geometry with its number of groups: `pack` may have joined
     some."""
@@ -105,17 +98,11 @@ def _by_library(p: Product) -> Operand:
     """Return the product by torch's library, rounded, as an operand that applies the product's scale."""
     x = reductions.materialize(p.operand)
     weight, g = _unpacked(p)
+    t = library_conv(p, x, weight, g)
     if p.data_grad_size is None:
-        t = F.conv2d(x, weight, None, *g)
         record_library(x, weight, t)
     else:
-        like = _empty(x, p.output_sizes())
-        pairs = [[g.stride] * 2, [g.padding] * 2, [g.dilation] * 2]
-        wanted = [True, False, False]
-        backward = torch.ops.aten.convolution_backward
-        t, _, _ = backward(x, like, weight, None, *pairs, False, [0, 0], g.groups, wanted)
         record_library(t, weight, x, " dx")
-    t = t.contiguous(memory_format=torch.channels_last)
     scale = p.packed.scale
     return Operand(t) if scale is None else Operand(t, (scale, torch.zeros_like(scale)))
 
@@ -153,7 +140,7 @@ def _by_row_products(
     epilogue = dataclasses.replace(epilogue, residual=residual, mask=mask)
     N, K, P, Q = sizes
     M = N * P * Q
-    y = _empty(x, sizes)
+    y = empty_nhwc(x, sizes)
     config = config_of(M, K, max(r.w.shape[1] for r in made), x.element_size(), x.device)
     if by is None:
         submit(launch(made, epilogue, config, y))

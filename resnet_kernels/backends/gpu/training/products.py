@@ -219,8 +219,8 @@ def _products_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """first, second, residual: `LazyOperand`s. UPSAMPLE: the residual's zero-insertion factor; it adds to every UPSAMPLE-th
-    row and column of the result. MASK: zero the result where mask_a * mask + mask_b, rounded, is <= 0.
+    """first, second, residual: `LazyOperand`s. UPSAMPLE: the residual's zero-insertion factor; it adds to every
+    UPSAMPLE-th row and column of the result. MASK: zero the result where mask_a * mask + mask_b, rounded, is <= 0.
 
     REDUCE: "" | "stats" (mean and sum of squared deviations per tile) | "xhat" (sum(y), sum(y * (c - mean)) per tile) |
     "mask" (bits of not (y <= 0)). SHARED: c, the tensor of "xhat", is the mask's tensor.

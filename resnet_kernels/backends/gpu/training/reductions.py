@@ -25,6 +25,7 @@ from torch import Tensor
 from ...contract import Epilogue, Normalized, Operand, Stats, nhwc_strides
 from ..configs import power_of_two
 from ..device import affine, relu
+from ..glue import reduction_of_no_rows
 from ..inference.gather import row_of
 from ..launch import Launch, Work, nbytes, processors_of, submit
 from .products import (
@@ -176,7 +177,7 @@ def _run(x: Operand, epilogue: Epilogue, store: bool) -> tuple[Tensor | None, An
     y = torch.empty(sizes, dtype=x.tensor.dtype, device=device, memory_format=torch.channels_last) if store else None
     bits = torch.empty((M, -(-C // 8)), dtype=torch.uint8, device=device) if by == "mask" else None
     if not M:
-        return y, _empty_reduction(C, by, device) if bits is None else bits
+        return y, reduction_of_no_rows(C, by, device) if bits is None else bits
     reducing = by is not None and bits is None
     BLOCK_M, BLOCK_C, span, parts = _grid_of(x, reducing)
     normalized = row_major(by.tensor) if isinstance(by, Normalized) else None
@@ -224,14 +225,6 @@ def _run(x: Operand, epilogue: Epilogue, store: bool) -> tuple[Tensor | None, An
     rstd = by.rstd.float().contiguous() if isinstance(by, Normalized) else None
     a, b = merge(partial, M, span, by == "stats", rstd)
     return y, Stats(M, a, b) if by == "stats" else (a, b)
-
-
-def _empty_reduction(C: int, by: str | Normalized | None, device: torch.device) -> Any:
-    """Return the reduction of a tensor without rows."""
-    zeros = torch.zeros(C, device=device)
-    if by == "stats":
-        return Stats(0, torch.full_like(zeros, float("nan")), zeros)
-    return None if by is None else (zeros, zeros.clone())
 
 
 def bn_pass(x: Operand, epilogue: Epilogue) -> tuple[Tensor, Any]:

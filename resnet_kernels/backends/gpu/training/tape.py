@@ -24,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ... import tables
 from ...contract import tf32_allowed
-from ..launch import INTERPRETING, Launch, expected_device, step_recorder
+from ..launch import INTERPRETING, Launch, active_tape, expected_device
 
 # The number of recordings that are saved. Once it is reached, later functions are not recorded.
 MOST = 4096
@@ -217,12 +217,12 @@ class _Recorder(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _recording(tape: Tape) -> Iterator[None]:
-    step_recorder.tape = tape
+    token = active_tape.set(tape)
     try:
         with _Recorder(tape):
             yield
     finally:
-        step_recorder.tape = None
+        active_tape.reset(token)
 
 
 # Each recording with the measured table that its choices come from: the reference keeps the table's id unique.
@@ -247,7 +247,7 @@ def taped(key: Hashable, tensors: Sequence[Tensor], function: Callable[[], list[
     device = tensors[0].device
     here = device.type == expected_device() != "meta"
     plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-    if not here or not plain or step_recorder.tape is not None:
+    if not here or not plain or active_tape.get() is not None:
         return function()
     table, ids = tables.table(device), list(map(id, tensors))
     same = tuple(map(ids.index, ids))

@@ -32,6 +32,7 @@ from ...contract import Geometry, Moments, Operand
 from .. import configs
 from ..configs import Config
 from ..device import product_operand
+from ..glue import library_wgrad
 from ..launch import Launch, Work, arch_of, nbytes, precision, processors_of, record_library, submit
 from . import reductions
 from .products import LazyOperand, lazy_operand, operand_bytes, operand_row, operand_value, packed_bits
@@ -343,13 +344,7 @@ def _by_library(
     g: Operand, x: Operand, kernel: tuple[int, int], geometry: Geometry, sums: bool
 ) -> tuple[Tensor, Tensor | None]:
     gv, xv = reductions.materialize(g), reductions.materialize(x)
-    K, C = gv.shape[1], xv.shape[1]
-    # convolution_backward reads only the sizes and the memory format of the weight.
-    weight = gv.new_empty(K, C // geometry.groups, *kernel).contiguous(memory_format=torch.channels_last)
-    pairs = [[geometry.stride] * 2, [geometry.padding] * 2, [geometry.dilation] * 2]
-    backward = torch.ops.aten.convolution_backward
-    wanted = [False, True, False]
-    _, dweight, _ = backward(gv, xv, weight, None, *pairs, False, [0, 0], geometry.groups, wanted)
+    dweight = library_wgrad(gv, xv, kernel, geometry)
     record_library(xv, dweight, gv, " dweight")
     total = None
     if sums:
