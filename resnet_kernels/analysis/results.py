@@ -209,7 +209,9 @@ def parse(content: Any) -> Results:
     for i, r in enumerate(rows):
         first = seen.setdefault((r.group, r.provider, r.mode), i)
         if first != i:
-            raise ValueError(f"rows[{i}]: expected one row per provider and mode, got a second one beside rows[{first}]")
+            raise ValueError(
+                f"rows[{i}]: expected one row per provider and mode, got a second one beside rows[{first}]"
+            )
         if r.status not in STATUSES:
             raise ValueError(f"rows[{i}]: expected a status of {', '.join(STATUSES)}, got {r.status!r}")
         if r.seconds is not None and r.status != "ok":
