@@ -20,8 +20,8 @@ In this module N is the number of images, C channels, H and W height and width.
 Papers: He et al. 2015 (arXiv 1512.03385), He et al. 2016 (1603.05027), Xie et al. 2016 (1611.05431), Zagoruyko and
 Komodakis 2016 (1605.07146), Hu et al. 2018 (1709.01507), Huang et al. 2016 (1603.09382).
 
-No function here loads weights. The state dict of torchvision's network of the same name fits; with squeeze-and-excitation
-timm's fits.
+No function here loads weights. The state dict of torchvision's network of the same name fits; with
+squeeze-and-excitation timm's fits.
 """
 
 from __future__ import annotations
@@ -157,7 +157,8 @@ class ImageNetResNet(ResNet):
         block: `nn.BasicBlock`, `nn.Bottleneck`, `nn.SEBasicBlock`, `nn.SEBottleneck` or `PlainBlock`.
         layers: blocks per stage.
         num_classes: outputs of the classifier `fc`.
-        shortcut: "A" zero padding; "B" a projection where the shape changes, as in torchvision; "C" a projection always.
+        shortcut: "A" zero padding; "B" a projection where the shape changes, as in torchvision; "C" a projection
+        always.
         original_stride: put a bottleneck's stride on its first 1x1 convolution, as in the paper, and not on its 3x3, as
             in torchvision and most later code ("ResNet v1.5").
         drop_path: stochastic depth. In training the residual branch of an image is dropped with a probability that

@@ -16,9 +16,9 @@ from typing import Any
 
 SCHEMA = 1
 
-# Of a row. ok: the result is right, and was timed. wrong: the result breaks the rule of `testing.compare`, so it was not
-# timed. unavailable: it cannot run on this machine, for the given reason. failed: it raised, crashed or hung. cut: the
-# budget ended before it was measured.
+# Of a row. ok: the result is right, and was timed. wrong: the result breaks the rule of `testing.compare`, so it was
+# not timed. unavailable: it cannot run on this machine, for the given reason. failed: it raised, crashed or hung. cut:
+# the budget ended before it was measured.
 STATUSES = ("ok", "wrong", "unavailable", "failed", "cut")
 SECTION_STATUSES = ("ok", "failed", "skipped", "cut", "running", "waiting")
 

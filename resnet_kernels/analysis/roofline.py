@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class Ceilings:
     """The rates that bound a GPU's kernels.
 
-    memory: bytes/s of a copy in device memory. l2: bytes/s read from the L2 cache. matrix: operations/s of 16-bit matrix
-    products.
+    memory: bytes/s of a copy in device memory. l2: bytes/s read from the L2 cache. matrix: operations/s of 16-bit
+    matrix products.
     """
 
     name: str

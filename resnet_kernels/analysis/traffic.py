@@ -13,7 +13,8 @@ in a bottleneck, 2 in a basic block):
     g mask           g = dy where y > 0, else 0; the mask holds y > 0, one bit per element
     r                the residual: x with an identity, the subsampled x with zero padding; absent with a projection
     gr maskr         the part of dy and mask that the shortcut's gradient reads: r's channels; with a projection, all
-    xs Ws cs zs dcs  of a projection: the part of x that it reads, its weight, its output, that normalised, cs's gradient
+    xs Ws dWs        of a projection: the part of x that it reads, its weight, and the weight's gradient
+    cs zs dcs        of a projection: its output, the output's batch norm, and the gradient of cs
     s                the zero-padded shortcut, where a plan materializes it
     dx1 dxs          the gradient of x through the convolutions, and through a shortcut other than the identity
     gs               the gradient of xs through the projection, or g with zero padding, where a plan materializes it
@@ -61,8 +62,8 @@ Sizes = Sequence[int]
 INFERENCE = ("convolution", "tail", "block")
 # Plans for training with batch statistics.
 # eager: PyTorch's kernels.
-# lazy: normalised activations are recomputed while loading, and neither c3 nor a bottleneck's cs is ever stored. This is
-# a bound only: the package has no 3x3 convolutions of its own for training.
+# lazy: normalised activations are recomputed while loading, and neither c3 nor a bottleneck's cs is ever stored. This
+# is a bound only: the package has no 3x3 convolutions of its own for training.
 # materialised: the plan of the Triton kernels. Convolutions other than 1x1 are a library's, which reads plain operands
 # and has no epilogue for statistics, sums and masks; cs is never stored.
 TRAINING = ("eager", "lazy", "materialised")
@@ -118,8 +119,8 @@ def _inference(plan: str, n: int) -> list[str]:
 def _eager(n: int, shortcut: str) -> list[str]:
     """Return the lines of a training step of n convolutions by PyTorch's kernels.
 
-    A batch norm reads its operands twice: first for the statistics or sums, then to normalise. ReLU and addition work in
-    place (h overwrites z).
+    A batch norm reads its operands twice: first for the statistics or sums, then to normalise. ReLU and addition work
+    in place (h overwrites z).
     """
     h = ["x", "h1", "h2"]
     added, dx_shortcut = {"identity": ("x", "g"), "projection": ("zs", "dxs"), "zero_pad": ("s", "dxs")}[shortcut]
@@ -145,10 +146,10 @@ def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.strip().splitlines()]
 
 
-# The statistics of a 1x1 convolution follow from the mean and covariance of its operand: var3[k] = W3[k] cov W3[k]^T for
-# output channel k. So its scale and shift are known before it runs, c3 is not stored, and the backward reads h2 instead:
-# dh2 = g A + h2 B + v, with A of W3's size. Other statistics, and the two sums of a batch norm's backward, are taken in
-# epilogues; h = relu(a*c + b) and dc = al*gh + be*c + constant are computed while loading.
+# The statistics of a 1x1 convolution follow from the mean and covariance of its operand: var3[k] = W3[k] cov W3[k]^T
+# for output channel k. So its scale and shift are known before it runs, c3 is not stored, and the backward reads h2
+# instead: dh2 = g A + h2 B + v, with A of W3's size. Other statistics, and the two sums of a batch norm's backward, are
+# taken in epilogues; h = relu(a*c + b) and dc = al*gh + be*c + constant are computed while loading.
 LAZY_BOTTLENECK = _lines("""
     conv1: x W1 -> c1
     conv2: c1 W2 -> c2
@@ -164,8 +165,8 @@ LAZY_BOTTLENECK = _lines("""
     weight gradient 1: gh1 c1 x -> dW1
     data gradients of 1 and the shortcut: gh1 c1 W1 gr maskr xs Ws Bs -> dx
 """)
-# The launches of ops/chain_training.py, as roofline.py records them. ADDED stands for the tensors that the shortcut adds
-# to y, BACK for those that it adds to the gradient of x.
+# The launches of ops/chain_training.py, as roofline.py records them. ADDED stands for the tensors that the shortcut
+# adds to y, BACK for those that it adds to the gradient of x.
 MATERIALISED_BOTTLENECK = _lines("""
     conv1: x W1 -> c1
     normalise: c1 -> h1
@@ -240,8 +241,8 @@ def _block_lines(plan: str, n: int, shortcut: str) -> list[str]:
     return [line.replace("ADDED", added).replace("BACK", back) for line in lines]
 
 
-# The stem: y = max_pool(relu(bn(c))). indices: the positions of the maxima as PyTorch stores them, 8 bytes each. winners:
-# the same as this package stores them, one byte each. "lazy" searches c for them again.
+# The stem: y = max_pool(relu(bn(c))). indices: the positions of the maxima as PyTorch stores them, 8 bytes each.
+# winners: the same as this package stores them, one byte each. "lazy" searches c for them again.
 STEM = {
     "inference": ["conv, bn, relu, pool: x W -> y"],
     "eager": _lines("""
@@ -504,8 +505,8 @@ def convolution(x_sizes: Sizes, weight_sizes: Sizes, geometry: Geometry, itemsiz
     """Return what a convolution needs: every operand is read and the result written once.
 
     Counted are the part of x (N, C, H, W) that the filter reads, the weight (K, C/groups, R, S), y (N, K, P, Q) and a
-    residual of y's sizes. K: output channels, R, S: filter, P, Q: height and width of y. Weight and data gradient need as
-    much, except that the data gradient writes all of x's gradient.
+    residual of y's sizes. K: output channels, R, S: filter, P, Q: height and width of y. Weight and data gradient need
+    as much, except that the data gradient writes all of x's gradient.
     """
     c = _convolution(x_sizes, weight_sizes, geometry)
     return Need(itemsize * (c.x + c.weight + c.y * (1 + residual)), c.flops)

@@ -108,7 +108,8 @@ RESNEXT_CASES = (
     _bottleneck("x101-64x4d-layer1", 256, 64, 56, 56, groups=64, base_width=4),
 )
 
-# Shapes on which kernels tend to fail: channels that fill no vector, odd maps with stride, tiny maps and batches, groups.
+# Shapes on which kernels tend to fail: channels that fill no vector, odd maps with stride, tiny maps and batches,
+# groups.
 ODD_CASES = (
     _bottleneck("odd-channels", 20, 5, 9, 7),
     _bottleneck("odd-channels-down", 13, 5, 9, 7, 2),

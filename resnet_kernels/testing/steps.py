@@ -1,7 +1,7 @@
 """One training step of a block: by eager PyTorch, fused, and in fp64 under the ReLU masks of either.
 
-All three return {name: tensor}: "y" is the result, "x" the gradient of the input, a parameter's name its gradient, and a
-buffer's name its value after the step.
+All three return {name: tensor}: "y" is the result, "x" the gradient of the input, a parameter's name its gradient, and
+a buffer's name its value after the step.
 """
 
 from __future__ import annotations
