@@ -151,9 +151,9 @@ def facts(c: Context) -> None:
                 driver="driver_version", clock_before="clocks.sm", most_clock="clocks.max.sm", power_limit="power.limit"
             ),
         }
-        c.log.tell("facts", found)
+        c.log.add("facts", found)
     with torch.no_grad():
-        c.log.tell("facts", {"memory": copy_rate(c.device)})
+        c.log.add("facts", {"memory": copy_rate(c.device)})
         matrix = {}
         for name, dtype in DTYPES.items():
             # Emulated on a CPU without such instructions, a product would take minutes.
@@ -163,10 +163,10 @@ def facts(c: Context) -> None:
             try:
                 matrix["fp8"] = fp8_rate(c.device)
             except RuntimeError as error:
-                c.log.tell("details", {"fp8": str(error).splitlines()[0]})
-        c.log.tell("facts", {"matrix": matrix})
+                c.log.add("details", {"fp8": str(error).splitlines()[0]})
+        c.log.add("facts", {"matrix": matrix})
     if c.gpu:
-        c.log.tell("facts", _smi(clock_after="clocks.sm", memory_clock_after="clocks.mem"))
+        c.log.add("facts", _smi(clock_after="clocks.sm", memory_clock_after="clocks.mem"))
 
 
 # Compilation ahead
@@ -206,7 +206,7 @@ def ahead(c: Context, of_tuning: bool = False) -> None:
     begun = time.monotonic()
     compiled = compile_all(made, arch, max(1, (os.cpu_count() or 2) - 2))
     bad = [f"{m.what}: {r}" for m, r in zip(made, compiled, strict=True) if isinstance(r, str)]
-    c.log.tell("details", {"launches": len(made), "failed": bad, "seconds": round(time.monotonic() - begun, 1)})
+    c.log.add("details", {"launches": len(made), "failed": bad, "seconds": round(time.monotonic() - begun, 1)})
 
 
 # Tuning
@@ -233,7 +233,7 @@ def tuning(c: Context) -> None:
         )
         c.log.begin(None)
         report[str(case)] = [*map(str, found.measured), f"{found.kept} known before, {found.left} left"]
-        c.log.tell("details", dict(report))
+        c.log.add("details", dict(report))
 
 
 # Measurements
