@@ -167,7 +167,8 @@ class Case:
             module = module.eval().to(DTYPES[self.dtype])
         sets = max(2, min(4, -(-(128 << 20) // max(1, self.need.bytes))))
         inputs = [self._inputs(device, self.batch) for _ in range(sets)]
-        # The gradients of a step are compared on fewer images: in fp64 the activations of a whole batch may exceed memory.
+        # The gradients of a step are compared on fewer images: in fp64 the activations of a whole batch may exceed
+        # memory.
         fewer = 32 if device.type == "cuda" else 8
         trial = self._inputs(device, fewer) if self.training and self.batch > fewer else inputs[0]
         eager, exact = ([self._computed(module, trial, double) for double in (False, True)]) if references else ([], [])

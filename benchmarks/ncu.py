@@ -1,6 +1,7 @@
 """Profiles the kernels of a frozen ResNet-50 with Nsight Compute (ncu).
 
-`command` returns the ncu command line, `rows` reads its output. `python -m benchmarks.ncu` is the program that ncu runs.
+`command` returns the ncu command line, `rows` reads its output. `python -m benchmarks.ncu` is the program that ncu
+runs.
 """
 
 from __future__ import annotations
