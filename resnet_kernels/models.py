@@ -183,7 +183,7 @@ class ImageNetResNet(ResNet):
     ) -> None:
         self.shortcut, self.original_stride = shortcut, original_stride
         if drop_path and block is PlainBlock:
-            raise ValueError("drop_path: expected blocks with shortcuts, got plain ones")
+            raise ValueError("drop_path: expected blocks with shortcuts, got plain blocks")
         self._drop_rates = _drop_rates(drop_path, sum(layers)) if drop_path else []
         block = DROPPING.get(block, block) if drop_path else block
         if shortcut not in ("A", "B", "C"):
@@ -288,7 +288,7 @@ class CifarResNet(nn.Module):
     ) -> None:
         super().__init__()
         if drop_path and shortcut is None:
-            raise ValueError("drop_path: expected blocks with shortcuts, got plain ones")
+            raise ValueError("drop_path: expected blocks with shortcuts, got plain blocks")
         if depth < 8 or depth % 6 != 2:
             raise ValueError(f"depth: expected 6n + 2, at least 8, got {depth}")
         n, block = depth // 6, PlainBlock if shortcut is None else GatedBasicBlock if drop_path else BasicBlock
