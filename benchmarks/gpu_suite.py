@@ -539,7 +539,7 @@ def main(argv: list[str] | None = None) -> int:
     reason = why_no_gpu() if args.device == "cuda" else None
     if reason:
         message = f"{reason}: there is nothing to measure. With --device cpu the suite measures this CPU."
-        Console(stderr=True).print(message, style="red", highlight=False)
+        Console(stderr=True).print(message, style="red", highlight=False, soft_wrap=True)
         return 2
     options = Options(args.models, args.dtypes, args.batches, args.providers, args.rounds, args.full)
     try:
@@ -547,7 +547,7 @@ def main(argv: list[str] | None = None) -> int:
             args.device, args.out, args.budget, args.patience, options, args.plugin, args.resume, args.commit, console
         )
     except ValueError as error:
-        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False)
+        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
