@@ -39,7 +39,7 @@ def test_a_run(name, monkeypatch, tmp_path, capsys):
     assert plot.read_bytes().startswith(b"\x89PNG") and plot.stat().st_size > 20_000
 
 
-def test_errors_are_a_sentence_and_a_code(monkeypatch, tmp_path, capsys):
+def test_errors_are_a_sentence_and_an_exit_code(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["unet", "--out", str(tmp_path)])
     assert load("unet")["main"]() == 2
     error = " ".join(capsys.readouterr().err.split())
@@ -54,7 +54,7 @@ NETWORKS = {  # a constructor, the sizes of the input, the number of fused block
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_step_is_that_of_plain_modules(name):
+def test_a_step_matches_torchs_modules(name):
     """In fp64, where the fused algebra and torch's modules agree to the last digits."""
     make, sizes, count = NETWORKS[name]
     model, x = make(load(name)).double().train(), torch.randn(sizes).double()

@@ -124,7 +124,7 @@ def test_two_processes_train(whole):
 
 
 @needs_gloo
-def test_a_checkpoint_is_torchvisions_model(whole):
+def test_a_checkpoint_loads_into_torchvisions_model(whole):
     state = torch.load(whole[0] / "checkpoint.pt", weights_only=True)
     assert (state["epoch"], state["step"], state["about"]["classes"]) == (2, 0, list(CLASSES))
     model = torchvision.models.resnet18(num_classes=3)
@@ -136,7 +136,7 @@ def test_a_checkpoint_is_torchvisions_model(whole):
 
 
 @needs_gloo
-def test_an_interrupted_run_goes_on_as_if_nothing_had_been(data, whole, tmp_path):
+def test_an_interrupted_run_resumes_with_the_same_results(data, whole, tmp_path):
     arguments = (data, "--batch", BATCH, "--epochs", 2, "--sync-bn", "--out", tmp_path)
     process = start(*arguments, processes=2)
     interrupt(process, tmp_path, signal.SIGINT, 1)
@@ -151,7 +151,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(data, whole, tmp_path
     assert losses(tmp_path) == losses(whole[0])
 
 
-def test_one_process_ends_with_the_signals_code(data, tmp_path):
+def test_one_process_exits_with_the_signals_code(data, tmp_path):
     process = start(data, "--batch", 2 * BATCH, "--epochs", 50, "--amp", "bf16", "--out", tmp_path)
     interrupt(process, tmp_path, signal.SIGTERM, 2)
     assert "SIGTERM in epoch" in finish(process, code=143)
@@ -159,7 +159,7 @@ def test_one_process_ends_with_the_signals_code(data, tmp_path):
     assert state["epoch"] * STEPS + state["step"] == len(logged(tmp_path))
 
 
-def test_errors_are_a_sentence_and_a_code(data, whole, tmp_path, monkeypatch, capsys):
+def test_errors_are_a_sentence_and_an_exit_code(data, whole, tmp_path, monkeypatch, capsys):
     empty = tmp_path / "empty"
     for name in ("train/cat", "val/cat"):
         (empty / name).mkdir(parents=True)

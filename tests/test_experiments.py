@@ -92,7 +92,7 @@ def test_an_experiment_writes_its_rows_a_plot_and_a_verdict(name, device, module
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_been(modules, monkeypatch, tmp_path, capsys):
+def test_a_killed_run_resumes_with_the_same_results(modules, monkeypatch, tmp_path, capsys):
     options = (*TINY, "--epochs", 4, "--depths", 8, "--seeds", 2)
     assert run(modules, monkeypatch, "degradation", *options, "--out", tmp_path / "whole") == 0
     out = tmp_path / "killed"
@@ -119,7 +119,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(modules, monkeypatch, tmp_p
 
 
 @pytest.mark.parametrize("saves", [1, 3])
-def test_a_run_goes_on_within(saves, modules, monkeypatch, tmp_path):
+def test_an_interrupted_run_resumes_with_the_same_results(saves, modules, monkeypatch, tmp_path):
     """Interrupted right after an epoch of the first or the second run, which measures at the beginning and the end."""
     options = (*TINY, "--depths", 8, "--seeds", 1)
     assert run(modules, monkeypatch, "gradient_flow", *options, "--out", tmp_path / "whole") == 0
@@ -139,7 +139,7 @@ def test_a_run_goes_on_within(saves, modules, monkeypatch, tmp_path):
     assert (tmp_path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_errors_are_a_sentence_and_a_code(modules, monkeypatch, tmp_path, capsys):
+def test_errors_are_a_sentence_and_an_exit_code(modules, monkeypatch, tmp_path, capsys):
     (tmp_path / "bytes").mkdir()
     (tmp_path / "bytes" / "degradation.pt").write_bytes(b"no checkpoint")
     (tmp_path / "cifar" / "cifar-10-batches-py").mkdir(parents=True)
@@ -187,7 +187,7 @@ def test_cifar_is_read_and_augmented(modules, monkeypatch, tmp_path):
     assert args.lr == 0.1
 
 
-def test_crops_and_flips_are_of_the_image_in_zeros(modules):
+def test_crops_and_flips_come_from_the_zero_padded_image(modules):
     x = torch.rand(4, 1, 5, 5)
     labels = torch.arange(4)
     images = modules["data"].InMemory((x, labels), (x, labels), batch=4, padding=2)
@@ -240,7 +240,7 @@ def test_the_papers_rates(kind, depth, share, expected, modules, monkeypatch):
     assert shared.rate(args, depth, int(share * 64_000), 64_000) == pytest.approx(expected)
 
 
-def test_gates_that_are_open_or_closed_are_known_blocks(modules):
+def test_fully_open_and_closed_gates_give_known_blocks(modules):
     """With g = 0 a highway block is the identity (x is non-negative); with g = 1 it is the residual function alone."""
     import resnet_kernels as rk
 
@@ -260,7 +260,7 @@ def test_gates_that_are_open_or_closed_are_known_blocks(modules):
         torch.testing.assert_close(gated(x), expected)
 
 
-def test_lesions_put_everything_back(modules):
+def test_lesions_restore_the_model(modules):
     import resnet_kernels as rk
 
     model = rk.models.cifar_resnet(14, in_channels=1)

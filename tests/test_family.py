@@ -40,7 +40,7 @@ def parameters(model):
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_parameters_are_the_papers(name):
+def test_parameter_counts_are_those_of_the_papers(name):
     make, millions = PARAMETERS[name]
     with torch.device("meta"):
         count = parameters(make()) / 1e6
@@ -49,7 +49,7 @@ def test_parameters_are_the_papers(name):
 
 
 @pytest.mark.parametrize("name", TORCHVISION)
-def test_torchvisions_state_dicts_fit_their_namesakes(name):
+def test_torchvisions_state_dicts_fit_the_networks_of_the_same_name(name):
     with torch.device("meta"):
         ours, theirs = getattr(models, name)(), getattr(torchvision.models, name)()
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
@@ -96,7 +96,7 @@ def test_depths_of_preactivation(depth, bottleneck):
 
 # 10^9 multiply-adds for an image of 224 x 224, as table 1 of He et al. 2015 rounds them.
 @pytest.mark.parametrize("depth, billions", [(18, 1.8), (34, 3.6), (50, 3.8), (101, 7.6), (152, 11.3)])
-def test_operations_are_the_papers_with_the_original_stride(depth, billions):
+def test_operations_are_those_of_the_paper_with_the_original_stride(depth, billions):
     with torch.device("meta"):
         model = getattr(models, f"resnet{depth}")(original_stride=True).eval()
         image = torch.empty(1, 3, 224, 224)
@@ -126,7 +126,7 @@ MADE = {
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_a_step_and_an_evaluation_are_those_of_plain_modules(name):
+def test_a_step_and_an_evaluation_match_torchs_modules(name):
     """In fp64 the fused algebra (backend "reference") and torch's modules ("eager") agree to the last digits.
 
     The kernels have their own tests.
@@ -154,7 +154,7 @@ def test_a_step_and_an_evaluation_are_those_of_plain_modules(name):
     assert blocks == (0 if plain else len(rk.explain(model, images)))
 
 
-def test_options_that_do_not_exist_are_named():
+def test_errors_name_the_wrong_option():
     with pytest.raises(ValueError, match="expected 6n \\+ 2, at least 8, got 21"):
         models.cifar_resnet(21)
     with pytest.raises(ValueError, match="expected 9n \\+ 2 for bottlenecks, got 111"):
