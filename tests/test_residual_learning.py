@@ -195,7 +195,8 @@ def ode(monkeypatch):
 def test_the_orders_of_the_methods(method, order, steps, ode):
     """The observed orders for dx/dt = A x and dx/dt = tanh(A x).
 
-    For the first x(1) is exp(A) x, for the second it is computed by SciPy's solver. The steps are small enough to show the order, and the errors are far above the solver's.
+    For the first x(1) is exp(A) x, for the second it is computed by SciPy's solver. The steps are small enough to show
+    the order, and the errors are far above the solver's.
     """
     matrix = torch.randn(6, 6, dtype=torch.float64) / 6**0.5
     x = torch.randn(6, dtype=torch.float64)

@@ -313,7 +313,7 @@ def recorded(module, *sizes):
 
 
 def test_what_resnet50_moves_in_a_training_step():
-    """The launches move the plan's bytes and what the plan neglects: partial sums, cov and its products (5 MB an image)."""
+    """The launches move the plan's bytes and those it neglects: partial sums, cov and what follows (5 MB an image)."""
     batch, model = 256, on_meta("resnet50")
     replace_blocks(model)
     launches = recorded(model, batch, 3, 224, 224)
