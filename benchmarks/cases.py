@@ -208,55 +208,48 @@ def trained(module: nn.Module, inputs: tuple[Tensor, ...], dtype: str) -> list[T
     return [logits.detach(), torch.cat(gradients)]
 
 
+def _primitive(
+    C: int,
+    K: int,
+    R: int,
+    size: int,
+    stride: int,
+    dtype: str,
+    batch: int,
+    kind: str,
+    make: Callable[[], nn.Module],
+    terms: int,
+    operand: tuple[int, ...] | None = None,
+    residual: bool = False,
+) -> Case:
+    """Return a case on one convolution. kind: the end of its name. operand: sizes of a second operand."""
+    geometry = Geometry(stride, R // 2)
+    need = traffic.convolution((batch, C, size, size), (K, C, R, R), geometry, DTYPES[dtype].itemsize, residual)
+    name = f"{R}x{R} {C}->{K} {size}x{size}" + f"/{stride}" * (stride > 1) + kind
+    return Case("primitives", name, dtype, batch, size, C, make, (need,), terms, operand)
+
+
+def _output_size(R: int, size: int, stride: int) -> int:
+    return Geometry(stride, R // 2).output_size(size, R)
+
+
 def _convolution(C: int, K: int, R: int, size: int, stride: int, residual: bool, dtype: str, batch: int) -> Case:
-    out = Geometry(stride, R // 2).output_size(size, R)
-    return Case(
-        "primitives",
-        f"{R}x{R} {C}->{K} {size}x{size}" + f"/{stride}" * (stride > 1) + " + residual" * residual,
-        dtype,
-        batch,
-        size,
-        C,
-        functools.partial(_randomized, functools.partial(ConvAct, C, K, R, stride)),
-        (
-            traffic.convolution(
-                (batch, C, size, size), (K, C, R, R), Geometry(stride, R // 2), DTYPES[dtype].itemsize, residual
-            ),
-        ),
-        C * R * R,
-        (K, out, out) if residual else None,
-    )
+    make = functools.partial(_randomized, functools.partial(ConvAct, C, K, R, stride))
+    out = _output_size(R, size, stride)
+    kind, operand = (" + residual", (K, out, out)) if residual else ("", None)
+    return _primitive(C, K, R, size, stride, dtype, batch, kind, make, C * R * R, operand, residual)
 
 
 def _statistics(C: int, K: int, R: int, size: int, dtype: str, batch: int) -> Case:
-    return Case(
-        "primitives",
-        f"{R}x{R} {C}->{K} {size}x{size}, statistics",
-        dtype,
-        batch,
-        size,
-        C,
-        functools.partial(ConvStats, C, K, R, 1),
-        (traffic.convolution((batch, C, size, size), (K, C, R, R), Geometry(1, R // 2), DTYPES[dtype].itemsize),),
-        batch * size * size,
-    )
+    make = functools.partial(ConvStats, C, K, R, 1)
+    return _primitive(C, K, R, size, 1, dtype, batch, ", statistics", make, batch * size * size)
 
 
 def _weight_gradient(C: int, K: int, R: int, size: int, stride: int, dtype: str, batch: int) -> Case:
-    out = Geometry(stride, R // 2).output_size(size, R)
-    sizes, shape = (batch, C, size, size), (K, C, R, R)
-    return Case(
-        "primitives",
-        f"{R}x{R} {C}->{K} {size}x{size}" + f"/{stride}" * (stride > 1) + ", weight gradient",
-        dtype,
-        batch,
-        size,
-        C,
-        functools.partial(ConvWgrad, C, K, R, stride),
-        (traffic.convolution(sizes, shape, Geometry(stride, R // 2), DTYPES[dtype].itemsize),),
-        batch * out * out,
-        (K, out, out),
-    )
+    make = functools.partial(ConvWgrad, C, K, R, stride)
+    out = _output_size(R, size, stride)
+    kind, operand = ", weight gradient", (K, out, out)
+    return _primitive(C, K, R, size, stride, dtype, batch, kind, make, batch * out * out, operand)
 
 
 def _randomized(make: Callable[[], nn.Module]) -> nn.Module:
