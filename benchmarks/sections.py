@@ -185,7 +185,7 @@ def facts(c: Context) -> None:
 def _launches_ahead(c: Context, arch: int, tuning: bool) -> list[Any]:
     """Return the launches of later sections, and with `tuning` those that the tuner will try; Launch objects."""
     from resnet_kernels.tuning import CANDIDATES
-    from resnet_kernels.tuning.launches import field, problems_of
+    from resnet_kernels.tuning.launches import candidates_of, problems_of
 
     found, candidates = [], []
     todo = list(_models(c, "inference"))
@@ -198,7 +198,7 @@ def _launches_ahead(c: Context, arch: int, tuning: bool) -> list[Any]:
         # The first model's only: the tuner will hardly reach the others.
         if tuning and case.name == todo[0].name:
             problems = {problem.key: problem for problem in problems_of(launches)}
-            candidates = [m for p in problems.values() for m in field(p, c.device, CANDIDATES).made.values()]
+            candidates = [m for p in problems.values() for m in candidates_of(p, c.device, CANDIDATES).made.values()]
     for case in cases.blocks(todo[0].dtype, 256, c.options.full):
         with torch.device("meta"):
             x = torch.empty(case.batch, case.channels, case.size, case.size, dtype=DTYPES[case.dtype])

@@ -25,7 +25,7 @@ from ..backends.gpu.inference.dispatch import Choice, Problem, candidates, launc
 from ..backends.gpu.inference.tail import Tail
 from ..backends.gpu.launch import INTERPRETING, Launch, Native, arch_of, processors_of, recording
 
-__all__ = ["Pruned", "field", "materialize", "name", "plain", "problems_of", "prune", "row", "run_so"]
+__all__ = ["Pruned", "candidates_of", "materialize", "name", "plain", "problems_of", "prune", "row", "run_so"]
 
 
 def problems_of(launches: Iterable[Launch]) -> list[Problem]:
@@ -79,7 +79,7 @@ def row(choice: Choice) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Field:
+class Candidates:
     """The candidates of one problem before any is compiled.
 
     default: the choice made without tuning.
@@ -92,7 +92,7 @@ class Field:
     made: dict[Choice, Launch]
 
 
-def field(problem: Problem, device: torch.device, most: int) -> Field:
+def candidates_of(problem: Problem, device: torch.device, most: int) -> Candidates:
     """Return the candidates of a problem.
 
     Args:
@@ -122,7 +122,7 @@ def field(problem: Problem, device: torch.device, most: int) -> Field:
             best.append(choice)
     tried = [choice for choice in (default, *best[: most + SPARE]) if choice in made]
     separate = [choice for choice in (default, *rest) if choice.config is None]
-    return Field(default, separate, {choice: made[choice] for choice in tried})
+    return Candidates(default, separate, {choice: made[choice] for choice in tried})
 
 
 # Candidates tried per tile: the prediction depends on the tile, but not on the number of warps and stages.
@@ -152,25 +152,25 @@ def prune(problems: Sequence[Problem], device: torch.device, most: int) -> dict[
     All Triton candidates of all problems are compiled at once, on all cores. Per problem at most `most` of them are
     left, beside the default, the kernels of the compiled extension and the choices that run several kernels.
     """
-    fields = {problem.key: field(problem, device, most) for problem in problems}
-    made = [launch for f in fields.values() for launch in f.made.values() if not isinstance(launch, Native)]
+    before = {problem.key: candidates_of(problem, device, most) for problem in problems}
+    made = [launch for found in before.values() for launch in found.made.values() if not isinstance(launch, Native)]
     compiled = iter(["interpreted"] * len(made) if INTERPRETING else ahead.compile_all(made, arch_of(device)))
-    found = {}
-    for key, f in fields.items():
-        sound, out = [], {}
-        for choice, launch in f.made.items():
+    pruned = {}
+    for key, found in before.items():
+        sound, unsound = [], {}
+        for choice, launch in found.made.items():
             if isinstance(launch, Native):
                 sound.append(choice)
                 continue
             result = next(compiled)
             wrong = [] if INTERPRETING else [result] if isinstance(result, str) else result.wrong()
             if wrong:
-                out[name(choice)] = "; ".join(wrong)
+                unsound[name(choice)] = "; ".join(wrong)
             else:
                 sound.append(choice)
-        natives = sum(isinstance(launch, Native) for launch in f.made.values())
-        found[key] = Pruned(name(f.default), [*sound[: most + natives + 1], *f.separate], out)
-    return found
+        natives = sum(isinstance(launch, Native) for launch in found.made.values())
+        pruned[key] = Pruned(name(found.default), [*sound[: most + natives + 1], *found.separate], unsound)
+    return pruned
 
 
 def _plain_conv(c: Convolution, dtype: torch.dtype) -> Tensor:
