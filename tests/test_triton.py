@@ -1,13 +1,9 @@
 """The Triton kernels without a GPU: in the interpreter, and compiled for GPUs that are not here; and on one."""
 
 import collections
-import concurrent.futures
 import copy
 import dataclasses
 import functools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import emulated
@@ -38,35 +34,6 @@ DEVICES = [
     pytest.param("cpu", marks=pytest.mark.interpreted, id="interpreted"),
     pytest.param("cuda", marks=pytest.mark.gpu, id="gpu"),
 ]
-
-
-# Triton reads TRITON_INTERPRET when it is imported, hence processes of their own; those that take longest first.
-INTERPRETED = [
-    ["test_triton.py"],
-    ["test_blocks.py", "-k", "resnet_and_resnext"],
-    ["test_contract.py"],
-    ["test_blocks.py", "-k", "odd"],
-    ["test_triton_reductions.py"],
-    ["test_triton_training.py", "-k", "convolutions"],
-    ["test_triton_training.py", "-k", "not convolutions"],
-    ["test_tuning.py"],
-    ["test_tape.py"],
-    ["test_densenet.py"],
-    ["test_gated.py"],
-]
-
-
-def test_everything_marked_interpreted():
-    def interpreted(arguments):
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-        # As many processes as cores: threads of theirs would wait for each other.
-        environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
-
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for arguments, result in zip(INTERPRETED, pool.map(interpreted, INTERPRETED), strict=True):
-            report = f"{arguments}\n{result.stdout[-4000:]}{result.stderr[-1000:]}"
-            assert result.returncode == 0 and " passed" in result.stdout, report
 
 
 # Kernels by themselves, with configurations of our choice.
