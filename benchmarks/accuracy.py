@@ -53,7 +53,7 @@ def errors(
 
 def measure(case: BlockCase, dtype: str, data: str, device: torch.device, log: Log, seeds: int) -> None:
     """A row of eager's, and one of ours: of the backend that is chosen, on a GPU of the one that is named."""
-    backend = "triton" if device.type == "cuda" else None
+    backend = "gpu" if device.type == "cuda" else None
     ways: dict[str, Step] = {
         "eager channels_last": eager_results,
         f"replaced {backend}" if backend else "replaced": lambda *args: fused_results(*args, backend),

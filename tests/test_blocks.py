@@ -32,14 +32,14 @@ def check(case, dtype, backend, device="cpu"):
     assert_matches(y, want, exact, REDUCTION)
 
 
-@pytest.mark.parametrize("backend", ["reference", "aten", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "library", "cpu"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("case", RESNET_CASES, ids=str)
 def test_resnet_blocks(case, dtype, backend, poisoned):
     check(case, DTYPES[dtype], backend)
 
 
-@pytest.mark.parametrize("backend", ["reference", "aten", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "library", "cpu"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", ODD_CASES, ids=str)
 def test_odd_blocks(case, dtype, backend, poisoned):
@@ -57,7 +57,7 @@ def interpret(case, dtype, arch):
     from resnet_kernels.backends.gpu.launch import assume_arch
 
     with assume_arch(arch):
-        check(case, DTYPES[dtype], "triton")
+        check(case, DTYPES[dtype], "gpu")
 
 
 # sm_90 computes ungrouped blocks by boxes, whose tiles depend on channels and maps: all of them. By pointers, as sm_80
@@ -88,7 +88,7 @@ def test_odd_blocks_in_tritons_interpreter(case, dtype, arch, poisoned):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["reference", "aten", "cuda", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "library", "gpu:cuda", "gpu"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("case", RESNET_CASES + RESNEXT_CASES + ODD_CASES, ids=str)
 def test_blocks_on_a_gpu(case, dtype, backend):
@@ -183,7 +183,7 @@ def test_frozen_batch_norms_in_a_training_block_are_fused():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("backend", ["reference", "aten", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "library", "cpu"])
 def test_nan_and_inf_come_through(backend, value):
     case = next(c for c in RESNET_CASES if c.name == "r50-layer4")
     block, x = case.make(), case.input()

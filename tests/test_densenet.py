@@ -26,7 +26,7 @@ CASES = {  # N, channels of each input, H, W; growth rate, bn_size
 BACKENDS = [
     pytest.param("reference"),
     pytest.param("cpu"),
-    pytest.param("triton", marks=pytest.mark.interpreted, id="triton-interpreted"),
+    pytest.param("gpu", marks=pytest.mark.interpreted, id="triton-interpreted"),
 ]
 
 

@@ -22,9 +22,9 @@ from resnet_kernels.testing import assert_matches, calibrate_, randomize_
 NHWC = torch.channels_last
 interpreted = pytest.mark.interpreted
 BACKENDS = [
-    *(pytest.param(name, "cpu", id=name) for name in ("cpu", "aten", "reference")),
-    pytest.param("triton", "cpu", marks=interpreted, id="triton-interpreted"),
-    pytest.param("triton", "cuda", marks=pytest.mark.gpu, id="triton-gpu"),
+    *(pytest.param(name, "cpu", id=name) for name in ("cpu", "library", "reference")),
+    pytest.param("gpu", "cpu", marks=interpreted, id="triton-interpreted"),
+    pytest.param("gpu", "cuda", marks=pytest.mark.gpu, id="triton-gpu"),
 ]
 on = pytest.mark.parametrize("backend, device", BACKENDS)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -185,13 +185,13 @@ def test_what_does_not_fit_is_named():
     ):
         with pytest.raises(error, match=says):
             rk.ops.gated_tail(*arguments)
-    with rk.use_backend("cuda"), pytest.raises(BackendUnavailable, match="not implemented here: gated"):
+    with rk.use_backend("gpu:cuda"), pytest.raises(BackendUnavailable, match="not implemented here: gated"):
         rk.ops.gated_tail(z)
 
 
 def test_triton_is_chosen_by_name_alone():
     call = rk.ops.gating.call_of_gated(torch.device("cuda"), torch.float32)
-    assert select.choose(call).NAME == "aten" and select.ONLY_BY_NAME["triton"] == select.reasons(call)["triton"]
+    assert select.choose(call).NAME == "library" and select.ONLY_BY_NAME["gpu"] == select.reasons(call)["gpu"]
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
@@ -232,7 +232,7 @@ def test_a_chain_without_a_shortcut(relu):
 
     inputs = [x, *weights, *vectors]
     doubles = [t.double().requires_grad_() for t in inputs]
-    for backend in ("cpu", "aten", "reference"):
+    for backend in ("cpu", "library", "reference"):
         with rk.use_backend(backend):
             assert_matches(ours(*inputs), plainly(*inputs), plainly(*doubles), 144, backend)
     with rk.use_backend("reference"):
@@ -341,7 +341,7 @@ def test_what_runs_as_modules_and_what_makes_the_chain_plain():
     made.bn2 = nn.GroupNorm(4, 64)
     assert "bn2: expected one of BatchNorm2d" in why_plain(made, x)
     made, x = block("se-basic")
-    with rk.use_backend("cuda"):
+    with rk.use_backend("gpu:cuda"):
         assert "not implemented here: gated" in why_plain(made.eval(), x)
 
 

@@ -229,7 +229,7 @@ def on_gpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", [None, "aten", "triton"])
+@pytest.mark.parametrize("backend", [None, "library", "gpu"])
 def test_graphs_on_a_gpu(on_gpu, backend):
     model, x = on_gpu
     with rk.use_backend(backend) if backend else torch.no_grad():
@@ -245,7 +245,7 @@ def test_graphs_on_a_gpu(on_gpu, backend):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["aten", "triton"])
+@pytest.mark.parametrize("backend", ["library", "gpu"])
 def test_side_streams_and_threads_on_a_gpu(on_gpu, backend):
     model, x = on_gpu
     with rk.use_backend(backend):
@@ -300,7 +300,7 @@ def test_a_second_device():
         pytest.skip("needs two GPUs")
     model = small("resnet50").to("cuda:1", torch.bfloat16)
     x = torch.randn(2, 3, 64, 64, device="cuda:1")
-    with rk.use_backend("triton"):
+    with rk.use_backend("gpu"):
         frozen = rk.freeze(model)
     assert torch.equal(twice(frozen, x), frozen(x)) and frozen(x).device == x.device
 

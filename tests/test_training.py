@@ -92,7 +92,7 @@ def test_blocks_on_a_gpu(case, dtype):
     def make():
         return case.make().train().cuda(), case.input(device="cuda")
 
-    check(make, DTYPES[dtype], "triton", draws=-(-64 // case.planes))
+    check(make, DTYPES[dtype], "gpu", draws=-(-64 // case.planes))
 
 
 def adversarial(case, kind, size=100):
@@ -245,7 +245,7 @@ def test_stems(name, dtype, backend, poisoned):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", STEMS)
 def test_stems_on_a_gpu(name, dtype):
-    check_stem(name, DTYPES[dtype], "triton", "cuda")
+    check_stem(name, DTYPES[dtype], "gpu", "cuda")
 
 
 def test_a_stem_has_the_gradient_of_finite_differences():
@@ -399,7 +399,7 @@ def test_a_stem_under_eager_and_in_evaluation_is_torchs():
     rk.replace_blocks(model)
     with rk.use_backend("eager"):
         assert stem.why_plain(model, x) == "the backend 'eager' was named"
-    with rk.use_backend("aten"):
+    with rk.use_backend("library"):
         assert "not implemented here: training" in stem.why_plain(model, x)
     assert "does not use" in stem.why_plain(model.eval(), x)
 
@@ -725,6 +725,6 @@ def test_the_backward_runs_where_the_forward_ran(monkeypatch):
     with rk.use_backend("reference"):
         y = block(x)
     monkeypatch.setattr(rk.backends.cpu, "wgrad", None)
-    with rk.use_backend("aten"):
+    with rk.use_backend("library"):
         y.sum().backward()
     assert block.conv1.weight.grad.isfinite().all()

@@ -56,7 +56,7 @@ def launches_of(module: nn.Module, x: Tensor, arch: int | None = None) -> list[L
     from ..backends.gpu.launch import arch_of, recording
 
     image = torch.empty_like(x, device="meta")
-    with select.use_backend("triton"), recording(arch or arch_of(x.device), None if arch else x.device) as launches:
+    with select.use_backend("gpu"), recording(arch or arch_of(x.device), None if arch else x.device) as launches:
         if isinstance(module, FrozenTrunk):
             on_meta(module)(image)
         else:
@@ -79,7 +79,7 @@ def training_launches_of(module: nn.Module, x: Tensor, arch: int | None = None) 
 
     model = _imagined(module).train()
     sizes = traffic.block_sizes(model, x.shape)
-    with select.use_backend("triton"), recording(arch or arch_of(x.device), None if arch else x.device) as launches:
+    with select.use_backend("gpu"), recording(arch or arch_of(x.device), None if arch else x.device) as launches:
         if isinstance(model, resnet.ResNet):
             stem = fusable.stem(model)
             if isinstance(stem, str):

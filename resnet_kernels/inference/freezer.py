@@ -15,7 +15,7 @@ from torchvision.models import resnet
 from torchvision.models._utils import IntermediateLayerGetter
 
 from ..backends import select
-from ..backends.contract import BackendUnavailable, Geometry, wide
+from ..backends.contract import BackendUnavailable, Geometry, accumulator_dtype
 from ..nn import BasicBlock, Bottleneck, ResNet, fusable, gated
 from ..ops import block_inference as block_op
 from ..ops import stem_inference as stem_op
@@ -138,7 +138,7 @@ class Freezer:
         shapes = tuple(tuple(c.weight.shape) for c in convs)
         described = call(self.device, self.dtype, shapes, geometries)
         select.choose(described)  # raises if the backend that was named cannot
-        affines = [[t.to(wide(self.dtype)) for t in affine_of(bn)] for bn in norms]
+        affines = [[t.to(accumulator_dtype(self.dtype)) for t in affine_of(bn)] for bn in norms]
         shifts = block_op.chain_shifts([b for _, b in affines], kind.get("shortcut", ""))
         return Step(
             name,

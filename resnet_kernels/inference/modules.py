@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models import resnet
 
-from ..backends.contract import wide
+from ..backends.contract import accumulator_dtype
 from ..nn import fusable, gated
 from ..ops.gating import gated_tail
 from . import graphs
@@ -43,7 +43,7 @@ class FrozenGated(nn.Module):
         mean = z.mean((2, 3), keepdim=True)
         if self.last is not None:
             step = self.last.steps[0]
-            w = wide(z.dtype)
+            w = accumulator_dtype(z.dtype)
             products = functional.linear(mean.flatten(1).to(w), step.weights[0].flatten(1).to(w))
             mean = torch.addcmul(step.shifts[0], step.scales[0], products)[:, :, None, None].to(z.dtype)
         excite = self.kind._excite(self.squeeze)

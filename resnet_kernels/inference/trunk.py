@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import select
-from ..backends.contract import Backend, Block, Call, Geometry, Packed, Pool
+from ..backends.contract import Backend, Call, Geometry, Packed, PackedBlock, Pool
 from ..ops import block_inference as block_op
 from ..ops import stem_inference as stem_op
 from . import graphs
@@ -77,7 +77,7 @@ def _advance(x: Tensor, steps: list[Ready], ours: bool) -> Tensor:
         if step.pool is not None:
             x = stem_op.run(backend, x, packed[0], step.shifts[0], step.geometries[0], step.pool)
         else:
-            blocks = [Block(weights, s.shifts, s.geometries, s.shortcut or "", s.relu) for s, _, weights in rows]
+            blocks = [PackedBlock(weights, s.shifts, s.geometries, s.shortcut or "", s.relu) for s, _, weights in rows]
             x = block_op.run(backend, x, blocks, ours)
         ours = True
     return x

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from ..backends.algebra import Group
-from ..backends.contract import Stats, wide
+from ..backends.contract import Stats, accumulator_dtype
 
 
 class BatchNorm(NamedTuple):
@@ -35,7 +35,7 @@ class BatchNorm(NamedTuple):
 
     def vectors(self, like: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """weight, bias, mean and variance; empty ones where the batch's are used."""
-        dtype = wide(like.dtype)
+        dtype = accumulator_dtype(like.dtype)
         weight = like.new_ones(channels, dtype=dtype) if self.weight is None else self.weight
         bias = like.new_zeros(channels, dtype=dtype) if self.bias is None else self.bias
         if self.batch:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import select
-from ..backends.contract import Backend, Block, Call, Epilogue, Geometry, Operand, Product, wide
+from ..backends.contract import Backend, Call, Epilogue, Geometry, Operand, PackedBlock, Product, accumulator_dtype
 
 SHORTCUTS = ("identity", "projection", "zero_pad", "none")
 
@@ -59,7 +59,7 @@ def chain_shifts(shifts: Sequence[Tensor], shortcut: str) -> list[Tensor]:
     return [*shifts[:-2], shifts[-2] + shifts[-1]] if shortcut == "projection" else list(shifts)
 
 
-def run(backend: Backend, x: Tensor, blocks: Sequence[Block], overwrite: bool = False) -> Tensor:
+def run(backend: Backend, x: Tensor, blocks: Sequence[PackedBlock], overwrite: bool = False) -> Tensor:
     """Blocks, one after the other, by a backend's primitives. `overwrite`: the result may take x's memory."""
     whole = getattr(backend, "residual_blocks", None)
     if whole is not None and all(block.shortcut != "none" for block in blocks):
@@ -71,7 +71,7 @@ def run(backend: Backend, x: Tensor, blocks: Sequence[Block], overwrite: bool = 
     return x
 
 
-def _run(backend: Backend, x: Tensor, block: Block, overwrite: bool) -> Tensor:
+def _run(backend: Backend, x: Tensor, block: PackedBlock, overwrite: bool) -> Tensor:
     weights, shifts, geometries, shortcut, relu = block
     last = len(weights) - (2 if shortcut == "projection" else 1)
     h = x
@@ -164,11 +164,11 @@ def _forward(
             backend.pack(w, a, g, (size, *operand), keep=False)
             for w, a, g, operand in zip(weights, scales, geometries, operands, strict=True)
         ]
-        added = chain_shifts([b.to(wide(dtype)) for b in shifts], shortcut)
+        added = chain_shifts([b.to(accumulator_dtype(dtype)) for b in shifts], shortcut)
 
         def block(part: Tensor) -> Tensor:
             part = part.to(dtype).contiguous(memory_format=torch.channels_last)
-            return run(backend, part, [Block(packed, added, geometries, shortcut, relu)])
+            return run(backend, part, [PackedBlock(packed, added, geometries, shortcut, relu)])
 
         return in_passes(x, size, block).to(x.dtype, memory_format=torch.channels_last)
 
@@ -306,8 +306,8 @@ def residual_block(
         TypeError, ValueError: dtypes or shapes do not fit, before anything runs.
         BackendUnavailable: the backend that was named cannot run it.
     Numerics: accumulation, scale, shift and residual add in fp32, intermediates rounded to x's dtype (kept in fp32 by
-        CPUs without 16-bit arithmetic). aten and cpu fold the scale into the weight. ReLU propagates NaN. The backward
-        recomputes the chain from x; it is made of differentiable torch ops.
+        CPUs without 16-bit arithmetic). The backends library and cpu fold the scale into the weight. ReLU propagates
+        NaN. The backward recomputes the chain from x; it is made of differentiable torch ops.
     """
     check(x, weights, scales, shifts, strides, dilations, groups, shortcut, relu)
     op = torch.ops.resnet_kernels.residual_block
@@ -334,8 +334,8 @@ def check(
     for i, (w, a, b) in enumerate(zip(weights, scales, shifts, strict=True)):
         for name, t, dtype in (
             (f"weights[{i}]", w, x.dtype),
-            (f"scales[{i}]", a, wide(x.dtype)),
-            (f"shifts[{i}]", b, wide(x.dtype)),
+            (f"scales[{i}]", a, accumulator_dtype(x.dtype)),
+            (f"shifts[{i}]", b, accumulator_dtype(x.dtype)),
         ):
             if t.dtype != dtype:
                 raise TypeError(f"{name}: expected {dtype} beside x in {x.dtype}, got {t.dtype}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends import select
-from ..backends.contract import Call, Geometry, Pool, wide
+from ..backends.contract import Call, Geometry, Pool, accumulator_dtype
 from .batch_norm import BatchNorm, update_running
 from .block_inference import LIBRARY, check_chain, same_padding, walk
 from .chain_training import Backward, Forward, Kept, Plan, stored_outputs
@@ -112,7 +112,7 @@ def _forward_fake(
     mask = select.BY_NAME[p.backend].mask_size(result) if p.relu else None
     if p.pool:
         result = (*result[:2], *pooled_size(result[2:], Pool(*p.pool)))
-    w = wide(x.dtype)
+    w = accumulator_dtype(x.dtype)
     c = {i: _nhwc(x, (x.shape[0], *outputs[i])) for i in p.outputs()}
     tables = [x.new_empty(5, sizes[0], dtype=w) for sizes in outputs[: len(p.batch)]]
     moments = {
@@ -170,7 +170,7 @@ def _backward_fake(
     need_norms: Sequence[bool],
     *plan: Any,
 ) -> list[Tensor]:
-    w = wide(x.dtype)
+    w = accumulator_dtype(x.dtype)
     channels = [t.shape[1:] for t in Kept.of(kept, Plan(*plan)).tables]
     grads = [_nhwc(x, x.shape) if need_x else x.new_empty(0)]
     for weight, need in zip(weights, need_weights, strict=True):
@@ -411,8 +411,8 @@ def check(
             f"got {tuple(weights[-1].shape)} with groups={groups[-1]}"
         )
     for i, w in enumerate(weights):
-        if w.dtype not in (x.dtype, wide(x.dtype)):
-            raise TypeError(f"weights[{i}]: expected {x.dtype} or {wide(x.dtype)}, got {w.dtype}")
+        if w.dtype not in (x.dtype, accumulator_dtype(x.dtype)):
+            raise TypeError(f"weights[{i}]: expected {x.dtype} or {accumulator_dtype(x.dtype)}, got {w.dtype}")
     rows = [same_padding(w, *row) for w, *row in zip(weights, strides, dilations, groups, strict=True)]
     _, maps = walk(x.shape[1:], [w.shape for w in weights], rows, shortcut)
     seen = maps[:-1] if preactivation else [*maps[1:], maps[-1]][: len(norms)]

@@ -39,8 +39,8 @@ from ..backends.contract import (
     Product,
     Stats,
     TailGrad,
+    accumulator_dtype,
     fold,
-    wide,
 )
 from .batch_norm import merged, summed
 from .block_inference import same_padding, total_stride, walk, zero_pad
@@ -154,7 +154,7 @@ class Block:
         self.backend, self.plan, self.x = backend, plan, x
         self.weights = [w.to(x.dtype) for w in weights]
         self.geometries = plan.geometries(weights)
-        self.wide = wide(x.dtype)
+        self.accumulator_dtype = accumulator_dtype(x.dtype)
         self.centred = x.dtype in (torch.float32, torch.float64)
         self.tables: list[Tensor] = []
 
@@ -198,7 +198,7 @@ class Forward(Block):
     ) -> None:
         super().__init__(backend, x, weights, plan)
         vectors = zip(gammas, betas, means, variances, strict=True)
-        self.norms = [[t.to(self.wide) for t in row] for row in vectors]
+        self.norms = [[t.to(self.accumulator_dtype) for t in row] for row in vectors]
 
     def frozen(self, i: int) -> Tensor:
         gamma, beta, mean, var = self.norms[i]
@@ -221,7 +221,8 @@ class Forward(Block):
         w, eps = self.weights[i], self.plan.eps[i]
         if not self.plan.batch[i]:
             self.tables.append(self.frozen(i))
-            return Product(self.backend.settle(operand, w.shape[2]), w, geometry, self.affine(i).a), self.affine(i).b
+            affine = self.affine(i)
+            return Product(self.backend.materialize(operand, w.shape[2]), w, geometry, affine.a), affine.b
         m = self.backend.moments(operand)
         kept[i] = m.mean, m.M2
         gamma, beta, _, _ = self.norms[i]
@@ -243,7 +244,7 @@ class Forward(Block):
             return Product(operand, w, geometry, affine.a), affine.b
         # h - mu in place of h: rounding in a product of large means would be the same in every row, where PyTorch's
         # statistics, taken of its result, would take it out again.
-        centred = m.centred or self.backend.settle(dataclasses.replace(operand, centre=m.mean), 1)
+        centred = m.centred or self.backend.materialize(dataclasses.replace(operand, centre=m.mean), 1)
         shift = beta
         if name:
             off = self.matrix(i).double() @ m.mean.double() - affine.mean
@@ -264,7 +265,7 @@ class Forward(Block):
                 product, shift = self.by_moments(i, h, g, moments)
                 products.append(product)
                 break
-            h = backend.settle(h, w.shape[2])
+            h = backend.materialize(h, w.shape[2])
             c[i], stats = backend.conv([Product(h, w, g)], Epilogue(reduce="stats" if plan.batch[i] else None))
             self.tables.append(self.from_stats(i, stats))
         if not products:
@@ -338,7 +339,7 @@ class Backward(Block):
             H, W = kept.c[0].shape[2:]
             return Operand(dy, pooled=Pooled(kept.mask, Pool(*plan.pool), (H, W)))
         mask = (kept.mask if kept.mask.numel() else kept.y) if plan.relu else None
-        return self.backend.settle(Operand(dy, mask=mask), 1)
+        return self.backend.materialize(Operand(dy, mask=mask), 1)
 
     def through_norm(self, i: int, gh: Operand, sums: tuple[Tensor, Tensor], rows: int) -> Operand:
         """dc = al*gh + be*(c - mean) + const, from sum(gh) and sum(gh * xhat)."""
@@ -367,7 +368,7 @@ class Backward(Block):
         H, W = (g if h.stride > 1 else h).tensor.shape[2:]
         if not self.plan.batch[i]:
             if self.need_weights[i] or self.need_norms[i]:
-                h = self.backend.settle(h, w.shape[2])
+                h = self.backend.materialize(h, w.shape[2])
                 G, sg = self.backend.wgrad(g, h, (w.shape[2], w.shape[3]), geometry, sums=True)
                 assert sg is not None
                 self.dweights[i] = affine.a[:, None, None, None] * G
@@ -378,7 +379,7 @@ class Backward(Block):
             return [Product(g, folded, geometry, data_grad_size=(H, W))] if below else [], None
         mean, M2 = self.kept.moments[i]
         centre = mean if self.centred else None
-        h = self.backend.settle(dataclasses.replace(h, centre=centre), 1)
+        h = self.backend.materialize(dataclasses.replace(h, centre=centre), 1)
         G, sg = self.backend.wgrad(g, h, (1, 1), POINTWISE, sums=True)
         assert sg is not None
         G = G.flatten(1)
@@ -423,9 +424,9 @@ class Backward(Block):
     def through_convolution(self, i: int, dc: Operand, h: Operand) -> list[Product]:
         """A convolution's own gradient into the list, its operand's as a product."""
         w, g = self.weights[i], self.geometries[i]
-        dc = self.backend.settle(dc, w.shape[2])
+        dc = self.backend.materialize(dc, w.shape[2])
         if self.need_weights[i]:
-            h = self.backend.settle(h, w.shape[2])
+            h = self.backend.materialize(h, w.shape[2])
             self.dweights[i], _ = self.backend.wgrad(dc, h, (w.shape[2], w.shape[3]), g)
         _, _, H, W = h.tensor.shape
         return [Product(dc, w, g, data_grad_size=(H, W))] if self.wanted_below(i) else []
@@ -436,7 +437,7 @@ class Backward(Block):
         if self.is_product(i):
             products, shift = self.through_product(i, g, h, POINTWISE, rows, self.need_x)
         else:
-            dc = self.backend.settle(self.through_norm(i, g, self.backend.reduce(g, self.normalized(i)), rows), 1)
+            dc = self.backend.materialize(self.through_norm(i, g, self.backend.reduce(g, self.normalized(i)), rows), 1)
             if self.need_weights[i]:
                 self.dweights[i], _ = self.backend.wgrad(dc, h, (1, 1), POINTWISE)
             P, Q = g.tensor.shape[2:]
@@ -447,15 +448,15 @@ class Backward(Block):
         self, products: list[Product], shift: Tensor | None, g: Operand, shortcut: Tensor | None
     ) -> Tensor:
         plan, stride = self.plan, total_stride(self.geometries[: self.plan.n])
-        residual, spread = None, 1
+        residual, upsample = None, 1
         if plan.projected:
             assert shortcut is not None
-            residual, spread = Operand(shortcut), stride
+            residual, upsample = Operand(shortcut), stride
         elif plan.shortcut == "identity":
             residual = g
         elif plan.shortcut == "zero_pad":
             value, _ = self.backend.bn_pass(g, Epilogue())
-            residual, spread = Operand(value[:, : self.x.shape[1]]), stride
+            residual, upsample = Operand(value[:, : self.x.shape[1]]), stride
         # g is the caller's only where nothing was applied to it.
         ours = residual is g and g.plain and g.tensor is not self.dy
-        return self.backend.conv(products, Epilogue(shift, residual, spread=spread, overwrite=ours))[0]
+        return self.backend.conv(products, Epilogue(shift, residual, upsample=upsample, overwrite=ours))[0]

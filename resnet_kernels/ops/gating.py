@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..backends import select
-from ..backends.contract import Call, wide
+from ..backends.contract import Call, accumulator_dtype
 from .block_inference import LIBRARY
 
 NEEDS = frozenset({"gated"})
@@ -58,7 +58,7 @@ def _backward_fake(
 ) -> list[Tensor]:
     like = torch.empty_like(dy, memory_format=torch.channels_last)
     sizes = dy.shape[:2]
-    sums = dy.new_empty(sizes, dtype=wide(dy.dtype)) if wanted[1] else dy.new_empty(0)
+    sums = dy.new_empty(sizes, dtype=accumulator_dtype(dy.dtype)) if wanted[1] else dy.new_empty(0)
     return [like if wanted[0] else dy.new_empty(0), sums, like.clone() if wanted[2] else dy.new_empty(0)]
 
 
@@ -156,5 +156,5 @@ def gated_tail(z: Tensor, gate: Tensor | None = None, shortcut: Tensor | None = 
             raise ValueError(f"gate: expected {(N, K)} or {(N, 1)}, got {tuple(gate.shape)}")
         if not gate.dtype.is_floating_point or gate.device != z.device:
             raise TypeError(f"gate: expected a floating dtype on {z.device}, got {gate.dtype} on {gate.device}")
-        gate = gate.to(wide(z.dtype)).expand(N, K)
+        gate = gate.to(accumulator_dtype(z.dtype)).expand(N, K)
     return torch.ops.resnet_kernels.gated_tail(z, gate, shortcut, relu, _chosen(z.device, z.dtype))

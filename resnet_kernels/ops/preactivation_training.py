@@ -32,12 +32,12 @@ class PreactivationForward(Forward):
         self.tables.append(self.from_stats(0, stats))
         for i in range(n - 1):
             w, g = self.weights[i], self.geometries[i]
-            h = backend.settle(_activation(self, i, u), w.shape[2])
+            h = backend.materialize(_activation(self, i, u), w.shape[2])
             reduce = "stats" if plan.batch[i + 1] else None
             u[i + 1], stats = backend.conv([Product(h, w, g)], Epilogue(reduce=reduce))
             self.tables.append(self.from_stats(i + 1, stats))
         w, g = self.weights[n - 1], self.geometries[n - 1]
-        products = [Product(backend.settle(_activation(self, n - 1, u), w.shape[2]), w, g)]
+        products = [Product(backend.materialize(_activation(self, n - 1, u), w.shape[2]), w, g)]
         residual = None
         first = _activation(self, 0, u)
         if plan.projected:
@@ -67,14 +67,14 @@ class PreactivationBackward(Backward):
         for i in range(n - 1, -1, -1):
             h = _activation(self, i, u)
             products = self.through_convolution(i, dc, h)
-            residual, spread = None, 1
+            residual, upsample = None, 1
             if i == 0 and plan.projected:
-                residual, spread = self.through_shortcut(g, h), stride
+                residual, upsample = self.through_shortcut(g, h), stride
             elif i == 0 and plan.shortcut == "zero_pad":
-                residual, spread = Operand(dy[:, : self.x.shape[1]]), stride
+                residual, upsample = Operand(dy[:, : self.x.shape[1]]), stride
             if not self.wanted_below(i):
                 break
-            epilogue = Epilogue(residual=residual, spread=spread, mask=h, reduce=self.normalized(i))
+            epilogue = Epilogue(residual=residual, upsample=upsample, mask=h, reduce=self.normalized(i))
             gh, sums = backend.masked_conv(products, epilogue)
             dc = self.through_norm(i, gh, sums, self.rows(gh.tensor))
         if not self.need_x:

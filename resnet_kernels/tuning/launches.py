@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..analysis.roofline import H200
-from ..backends.contract import Geometry, wide
+from ..backends.contract import Geometry, accumulator_dtype
 from ..backends.gpu import ahead
 from ..backends.gpu.convolution import Convolution
 from ..backends.gpu.inference import hopper
@@ -143,7 +143,7 @@ def prune(problems: Sequence[Problem], device: torch.device, most: int) -> dict[
 
 
 def _plain_conv(c: Convolution, dtype: torch.dtype) -> Tensor:
-    w = wide(dtype)
+    w = accumulator_dtype(dtype)
 
     def conv(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
         return F.conv2d(x.to(dtype), weight.to(dtype).permute(0, 3, 1, 2), None, *geometry).to(w)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..analysis.roofline import launches_of
 from ..analysis.timing import Clock, Sample, captured, interleaved, synchronize
 from ..backends import gpu, reference, select, tables
-from ..backends.contract import Call, wide
+from ..backends.contract import Call, accumulator_dtype
 from ..inference import FrozenModel, FrozenResNet, FrozenTrunk, Step, freeze
 from ..ops import block_inference as block_op
 from ..testing import compare
@@ -232,7 +232,7 @@ def _plain_step(step: Step, x: Tensor, dtype: torch.dtype) -> Tensor:
         c = F.conv2d(h, step.weights[i].to(dtype), None, *step.geometries[i])
         # The chain's shifts are one fewer than its weights if there is a projection, whose shift is in the last.
         shift = step.shifts[i] if i < len(step.shifts) else torch.zeros_like(step.scales[i])
-        a, b = (t.to(wide(dtype))[:, None, None] for t in (step.scales[i], shift))
+        a, b = (t.to(accumulator_dtype(dtype))[:, None, None] for t in (step.scales[i], shift))
         return (c.to(a.dtype) * a + b).to(dtype)
 
     x = x.to(dtype)

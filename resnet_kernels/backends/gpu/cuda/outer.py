@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...contract import Epilogue, Geometry, Moments, Operand
+from ..glue import library_wgrad
 from . import passes
 from .calls import TYPES, Outer, library
 from .passes import computed
@@ -59,12 +60,7 @@ def _by_library(
     g: Operand, x: Operand, kernel: tuple[int, int], geometry: Geometry, sums: bool
 ) -> tuple[Tensor, Tensor | None]:
     gv, xv = computed(g), computed(x)
-    # Of the weight nothing but its sizes and memory format is read.
-    weight = gv.new_empty(gv.shape[1], xv.shape[1] // geometry.groups, *kernel)
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    pairs = [[geometry.stride] * 2, [geometry.padding] * 2, [geometry.dilation] * 2]
-    backward = torch.ops.aten.convolution_backward
-    _, dweight, _ = backward(gv, xv, weight, None, *pairs, False, [0, 0], geometry.groups, [False, True, False])
+    dweight = library_wgrad(gv, xv, kernel, geometry)
     total = passes.run(Operand(gv), Epilogue(reduce="sum"), False)[1][0] if sums else None
     return dweight.float(), total
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ...contract import Epilogue, Normalized, Operand, Stats, nhwc_strides
-from .calls import TYPES, Mask, Pass, Source, View, empty, in_rows, library, vector
+from ..glue import bit_mask_size, empty_nhwc, reduction_of_no_rows
+from .calls import TYPES, Mask, Pass, Source, View, in_rows, library, vector
 from .pooling import unpooled
 
 REDUCTIONS = {None: 0, "stats": 1, "sum": 2, "mask": 3}
@@ -18,12 +19,6 @@ BITS, BYTES, TENSOR = 1, 2, 3
 
 # A row's number has 31 bits.
 MOST_ROWS = 2**31 - 1
-
-
-def mask_size(sizes: Sequence[int]) -> tuple[int, int]:
-    """(N*P*Q, ceil(K/8)): bit j of byte b tells of channel 8b + j whether not (result <= 0)."""
-    N, K, P, Q = sizes
-    return N * P * Q, -(-K // 8)
 
 
 class Filled:
@@ -71,7 +66,7 @@ class Filled:
         N, C, H, W = sizes
         seen = (N, C, -(-H // stride), -(-W // stride))
         if isinstance(mask, Tensor) and mask.dtype == torch.uint8 and mask.dim() == 2:
-            rows, pitch = mask_size(sizes)
+            rows, pitch = bit_mask_size(sizes)
             if tuple(mask.shape) != (rows, pitch) or mask.device != self.device:
                 raise ValueError(f"mask: expected {(rows, pitch)} bytes of bits, got {tuple(mask.shape)}")
             view = View(self.pointer(mask.contiguous(), 1), H * W * pitch, stride * W * pitch, stride * pitch)
@@ -119,11 +114,11 @@ def run(x: Operand, epilogue: Epilogue, store: bool, scale: Tensor | None = None
     sizes = N, C, P, Q = x.sizes
     filled, by = Filled(x.tensor, sizes), epilogue.reduce
     call, device = filled.call, x.tensor.device
-    y = empty(x.tensor, sizes) if store else None
-    bits = torch.empty(mask_size(sizes), dtype=torch.uint8, device=device) if by == "mask" else None
+    y = empty_nhwc(x.tensor, sizes) if store else None
+    bits = torch.empty(bit_mask_size(sizes), dtype=torch.uint8, device=device) if by == "mask" else None
     reducing = by is not None and bits is None
     if 0 in sizes:
-        return y, bits if bits is not None else of_nothing(C, by, device)
+        return y, bits if bits is not None else reduction_of_no_rows(C, by, device)
     if call.M > MOST_ROWS:
         raise ValueError(f"x: expected at most {MOST_ROWS} positions, got {tuple(sizes)}")
     call.x = filled.source(x, "x", scale)
@@ -131,11 +126,11 @@ def run(x: Operand, epilogue: Epilogue, store: bool, scale: Tensor | None = None
         r = epilogue.residual
         if r.second is not None or r.pooled is not None:
             r = Operand(computed(r))
-        expected = (N, C, -(-P // epilogue.spread), -(-Q // epilogue.spread))
+        expected = (N, C, -(-P // epilogue.upsample), -(-Q // epilogue.upsample))
         if (r.sizes[0], *r.sizes[2:]) != (N, *expected[2:]) or r.sizes[1] > C:
             raise ValueError(f"residual: expected {expected}, got {r.sizes}")
-        call.residual, call.spread = filled.source(r, "residual"), epilogue.spread
-        call.mapped |= epilogue.spread > 1
+        call.residual, call.spread = filled.source(r, "residual"), epilogue.upsample
+        call.mapped |= epilogue.upsample > 1
     if epilogue.mask is not None:
         call.mask = filled.mask(epilogue.mask, 1, sizes)
     call.shift, call.relu = filled.vector(epilogue.shift, "shift"), epilogue.relu
@@ -154,14 +149,6 @@ def run(x: Operand, epilogue: Epilogue, store: bool, scale: Tensor | None = None
     call.parts, call.first, call.second = parts.data_ptr(), one.data_ptr(), two.data_ptr()
     library().run("pass", call, device)
     return y, Stats(call.M, one, two) if by == "stats" else (one, two)
-
-
-def of_nothing(C: int, by: str | Normalized | None, device: torch.device) -> Any:
-    """What no rows reduce to."""
-    zeros = torch.zeros(C, device=device)
-    if by == "stats":
-        return Stats(0, torch.full_like(zeros, float("nan")), zeros)
-    return None if by is None else (zeros, zeros.clone())
 
 
 def computed(x: Operand) -> Tensor:

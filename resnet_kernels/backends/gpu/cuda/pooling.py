@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ...contract import Pool, Pooled, nhwc_strides
-from .calls import TYPES, PoolCall, View, empty, in_rows, library
+from ..glue import empty_nhwc
+from .calls import TYPES, PoolCall, View, in_rows, library
 
 
 def _run(name: str, x: Tensor, y: Tensor, winners: Tensor | None, pool: Pool, gradient: bool) -> None:
@@ -28,7 +29,7 @@ def _run(name: str, x: Tensor, y: Tensor, winners: Tensor | None, pool: Pool, gr
 def max_pool(t: Tensor, pool: Pool, wants_winners: bool) -> tuple[Tensor, Tensor | None]:
     """(the maxima, `Pooled.winners`), channels_last."""
     P, Q = ((n + 2 * pool.padding - pool.kernel) // pool.stride + 1 for n in t.shape[2:])
-    y, winners = empty(t, (*t.shape[:2], P, Q)), None
+    y, winners = empty_nhwc(t, (*t.shape[:2], P, Q)), None
     if wants_winners:
         winners = torch.empty(y.shape, dtype=torch.uint8, device=y.device, memory_format=torch.channels_last)
     _run("max_pool", t, y, winners, pool, False)
@@ -39,7 +40,7 @@ def unpooled(v: Tensor, pooled: Pooled) -> Tensor:
     """The gradient of what was pooled, from that of the maxima, rounded."""
     if pooled.winners.shape != v.shape or pooled.winners.dtype != torch.uint8:
         raise ValueError(f"winners: expected bytes of {tuple(v.shape)}, got {tuple(pooled.winners.shape)}")
-    y = empty(v, (*v.shape[:2], *pooled.size))
+    y = empty_nhwc(v, (*v.shape[:2], *pooled.size))
     winners = pooled.winners.contiguous(memory_format=torch.channels_last)
     _run("max_pool_grad", v, y, winners, pooled.pool, True)
     return y

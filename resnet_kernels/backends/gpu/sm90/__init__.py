@@ -1,11 +1,13 @@
-"""Hopper GPUs (sm_90) in bf16 and fp16: convolutions, data and weight gradients and moments in CUDA C++ by wgmma and
-the tensor copy engine (csrc/cuda/sm90). docs/hopper.md has their plan and what was measured.
+"""The family `gpu:sm90`: convolutions, data gradients, weight gradients and moments for Hopper GPUs in bf16 and fp16.
 
-    launchers.py  what the kernels take, and their launches
+CUDA C++ with wgmma and TMA (csrc/cuda/sm90); docs/hopper.md has the design and the measurements.
 
-What stands between convolutions in training, and convolutions that these kernels do not have, are the backend `cuda`'s.
-It is chosen by name; the Triton backend takes single kernels for inference where they are faster. Those of training and
-of whole bottlenecks no GPU has run yet: tests run their source on a CPU, and read their machine code.
+    launchers.py  the argument structures of the kernels, and their launches
+
+Passes between convolutions, and convolutions that these kernels do not support, come from the family `gpu:cuda`. The
+whole family runs only if it is named. The backend `gpu` launches its inference kernels where they were measured to be
+faster than Triton's. No GPU has run its training kernels and its whole-bottleneck kernel yet: tests run their sources
+on a CPU and read their machine code.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...contract import (
-    Block,
     Call,
     Epilogue,
     Geometry,
@@ -28,50 +29,33 @@ from ...contract import (
     Normalized,
     Operand,
     Packed,
+    PackedBlock,
     Pool,
     Product,
-    beyond,
     check_conv,
     fold,
+    why_unsupported,
 )
-from .. import cuda
-from ..cuda import finalize_bn_grad, finalize_moments, finalize_stats, finalize_tail_grad, reduce
+from .. import cuda, glue
 from ..cuda.passes import computed
+from ..glue import krsc
 from . import launchers
 
-NAME = "sm90"
+NAME = "gpu:sm90"
 SUPPORTS = cuda.SUPPORTS
 PACKS_FOR_SIZE = False
 
-__all__ = [
-    "NAME",
-    "PACKS_FOR_SIZE",
-    "SUPPORTS",
-    "bn_pass",
-    "compute_dtype",
-    "conv",
-    "finalize_bn_grad",
-    "finalize_moments",
-    "finalize_stats",
-    "finalize_tail_grad",
-    "images_per_pass",
-    "mask_size",
-    "masked_conv",
-    "moments",
-    "pack",
-    "reduce",
-    "residual_block",
-    "settle",
-    "wgrad",
-    "why_not",
-]
+# Primitives that are those of the family gpu:cuda.
+finalize_stats, finalize_moments = cuda.finalize_stats, cuda.finalize_moments
+finalize_bn_grad, finalize_tail_grad = cuda.finalize_bn_grad, cuda.finalize_tail_grad
+reduce = cuda.reduce
 
 # What a convolution may ask for and need no pass beside it: all that there is without the extension.
 ALONE = frozenset({"conv", "residual", "two_products", "stats", "data_grad"})
 
 
 def why_not(call: Call) -> str | None:
-    reason = beyond(call, SUPPORTS, None, launchers.DTYPES) or launchers.why_not_here(call.device, call.dtype)
+    reason = why_unsupported(call, SUPPORTS, None, launchers.DTYPES) or launchers.why_not_here(call.device, call.dtype)
     if reason is None and not call.needs <= ALONE:
         reason = cuda.why_not(call)
     # In training, where one backend runs a whole block, what is beyond these kernels is the library's.
@@ -100,15 +84,14 @@ def pack(weight: Tensor, scale: Tensor | None, geometry: Geometry, size: Sequenc
     shape = tuple(weight.shape)
     if keep and scale is not None:
         weight, scale = fold(weight, scale, weight.dtype), None
-    krsc = weight.permute(0, 2, 3, 1).contiguous()
-    return Packed(krsc if krsc.data_ptr() % 16 == 0 else krsc.clone(), scale, shape)
+    return Packed(krsc(weight), scale, shape)
 
 
 def mask_size(sizes: Sequence[int]) -> None:
     """A result is its own mask: it is kept as the next block's operand anyway."""
 
 
-def settle(operand: Operand, kernel: int) -> Operand:
+def materialize(operand: Operand, kernel: int) -> Operand:
     return operand if operand.plain else Operand(_computed(operand))
 
 
@@ -168,7 +151,7 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
     N, K, *_ = sizes = check_conv(products, epilogue)
     by, first = epilogue.reduce, products[0].operand.tensor
     masked = epilogue.mask is not None or isinstance(by, Normalized)
-    if masked or epilogue.spread > 1 or not _runs(products) or 0 in sizes:
+    if masked or epilogue.upsample > 1 or not _runs(products) or 0 in sizes:
         return _by_passes(products, epilogue)
     y = torch.empty(sizes, dtype=first.dtype, device=first.device, memory_format=torch.channels_last)
     run, scale = _prepared(products, y)
@@ -189,7 +172,7 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
     return y, y if by == "mask" else None
 
 
-def residual_block(x: Tensor, block: Block) -> Tensor | None:
+def residual_block(x: Tensor, block: PackedBlock) -> Tensor | None:
     """The whole block in one kernel, if there is one for it."""
     shapes = [w.shape for w in block.weights]
     if not x.numel() or launchers.why_not_bottleneck(shapes, block.geometries, block.shortcut, x.shape[3]):
@@ -275,7 +258,7 @@ def _summed(
     (N, K, P, Q), C, taps = g.shape, x.shape[1], kernel[0] * kernel[1]
     columns = 2 if upper else launchers.wgrad_columns(C, taps)
     M, tiles = N * P * Q, launchers.wgrad_tiles(K, C, taps, columns, upper)
-    span = launchers.wgrad_span(M, tiles, K * C * taps, launchers.multiprocessors(x.device))
+    span = launchers.wgrad_span(M, tiles, K * C * taps, glue.multiprocessors(x.device))
     new = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
     parts = new((-(-M // span), K, *kernel, C))
     totals = new((len(parts), K)) if sums else None

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ...contract import Geometry, Stats, nhwc_strides
+from .. import glue
+from ..c_library import CLibrary
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -43,7 +45,7 @@ NUMBERS = {name: i for i, name in enumerate([*TILES, *STATISTICS_TILES, *SUMS_TI
 
 
 class _Conv(ctypes.Structure):
-    """ResnetKernelsConv of csrc/cuda/sm90/api.h."""
+    C_NAME = "ResnetKernelsConv"
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in "x w x2 w2 residual y scale shift masks parts".split()),
@@ -56,7 +58,7 @@ class _Conv(ctypes.Structure):
 
 
 class _Stem(ctypes.Structure):
-    """ResnetKernelsStem."""
+    C_NAME = "ResnetKernelsStem"
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in "x w y shift".split()),
@@ -65,7 +67,7 @@ class _Stem(ctypes.Structure):
 
 
 class _Tail(ctypes.Structure):
-    """ResnetKernelsTail."""
+    C_NAME = "ResnetKernelsTail"
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in "x w w3 w1 residual y ahead shift shift3 shift1".split()),
@@ -74,7 +76,7 @@ class _Tail(ctypes.Structure):
 
 
 class _Bottleneck(ctypes.Structure):
-    """ResnetKernelsBottleneck."""
+    C_NAME = "ResnetKernelsBottleneck"
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in "x w1 w w3 wp y shift1 shift shift3".split()),
@@ -83,7 +85,7 @@ class _Bottleneck(ctypes.Structure):
 
 
 class _Pair(ctypes.Structure):
-    """ResnetKernelsPair."""
+    C_NAME = "ResnetKernelsPair"
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in "x w3 w1 residual y ahead shift3 shift1".split()),
@@ -92,7 +94,7 @@ class _Pair(ctypes.Structure):
 
 
 class _Wgrad(ctypes.Structure):
-    """ResnetKernelsWgrad."""
+    C_NAME = "ResnetKernelsWgrad"
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in "g x parts sums".split()),
@@ -105,8 +107,8 @@ class _Wgrad(ctypes.Structure):
 
 
 @functools.cache
-def load() -> tuple[Any, str | None]:
-    """(the library, None), or (None, why there is none)."""
+def load() -> tuple[CLibrary | None, str | None]:
+    """Return (the library, None), or (None, why there is none)."""
     built = sorted(Path(__file__).parents[3].glob("_sm90*.so"))
     if not built:
         return (
@@ -129,16 +131,10 @@ CALLS = {
 }
 
 
-def declared(library: Any) -> Any:
-    """The library, its functions' types told. Raises OSError if it was built of other sources than these."""
-    for name, call in CALLS.items():
-        function: Any = getattr(library, f"resnet_kernels_sm90_{name}", None)
-        bytes_of = getattr(library, "resnet_kernels_sm90_bytes", None)
-        found = bytes_of(name.encode()) if function and bytes_of else 0
-        if found != ctypes.sizeof(call):
-            raise OSError(f"{name}: expected a call of {ctypes.sizeof(call)} bytes, got {found}; build it again")
-        function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_char_p
-    library.resnet_kernels_sm90_tiles.restype = ctypes.c_char_p
+def declared(functions: Any) -> CLibrary:
+    """Return the opened library with its functions' types declared. Raises OSError: built from other sources."""
+    library = CLibrary(functions, "resnet_kernels_sm90", CALLS)
+    functions.resnet_kernels_sm90_tiles.restype = ctypes.c_char_p
     return library
 
 
@@ -197,23 +193,11 @@ def aligned(t: Tensor) -> bool:
     )
 
 
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _run(name: str, call: ctypes.Structure, device: torch.device) -> None:
     library, reason = load()
     if library is None:
-        raise RuntimeError(f"sm90 {name}: {reason}")
-    with torch.cuda.device(device):
-        invoke(library, name, call, torch.cuda.current_stream(device).cuda_stream)
-
-
-def invoke(library: Any, name: str, call: ctypes.Structure, stream: int | None) -> None:
-    wrong = getattr(library, f"resnet_kernels_sm90_{name}")(ctypes.byref(call), stream)
-    if wrong is not None:
-        raise RuntimeError(wrong.decode())
+        raise RuntimeError(f"gpu:sm90 {name}: {reason}")
+    library.run(name, call, device)
 
 
 def _pointer(t: Tensor | None) -> int | None:
@@ -276,7 +260,7 @@ def conv_act(
         relu=relu,
         half=x.dtype == torch.float16,
         tile=NUMBERS[tile],
-        multiprocessors=multiprocessors(x.device),
+        multiprocessors=glue.multiprocessors(x.device),
     )
     if x2 is not None:
         call.x2_strides, call.C2 = nhwc_strides(x2), x2.shape[1]
@@ -311,7 +295,7 @@ def pair(
         K=y.shape[1],
         ahead_channels=ahead.shape[1],
         half=x.dtype == torch.float16,
-        multiprocessors=multiprocessors(x.device),
+        multiprocessors=glue.multiprocessors(x.device),
     )
     call.w3, call.w1 = map(_pointer, weights)
     call.shift3, call.shift1 = map(_pointer, shifts)
@@ -380,7 +364,7 @@ def tail(
         K=y.shape[1],
         ahead_channels=ahead.shape[1],
         half=x.dtype == torch.float16,
-        multiprocessors=multiprocessors(x.device),
+        multiprocessors=glue.multiprocessors(x.device),
     )
     call.w, call.w3, call.w1 = map(_pointer, weights)
     call.shift, call.shift3, call.shift1 = map(_pointer, shifts)
@@ -425,7 +409,7 @@ def bottleneck(x: Tensor, weights: Sequence[Tensor], shifts: Sequence[Tensor], y
         H=H,
         W=W,
         half=x.dtype == torch.float16,
-        multiprocessors=multiprocessors(x.device),
+        multiprocessors=glue.multiprocessors(x.device),
     )
     call.w1, call.w, call.w3, call.wp = map(_pointer, (*weights, None)[:4])
     call.shift1, call.shift, call.shift3 = map(_pointer, shifts)
@@ -463,7 +447,7 @@ def stem(x: Tensor, packed: Tensor, shift: Tensor, y: Tensor) -> None:
         H=H,
         W=W,
         half=x.dtype == torch.float16,
-        multiprocessors=multiprocessors(x.device),
+        multiprocessors=glue.multiprocessors(x.device),
     )
     _run("stem", call, x.device)
 
@@ -540,7 +524,7 @@ def wgrad_parts(
         columns=columns,
         upper=upper,
         half=x.dtype == torch.float16,
-        multiprocessors=multiprocessors(x.device),
+        multiprocessors=glue.multiprocessors(x.device),
     )
     _run("wgrad", call, x.device)
 
