@@ -182,5 +182,7 @@ def test_importing_loads_nothing_that_draws_writes_or_prints():
         "import sys, torch, torchvision\nbefore = set(sys.modules)\nimport resnet_kernels\n"
         f"print(*sorted({set(names)!r} & (set(sys.modules) - before)))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
+    )
     assert done.stdout.split() == []
