@@ -3,14 +3,13 @@
 import collections
 import copy
 import dataclasses
-import functools
 from pathlib import Path
 
 import emulated
+import offline_launches
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 from torchvision.models import resnet
 
@@ -410,14 +409,8 @@ def test_joined_groups_are_the_grouped_convolution(groups, C, K):
 # What would run on a GPU: recorded.
 
 
-def model_and_input(name, batch, dtype, size=224):
-    with torch.device("meta"):
-        model = torchvision.models.get_model(name, weights=None).eval().to(dtype)
-        return model, torch.empty(batch, 3, size, size, dtype=dtype)
-
-
 def test_resnet50_moves_at_most_40_megabytes_an_image():
-    launches = launches_of(*model_and_input("resnet50", 256, torch.bfloat16), 90)
+    launches = launches_of(*offline_launches.model_and_input("resnet50", 256, torch.bfloat16), 90)
     moved = sum(made.work.bytes for made in launches) / 256
     assert moved <= 40e6, f"{moved / 1e6:.1f} MB"
     assert len(launches) <= 40
@@ -452,35 +445,21 @@ def test_bytes_of_a_block_counted_by_hand():
 
 
 def test_why_a_kernel_was_not_taken():
-    launches = launches_of(*model_and_input("resnet50", 1, torch.bfloat16), 90)
+    launches = launches_of(*offline_launches.model_and_input("resnet50", 1, torch.bfloat16), 90)
     assert any(dispatch.TAIL in made.refused for made in launches)
     assert any("full" in made.refused.get("boxes", "") for made in launches if made.name == "conv_gather")
-    launches = launches_of(*model_and_input("resnet18", 8, torch.bfloat16), 80)
+    launches = launches_of(*offline_launches.model_and_input("resnet18", 8, torch.bfloat16), 80)
     assert {made.refused.get("boxes") for made in launches[1:]} == {"expected sm_90 or sm_100, got sm_80"}
 
 
 # Compiled, and read.
 
 
-@functools.cache
-def compiled(arch, dtype, *models):
-    """Every distinct kernel that the models would launch: [(launch, what came out)]."""
-    found = {}
-    for name, batch in models:
-        for made in launches_of(*model_and_input(name, batch, dtype), arch):
-            found.setdefault(offline.specialize(made, arch)[0], made)
-    return [(made, offline.read(made, arch)) for made in found.values()]
-
-
-MODELS = (("resnet50", 256), ("resnet18", 256), ("resnext50_32x4d", 256), ("resnet50", 1))
-
-
 def check_compiled(made, c):
     name = f"{made.name} {made.what} sm_{c.arch}"
     assert not c.wrong(), f"{name}: {c.wrong()}"
     if made.name.startswith("conv"):
-        unit = {80: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}[c.arch]
-        assert set(c.matrix) == {unit}, f"{name}: {c.matrix}"
+        assert set(c.matrix) == {offline_launches.MATRIX_UNIT[c.arch]}, f"{name}: {c.matrix}"
         assert c.nan_max, f"{name}: no maximum that keeps NaN"
     by_boxes = made.name in ("conv_box", "conv3x3_conv1x1")
     assert (c.bulk_copies > 0) == by_boxes, name
@@ -495,9 +474,10 @@ def check_compiled(made, c):
     assert c.programs >= 1, name
 
 
+@offline_launches.of_one_triton
 @pytest.mark.parametrize("arch", [80, 90, 100, 120])
 def test_shipped_configurations_compile_clean(arch):
-    rows = compiled(arch, torch.bfloat16, *MODELS)
+    rows = offline_launches.compiled(arch, torch.bfloat16, *offline_launches.MODELS)
     for made, c in rows:
         check_compiled(made, c)
     names = {made.name for made, _ in rows}
@@ -505,39 +485,36 @@ def test_shipped_configurations_compile_clean(arch):
     assert names == {"conv_pool", "conv_gather"} | by_boxes
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@offline_launches.of_one_triton
+@pytest.mark.parametrize("arch", [90])
 def test_fp16_compiles_clean(arch):
-    for made, c in compiled(arch, torch.float16, ("resnet50", 256)):
+    for made, c in offline_launches.compiled(arch, torch.float16, ("resnet50", 256)):
         check_compiled(made, c)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("tf32", [False, True])
+@offline_launches.of_one_triton
+@pytest.mark.parametrize("tf32, arch", [(True, 80), (True, 90), (False, 90)])
 def test_fp32_compiles_clean_by_torchs_flag(tf32, arch, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
-    model, x = model_and_input("resnet18", 64, torch.float32)
-    found = {}
-    for made in launches_of(model, x, arch):
-        found.setdefault(offline.specialize(made, arch)[0], made)
-    for made in found.values():
-        c = offline.read(made, arch)
+    model, x = offline_launches.model_and_input("resnet18", 64, torch.float32)
+    for made, c in offline_launches.read(launches_of(model, x, arch), arch):
         assert not c.wrong(), f"{made.what}: {c.wrong()}"
         assert bool(c.matrix) == tf32, f"{made.what}: {c.matrix}"
 
 
-@pytest.mark.parametrize("arch, dtype", [(80, torch.bfloat16), (90, torch.bfloat16), (90, torch.float32)], ids=str)
+@offline_launches.of_one_triton
+@pytest.mark.parametrize("arch, dtype", [(80, torch.bfloat16), (90, torch.bfloat16)], ids=str)
 def test_odd_blocks_compile_clean(arch, dtype):
-    found = {}
+    launches = []
     for case in ODD_CASES + RESNEXT_CASES:
         if case.N:
-            model = case.make().to(dtype)
-            for made in launches_of(nn.Sequential(model), torch.empty(case.input().shape, dtype=dtype), arch):
-                found.setdefault(offline.specialize(made, arch)[0], made)
-    for made in found.values():
-        c = offline.read(made, arch)
+            model = nn.Sequential(case.make().to(dtype))
+            launches += launches_of(model, torch.empty(case.input().shape, dtype=dtype), arch)
+    for made, c in offline_launches.read(launches, arch):
         assert not c.wrong(), f"{made.what}: {c.wrong()}"
 
 
+@offline_launches.of_one_triton
 @pytest.mark.parametrize("arch", [80, 90, 100, 120])
 @pytest.mark.parametrize("sizes", [(512, 512, 15, 3, 2), (516, 512, 14, 3, 1), (1028, 1024, 14, 1, 1)], ids=str)
 def test_what_boxes_refuse_compiles_clean_in_large(sizes, arch):
@@ -552,9 +529,9 @@ def test_what_boxes_refuse_compiles_clean_in_large(sizes, arch):
     assert made.name == "conv_gather" and not offline.read(made, arch).wrong(), offline.read(made, arch).wrong()
 
 
+@offline_launches.of_one_triton
 @pytest.mark.parametrize("arch", [80, 90])
 def test_the_lazy_operand_and_passes_compile_clean(arch):
-    found = {}
     with launch.recording(arch) as launches, torch.device("meta"):
         for C, K, R, H in ((64, 64, 3, 56), (64, 256, 1, 56), (512, 512, 3, 7)):
             x = torch.empty(64, C, H, H, dtype=torch.bfloat16).to(memory_format=NHWC)
@@ -562,24 +539,24 @@ def test_the_lazy_operand_and_passes_compile_clean(arch):
             lazy = Operand(x, (a, a), relu=True)
             gpu.conv([dispatch.Product(lazy, w, Geometry(1, R // 2))], dispatch.Epilogue(relu=True))
             gpu.bn_pass(lazy, dispatch.Epilogue(residual=Operand(x)), Pool(3, 2, 1) if R == 3 else None)
-    for made in launches:
-        found.setdefault(offline.specialize(made, arch)[0], made)
-    for made in found.values():
-        c = offline.read(made, arch)
+    for made, c in offline_launches.read(launches, arch):
         assert not c.wrong() and c.nan_max, f"{made.what}: {c.wrong()}"
         if arch == 90 and made.name == "conv_box":
             # Its operand goes through registers: "wgmma" reads it there.
             assert set(c.matrix) == {"wgmma"}, made.what
 
 
+@offline_launches.of_one_triton
 def test_the_documented_table_is_what_compiles(capsys):
     documented = (HERE.parent / "docs/launchers.md").read_text().split("### ")[1]
     assert cli.main(["kernels"]) == 0
     assert capsys.readouterr().out.strip().removeprefix("### ") == documented.strip(), "run `make kernels`"
 
 
+@offline_launches.of_one_triton
 def test_a_reading_that_should_fail_fails():
-    made, c = compiled(90, torch.bfloat16, *MODELS)[1]
+    launches = offline_launches.launches_of_models(90, torch.bfloat16, *offline_launches.MODELS)
+    ((made, c),) = offline_launches.read(launches[1:2], 90)
     assert dataclasses.replace(c, stack=8).wrong() and dataclasses.replace(c, plain_max=1).wrong()
     assert dataclasses.replace(c, shared=300 << 10).wrong()
     dropped = c.ptx.replace("max.NaN", "max")
