@@ -20,13 +20,34 @@ if not INTERPRETING:
     torch.set_num_threads(max(2, torch.get_num_threads()))
 
 
+# Those that take longest begin first, in this order: with processes side by side, short tests then fill the rest of the
+# time. Between them they take most of a run.
+LONGEST = (
+    "test_everything_marked_interpreted",
+    "test_tritons_kernels_are_the_same_machine_code",
+    "test_every_section_runs_or_says_why_not",
+    "test_shipped_configurations_compile_clean",
+    "test_training_compiles_clean",
+    "test_reductions_compile_clean",
+    "test_odd_blocks_compile_clean",
+    "test_what_is_wrong_crashes_or_hangs_has_no_time_and_stops_nothing",
+    "test_inductor_forward_and_backward",
+    "test_peak_activation_memory_is_at_most_half_of_eagers",
+    "test_two_processes",
+)
+
+
 def pytest_collection_modifyitems(config, items):
-    # Triton reads TRITON_INTERPRET when it is imported: what it interprets runs in a process of its own, alone
-    # (test_triton.py starts it).
+    # Triton reads TRITON_INTERPRET when it is imported: what it interprets runs in processes of its own, alone
+    # (test_interpreted.py starts them, each with a part).
     chosen = [i for i in items if ("interpreted" in i.keywords) == INTERPRETING and not bf16_in_the_interpreter(i)]
-    config.hook.pytest_deselected(items=[i for i in items if i not in chosen])
-    # The one that takes longest first: with processes side by side the others take the rest meanwhile.
-    items[:] = sorted(chosen, key=lambda item: item.name != "test_everything_marked_interpreted")
+    if INTERPRETING:
+        part, parts = map(int, os.environ.get("RESNET_KERNELS_TESTS_PART", "0/1").split("/"))
+        chosen = chosen[part::parts]
+    kept = set(chosen)
+    config.hook.pytest_deselected(items=[i for i in items if i not in kept])
+    rank = {name: i for i, name in enumerate(LONGEST)}
+    items[:] = sorted(chosen, key=lambda item: rank.get(getattr(item, "originalname", item.name), len(rank)))
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device; torch sees none")
         for item in items:

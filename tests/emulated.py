@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import filelock
 import pytest
 
 HERE = Path(__file__).parent
@@ -46,6 +47,24 @@ def cuda_headers() -> list[Path] | None:
     return there if any((f / "cuda_bf16.h").is_file() for f in there) else None
 
 
+def build(sources: Sequence[Path], made: Path, compiler: str, flags: Sequence[str]) -> None:
+    objects = [BUILT / f"{made.stem}-{i}.o" for i in range(len(sources))]
+
+    def compile(source: Path, to: Path) -> None:
+        command = [compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(to)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+        list(pool.map(compile, sources, objects))
+    # -Bsymbolic: calls of the CUDA runtime bind to the emulated functions, whatever else is loaded.
+    scratch = made.with_suffix(f".{os.getpid()}")
+    subprocess.run([compiler, "-shared", "-Wl,-Bsymbolic", "-o", scratch, *objects], check=True)
+    scratch.replace(made)
+    for file in objects:
+        file.unlink()
+
+
 @functools.cache
 def library(sources: Sequence[Path]) -> ctypes.CDLL:
     """Build the sources, a tuple of files, into one library and load it.
@@ -60,24 +79,11 @@ def library(sources: Sequence[Path]) -> ctypes.CDLL:
     for file in (file for folder in folders for file in sorted(folder.glob("*.*"))):
         digest.update(file.read_bytes())
     made = BUILT / f"{digest.hexdigest()[:16]}.so"
-    if not made.is_file():
-        BUILT.mkdir(parents=True, exist_ok=True)
-        flags = [*FLAGS, *(f"-I{folder}" for folder in (ROOT / "csrc", *headers))]
-        objects = [BUILT / f"{made.stem}-{i}.o" for i in range(len(sources))]
-
-        def compile(source: Path, to: Path) -> None:
-            command = [compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(to)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-            list(pool.map(compile, sources, objects))
-        # -Bsymbolic: calls of CUDA's runtime bind to the emulated functions, whatever else is loaded.
-        scratch = made.with_suffix(f".{os.getpid()}")
-        subprocess.run([compiler, "-shared", "-Wl,-Bsymbolic", "-o", scratch, *objects], check=True)
-        scratch.replace(made)
-        for file in objects:
-            file.unlink()
+    BUILT.mkdir(parents=True, exist_ok=True)
+    # Of several test processes one builds the library while the others wait.
+    with filelock.FileLock(made.with_suffix(".lock")):
+        if not made.is_file():
+            build(sources, made, compiler, [*FLAGS, *(f"-I{folder}" for folder in (ROOT / "csrc", *headers))])
     return ctypes.CDLL(str(made))
 
 

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import offline_launches
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,6 @@ import resnet_kernels as rk
 from resnet_kernels.analysis import traffic
 from resnet_kernels.backends import select
 from resnet_kernels.backends.contract import BackendUnavailable
-from resnet_kernels.backends.gpu import launch, offline
-from resnet_kernels.backends.gpu.training import gates as kernels
 from resnet_kernels.inference import FrozenGated
 from resnet_kernels.nn import gated
 from resnet_kernels.nn.gated import why_plain
@@ -195,18 +194,13 @@ def test_triton_is_chosen_by_name_alone():
     assert select.choose(call).NAME == "library" and select.ONLY_BY_NAME["gpu"] == select.reasons(call)["gpu"]
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@offline_launches.of_one_triton
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
 @in_dtypes
 def test_kernels_compile_clean(dtype, arch):
-    with launch.recording(arch) as launches:
-        for K, P in ((256, 56), (21, 5)):
-            z = torch.empty(2, K, P, P, dtype=dtype, device="meta").contiguous(memory_format=NHWC)
-            gate = torch.empty(2, K, device="meta")
-            kernels.gated(z, gate, z, True)
-            kernels.gated_grad(z, z, z, gate, (True, True, True))
+    launches = offline_launches.launches_of_gates(dtype, arch)
     assert [made.name for made in launches] == ["gated", "gated_grad"] * 2
-    for made in launches:
-        compiled = offline.read(made, arch)
+    for made, compiled in offline_launches.read(launches, arch):
         assert not compiled.wrong() and compiled.programs >= 1, compiled.wrong()
         assert compiled.nan_max or made.name != "gated"
     itemsize, M = dtype.itemsize, 2 * 56 * 56

@@ -52,6 +52,9 @@ def test_recorded_steps_are_the_same_as_decided_ones(case, device, fresh, monkey
                 without.setattr(tape, "_tapes", {})
                 want = step(twin, x, dy)
             assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    if tape.why_not_recorded(torch.device(device)) is not None:
+        assert not tape._tapes
+        return
     # Forward and backward, of two sizes.
     assert len(tape._tapes) == 4 and not any(t.unknown for t, _ in tape._tapes.values())
 
@@ -115,3 +118,28 @@ def test_intermediates_are_let_go(fresh):
         # The one before, and the one before that as long as it is an argument.
         assert max(alive) <= 2
     assert len(next(iter(tape._tapes.values()))[0].steps) == 6
+
+
+def test_launches_on_a_gpu_are_recorded_with_one_triton_only(monkeypatch):
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr(tape.triton, "__version__", tape.TRITON)
+    assert tape.why_not_recorded(gpu) is None
+    monkeypatch.setattr(tape.triton, "__version__", "3.8.0")
+    assert tape.why_not_recorded(gpu) == (
+        f"recorded launches call Triton's private launch: expected Triton {tape.TRITON}, got 3.8.0"
+    )
+    assert tape.why_not_recorded(cpu) is None
+
+
+@pytest.mark.interpreted
+def test_what_cannot_be_recorded_is_decided_every_time(fresh, monkeypatch):
+    monkeypatch.setattr(tape, "why_not_recorded", lambda device: "another Triton")
+    calls = []
+
+    def function():
+        calls.append(1)
+        return [torch.ones(2)]
+
+    for _ in range(2):
+        assert torch.equal(tape.taped("ones", [torch.zeros(2)], function)[0], torch.ones(2))
+    assert len(calls) == 2 and not tape._tapes

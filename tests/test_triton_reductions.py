@@ -1,8 +1,7 @@
 """The Triton kernels of training that are no convolutions: passes and their reductions, weight gradients, moments, and
 the algebra per channel. Against the reference in the interpreter and on a GPU; compiled for GPUs that are not here."""
 
-import dataclasses
-
+import offline_launches
 import pytest
 import torch
 
@@ -14,12 +13,8 @@ from resnet_kernels.backends.contract import (
     Moments,
     Normalized,
     Operand,
-    Pool,
-    Pooled,
     Stats,
 )
-from resnet_kernels.backends.gpu import launch, offline
-from resnet_kernels.backends.gpu.inference import dispatch
 from resnet_kernels.backends.gpu.training import finalize, products, reductions, wgrad
 from resnet_kernels.testing import assert_matches
 
@@ -323,8 +318,8 @@ def test_other_weight_gradients_are_the_librarys(kernel, geometry, dtype, device
 def test_moments(terms, parts, dtype, device, poisoned, monkeypatch):
     if parts == "many":
         monkeypatch.setattr(wgrad, "LEAST_SPAN", 1)
-    # Two tiles of channels.
-    several = (1, 70, 13, 11) if dtype == torch.float32 else (1, 130, 13, 11)
+    # Two tiles of channels, and two of rows.
+    several = (1, 70, 9, 8) if dtype == torch.float32 else (1, 130, 9, 8)
     for N, J, P, Q in [(2, 21, 5, 7), (1, 64, 1, 1), (2, 3, 16, 16)] + [several] * (terms == "affine relu"):
         h = operand_of(terms, (N, J, P, Q), dtype, device)
         got, want = wgrad.moments(h), reference.moments(h)
@@ -491,84 +486,28 @@ def test_what_a_group_of_processes_shares_is_the_algebras(device):
 # Compiled for GPUs that are not here.
 
 
-def operand_shapes(K, J, H, dtype):
-    """What training makes of a block's tail and of its first convolution, on meta tensors: g, lazy h, dc, x."""
-
-    def activation(channels, size=H):
-        return torch.empty(256, channels, size, size, dtype=dtype).contiguous(memory_format=NHWC)
-
-    bits = torch.empty(256 * H * H, K // 8, dtype=torch.uint8)
-    j = torch.empty(J)
-    g = Operand(activation(K), mask=bits)
-    h = Operand(activation(J), (j, j), relu=True)
-    dc = Operand(activation(J), (j, j), (activation(J), j, j))
-    return g, h, dc, Operand(activation(K)), Operand(activation(K // 2, 2 * H), stride=2)
-
-
-def launches_of_training(dtype, arch):
-    with launch.recording(arch) as launches, torch.device("meta"):
-        for J, H in ((64, 56), (128, 28), (256, 14), (512, 7)):
-            K = 4 * J
-            g, h, dc, x, strided = operand_shapes(K, J, H, dtype)
-            k, j = torch.empty(K), torch.empty(J)
-            if dtype == torch.float32:
-                h = dataclasses.replace(h, centre=j)
-            for x_of in (h, Operand(h.tensor), strided):
-                G, sg = wgrad.wgrad(g, x_of, (1, 1), Geometry(), sums=True)
-            wgrad.wgrad(dc, x, (1, 1), Geometry())
-            m = wgrad.moments(dataclasses.replace(h, centre=None))
-            wgrad.moments(strided)
-            reductions.bn_pass(Operand(x.tensor, (k, k)), Epilogue(residual=x, relu=True, reduce="mask"))
-            reductions.bn_pass(x, Epilogue(residual=Operand(x.tensor, (k, k)), relu=True))
-            reductions.reduce(g, Normalized(x.tensor, k, k))
-            _, stats = reductions.bn_pass(Operand(h.tensor), Epilogue(reduce="stats"))
-            lazy = dataclasses.replace(h, centre=None)
-            reductions.bn_pass(Operand(h.tensor), Epilogue(mask=lazy, reduce=Normalized(h.tensor, j, j)))
-            reductions.bn_pass(dc, Epilogue())
-            finalize.finalize_stats(stats, j, j, 1e-5)
-            finalize.finalize_bn_grad((j, j), 256 * H * H, Affine(j, j, j, j, j))
-            weight = torch.empty(K, J, dtype=dtype)
-            affine = Affine.of(finalize.finalize_moments(m, weight, k, k, 1e-5))
-            centre = j if dtype == torch.float32 else None
-            finalize.finalize_tail_grad(sg, torch.empty(K, J), centre, m, weight, affine)
-        c, j, pool = (
-            torch.empty(256, 64, 112, 112, dtype=dtype).contiguous(memory_format=NHWC),
-            torch.empty(64),
-            Pool(3, 2, 1),
-        )
-        y, winners = dispatch.bn_pass(Operand(c, (j, j)), Epilogue(relu=True, reduce="winners"), pool)
-        g = Operand(y, pooled=Pooled(winners, pool, (112, 112)))
-        reductions.reduce(g, Normalized(c, j, j))
-        reductions.bn_pass(dataclasses.replace(g, affine=(j, j), second=(c, j, j)), Epilogue())
-    return launches
-
-
+@offline_launches.of_one_triton
 @pytest.mark.parametrize(
     "arch, dtype, tf32",
     [
         (80, torch.bfloat16, False),
         (90, torch.bfloat16, False),
         (100, torch.bfloat16, False),
+        (120, torch.bfloat16, False),
         (90, torch.float16, False),
-        (80, torch.float32, False),
         (90, torch.float32, False),
         (90, torch.float32, True),
     ],
     ids=str,
 )
-def test_training_compiles_clean(arch, dtype, tf32, monkeypatch):
+def test_reductions_compile_clean(arch, dtype, tf32, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
-    found = {}
-    for made in launches_of_training(dtype, arch):
-        found.setdefault(offline.specialize(made, arch)[0], made)
-    unit = {80: "mma", 90: "wgmma", 100: "tcgen05"}[arch]
-    for made in found.values():
-        c = offline.read(made, arch)
+    for made, c in offline_launches.read(offline_launches.launches_of_reductions(dtype, arch), arch):
         name = f"{made.name} {made.what} sm_{arch}"
         assert not c.wrong() and c.programs >= 1, f"{name}: {c.wrong()}"
         a = made.arguments
         if made.name == "wgrad" and dtype != torch.float32:
-            assert set(c.matrix) == {unit}, f"{name}: {c.matrix}"
+            assert set(c.matrix) == {offline_launches.MATRIX_UNIT[arch]}, f"{name}: {c.matrix}"
             # Each accumulator is added to another once in FLUSH rows.
             accumulators = a["BLOCK_K"] * a["BLOCK_C"] // (32 * c.warps)
             assert c.ptx.count("add.f32") + 2 * c.ptx.count("add.f32x2") >= accumulators, name
@@ -577,7 +516,7 @@ def test_training_compiles_clean(arch, dtype, tf32, monkeypatch):
 
 
 def test_bytes_of_the_launches_counted_by_hand():
-    launches = launches_of_training(torch.bfloat16, 90)
+    launches = offline_launches.launches_of_reductions(torch.bfloat16, 90)
     M, J, K = 256 * 56 * 56, 64, 256
     of = {made.name: made for made in reversed(launches) if "56x56" in made.what}
     gradient = next(made for made in launches if made.name == "wgrad")

@@ -5,16 +5,13 @@ import dataclasses
 
 import pytest
 import torch
+from offline_launches import MATRIX_UNIT, large, launches_of_block_training, of_one_triton, read
 from test_training import CASES, SMALL, check
-from torch import nn
 
 from resnet_kernels.backends import gpu, reference
 from resnet_kernels.backends.contract import Epilogue, Geometry, Normalized, Operand, Product
-from resnet_kernels.backends.gpu import launch, offline
+from resnet_kernels.backends.gpu import launch
 from resnet_kernels.backends.gpu.training import products
-from resnet_kernels.ops import chain_training
-from resnet_kernels.ops.chain_backward import Backward
-from resnet_kernels.ops.spec import BlockSpec, NormSpec, TrainingPlan
 from resnet_kernels.testing import RESNET_CASES, assert_matches
 
 NHWC = torch.channels_last
@@ -321,67 +318,39 @@ def test_blocks_train_with_their_last_batch_norms_frozen(name, dtype, device, po
 # What a GPU would run: recorded, compiled and read.
 
 
-def launches_of_training(case, dtype, arch):
-    """Of a block's forward and backward pass."""
-    convs = [m for m in case.make().modules() if isinstance(m, nn.Conv2d)]
-    shortcut = "projection" if len(convs) == (3 if case.basic else 4) else "identity"
-    with launch.recording(arch) as launches, torch.device("meta"):
-        x = torch.empty(case.N, case.inplanes, case.H, case.W, dtype=dtype).to(memory_format=NHWC)
-        weights = [torch.empty(c.weight.shape, dtype=dtype) for c in convs]
-        vectors = [torch.empty(w.shape[0]) for w in weights]
-        unused = [torch.empty(0) for _ in weights]
-        n = len(convs)
-        fields = [
-            tuple(c.stride[0] for c in convs),
-            tuple(c.dilation[0] for c in convs),
-            tuple(c.groups for c in convs),
-        ]
-        spec, batch = BlockSpec(*fields, shortcut), [True] * n
-        shapes = [w.shape for w in weights]
-        stored = chain_training.stored_outputs(x.shape, shapes, spec, batch, spec.geometries(weights))
-        plan = TrainingPlan(spec, (NormSpec(1e-5, True, ""),) * n, stored, "gpu")
-        kept = chain_training.Forward(gpu, x, weights, vectors, vectors, unused, unused, plan).run()
-        every = [True] * n
-        Backward(gpu, x, weights, kept, plan, True, every, every).run(torch.empty_like(kept.y))
-    return launches
+def products_of(cases, dtype, arch):
+    """Every distinct kernel of products.py: [(launch, what came out)]."""
+    launches = [made for case in cases for made in launches_of_block_training(case, dtype, arch)]
+    return read([made for made in launches if made.name in ("products", "merge")], arch)
 
 
-def read_all(cases, dtype, arch):
-    """Every distinct kernel of products.py."""
-    found = {}
-    for case in cases:
-        for made in launches_of_training(case, dtype, arch):
-            if made.name in ("products", "merge"):
-                found.setdefault(offline.specialize(made, arch)[0], made)
-    return [(made, offline.read(made, arch)) for made in found.values()]
-
-
-def large(*cases):
-    return [dataclasses.replace(c, N=256) for c in cases]
-
-
+@of_one_triton
 @pytest.mark.parametrize("arch", [80, 90, 100, 120])
 def test_training_compiles_clean(arch):
     bottlenecks = [c for c in RESNET_CASES if not c.basic]
-    rows = read_all(large(*bottlenecks), torch.bfloat16, arch)
+    rows = products_of(large(*bottlenecks), torch.bfloat16, arch)
     assert {made.name for made, _ in rows} == {"products", "merge"}
     for made, c in rows:
         name = f"{made.name} {made.what} sm_{arch}"
         assert not c.wrong(), f"{name}: {c.wrong()}"
         assert c.programs >= 1 and made.work.bytes > 0, name
         if made.name == "products":
-            assert set(c.matrix) == {{80: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}[arch]}, f"{name}: {c.matrix}"
+            assert set(c.matrix) == {MATRIX_UNIT[arch]}, f"{name}: {c.matrix}"
             assert c.async_copies > 0, f"{name}: rows are not copied asynchronously"
             operands = [made.arguments[n] for n in ("first", "second", "residual") if made.arguments[n] is not None]
             assert bool(c.nan_max) == (made.arguments["RELU"] or any(o.RELU.value for o in operands)), name
 
 
-@pytest.mark.parametrize("arch, dtype", [(80, torch.float16), (90, torch.float32)], ids=str)
-@pytest.mark.parametrize("tf32", [False, True])
-def test_training_compiles_clean_in_other_dtypes(tf32, arch, dtype, monkeypatch):
+@of_one_triton
+@pytest.mark.parametrize(
+    "arch, dtype, tf32",
+    [(80, torch.float16, False), (90, torch.float32, False), (90, torch.float32, True)],
+    ids=str,
+)
+def test_training_compiles_clean_in_other_dtypes(arch, dtype, tf32, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
     cases = [c for c in RESNET_CASES if c.name in ("r50-layer1-first", "r50-layer2-down")]
-    for made, c in read_all(large(*cases), dtype, arch):
+    for made, c in products_of(large(*cases), dtype, arch):
         assert not c.wrong(), f"{made.name} {made.what}: {c.wrong()}"
         if made.name == "products" and dtype == torch.float32:
             assert bool(c.matrix) == tf32, f"{made.what}: {c.matrix}"
@@ -390,7 +359,7 @@ def test_training_compiles_clean_in_other_dtypes(tf32, arch, dtype, monkeypatch)
 def test_bytes_of_a_products_launch_counted_by_hand():
     case = next(c for c in RESNET_CASES if c.name == "r50-layer1")
     N, M, J, K = 64, 64 * 56 * 56, 64, 256
-    launches = launches_of_training(dataclasses.replace(case, N=N), torch.bfloat16, 90)
+    launches = launches_of_block_training(dataclasses.replace(case, N=N), torch.bfloat16, 90)
     made = [m for m in launches if m.name == "products"]
     first, tail, dh, dx = made
     tiles = [m.grid // -(-n // m.arguments["BLOCK_N"]) for m, n in zip(made, (J, K, J, K), strict=True)]

@@ -13,10 +13,12 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
 import re
+import tokenize
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -67,16 +69,35 @@ def processor() -> str:
 _TUNED = ("inference/boxes", "inference/conv_pool", "device", "inference/gather", "inference/pooling", "inference/tail")
 
 
+# How wide an indentation is, and how a line ends, does not count: these tokens stand for themselves.
+_LAYOUT = {token: tokenize.tok_name[token] for token in (tokenize.INDENT, tokenize.DEDENT, tokenize.NEWLINE)}
+
+
+def _jitted_tokens(source: str) -> Iterator[str]:
+    """The tokens of a module's jitted functions without comments, docstrings, blank lines and whitespace."""
+    lines = source.splitlines(keepends=True)
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list):
+            kept = range(node.decorator_list[0].lineno, (node.end_lineno or 0) + 1)
+            docstring = node.body[0] if ast.get_docstring(node) is not None else None
+            dropped = range(docstring.lineno, (docstring.end_lineno or 0) + 1) if docstring else ()
+            text = "".join(lines[i - 1] for i in kept if i not in dropped)
+            for token in tokenize.generate_tokens(io.StringIO(text).readline):
+                if token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.ENDMARKER):
+                    yield _LAYOUT.get(token.type, token.string)
+
+
 @functools.cache
 def kernels_digest() -> str:
-    """Of the Triton kernels' code: what a GPU has proved is that code, not a later one. Comments do not count."""
+    """Return a digest of the Triton kernels' tokens: a GPU has proved this code, and no later one.
+
+    Comments, docstrings and whitespace do not count. Python 3.10 to 3.13 compute the same digest: f-strings alone are
+    other tokens from 3.12 on, and no jitted function has one.
+    """
     digest = hashlib.sha256()
     for path in (_GPU / f"{name}.py" for name in _TUNED):
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list):
-                if ast.get_docstring(node) is not None:
-                    del node.body[0]
-                digest.update(ast.unparse(node).encode())
+        for token in _jitted_tokens(path.read_text(encoding="utf-8")):
+            digest.update(token.encode() + b"\n")
     return digest.hexdigest()[:16]
 
 

@@ -30,6 +30,19 @@ from ..launch import INTERPRETING, Launch, active_tape, expected_device
 MOST = 4096
 
 
+# `Run` launches a compiled kernel as Triton's own `JITFunction.run` does, by functions that are private to Triton: of
+# another version nobody has read them.
+TRITON = "3.6.0"
+
+
+def why_not_recorded(device: torch.device) -> str | None:
+    """Return why launches on the device cannot be recorded and done again, or None. The interpreter always can: there
+    a recorded launch is an ordinary call of the kernel."""
+    if device.type == "cuda" and triton.__version__ != TRITON:
+        return f"recorded launches call Triton's private launch: expected Triton {TRITON}, got {triton.__version__}"
+    return None
+
+
 class Slot(NamedTuple):
     at: int
 
@@ -247,7 +260,7 @@ def taped(key: Hashable, tensors: Sequence[Tensor], function: Callable[[], list[
     device = tensors[0].device
     here = device.type == expected_device() != "meta"
     plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-    if not here or not plain or active_tape.get() is not None:
+    if not here or not plain or active_tape.get() is not None or why_not_recorded(device) is not None:
         return function()
     table, ids = tables.table(device), list(map(id, tensors))
     same = tuple(map(ids.index, ids))
