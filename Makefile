@@ -26,7 +26,7 @@ endif
 Q := $(if $(filter 1,$(V)),,@)
 export V
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-PIP := $(BIN)/python -m pip install $(if $(filter 1,$(V)),,--quiet)
+PIP := $(BIN)/python -m pip install $(if $(filter 1,$(V)),,-qq)
 
 .PHONY: demo test bench gpu lint kernels readme clean
 demo: $(VENV)/built
