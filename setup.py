@@ -183,9 +183,7 @@ def command_classes() -> dict:
             except Exception as error:
                 print(log.read_text(errors="replace"), file=sys.stderr)
                 # torch raises the compiler's failure as one chain of exceptions, whose trace says nothing more.
-                raise SystemExit(
-                    f"{ext.name} was not built: {error}; the compilers' output is above and in {log}"
-                ) from None
+                raise SystemExit(f"{ext.name} was not built: {error}; output above and in {log}") from None
 
     return {"build_ext": Build}
 

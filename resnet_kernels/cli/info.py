@@ -82,9 +82,8 @@ def runs(device: torch.device, dtype: torch.dtype, training: bool) -> tuple[str,
         if select.named():
             return "none", str(error)
         reasons = select.reasons(call)
-        return "torch modules", next(
-            (f"{n}: {r}" for n, r in reasons.items() if not _elsewhere(r)), "no backend trains"
-        )
+        why = next((f"{n}: {r}" for n, r in reasons.items() if not _elsewhere(r)), "no backend trains")
+        return "torch modules", why
     if select.named():
         why = "named"
     elif backend.NAME == tables.fastest(call):
@@ -140,6 +139,4 @@ def info(console: Console) -> None:
     console.print(facts, width=width, markup=False, highlight=False)
     console.print("\nA bottleneck runs on:", highlight=False)
     console.print(_choices(gpus), width=width, markup=False, highlight=False)
-    console.print(
-        "\nresnet-kernels explain: what runs each block of a model, and why nothing else does.", highlight=False
-    )
+    console.print("\nresnet-kernels explain: which backend runs each block of a model, and why.", highlight=False)

@@ -165,16 +165,12 @@ def parser() -> argparse.ArgumentParser:
             p.add_argument("--batch", type=_positive, default=256)
             p.add_argument("--dtype", choices=DTYPES, default="bf16")
             p.add_argument("--size", type=_positive, default=224, help="height and width of the images")
-            p.add_argument(
-                "--arch", type=int, choices=ARCHITECTURES, default=90, help="compute capability; 90 is sm_90"
-            )
+            p.add_argument("--arch", type=int, choices=ARCHITECTURES, default=90, help="90 is sm_90")
         if function is demo:
             p.add_argument("--out", type=Path, default=Path("demo"), help="folder of the chart (default: demo)")
         if function is coverage:
             p.add_argument("--results", type=Path, help="folder of results files (default: benchmarks/results)")
-            p.add_argument(
-                "--readme", type=Path, help="write the table between the markers of this file instead of printing it"
-            )
+            p.add_argument("--readme", type=Path, help="write the table into this file, between its markers")
         if function is report:
             p.add_argument("results", type=Path, nargs="*", help="a results file, or two: the baseline and the new one")
             p.add_argument("--out", type=Path, default=Path("report"), help="folder of the report (default: report)")
@@ -188,13 +184,13 @@ def parser() -> argparse.ArgumentParser:
             p.add_argument(
                 "--check",
                 action="store_true",
-                help="with --readme: change nothing; exit code 1 if a table would change",
+                help="with --readme: change nothing; exit code 1 if that would",
             )
 
     command(info, "the machine, versions, what was built, and which backend runs here in inference and training")
     command(
         demo,
-        "photographs through torchvision's model, the replaced model and the frozen model: agreement, errors and speed",
+        "photographs through torchvision's model, the replaced and the frozen model: agreement and speed",
         "model",
     )
     command(
@@ -210,9 +206,7 @@ def parser() -> argparse.ArgumentParser:
         "model",
         "input",
     )
-    command(
-        kernels, "the Triton kernels that a model launches, compiled for a GPU that need not be present, as Markdown"
-    )
+    command(kernels, "the Triton kernels of a model, compiled for a GPU that need not be present, as Markdown")
     command(explain, "which backend runs each block, and why the other candidates do not", "model", "input")
     command(coverage, "which blocks of torchvision's and timm's models are replaced, and which run fused, as Markdown")
     command(report, "a results file as Markdown and HTML with plots, a comparison of two, or the README's tables")

@@ -1,4 +1,4 @@
-"""`resnet-kernels verify`: every block and the logits, replaced and frozen, against fp64 by the rule of `testing.compare`."""
+"""`resnet-kernels verify`: every block and the logits, by the rule of `testing.compare`."""
 
 from __future__ import annotations
 

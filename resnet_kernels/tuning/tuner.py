@@ -42,8 +42,8 @@ CANDIDATES = 8
 # below the default's median.
 WORTH = 0.98
 RULE = (
-    f"A candidate replaces the default if its median time is below {WORTH:.0%} of the default's and its 80th percentile "
-    "is below the default's median."
+    f"A candidate replaces the default if its median time is below {WORTH:.0%} of the default's and its 80th "
+    "percentile is below the default's median."
 )
 
 
@@ -296,7 +296,7 @@ def _plain_step(step: Step, x: Tensor, dtype: torch.dtype) -> Tensor:
 
     def conv_bn(h: Tensor, i: int) -> Tensor:
         c = F.conv2d(h, step.weights[i].to(dtype), None, *step.geometries[i])
-        # With a projection there is one shift fewer than weights: the last convolution's shift includes the projection's.
+        # A projection has no shift of its own: the last convolution's includes it.
         shift = step.shifts[i] if i < len(step.shifts) else torch.zeros_like(step.scales[i])
         a, b = (t.to(accumulator_dtype(dtype))[:, None, None] for t in (step.scales[i], shift))
         return (c.to(a.dtype) * a + b).to(dtype)
