@@ -45,10 +45,20 @@ struct Layout {
   }
 };
 
+// The plain pass on sm_100 and sm_103: the compiler spills 16-bit kernels at the 64 registers a thread that four resident
+// blocks leave.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
+constexpr int kPlainResident = 3;
+#else
+constexpr int kPlainResident = 4;
+#endif
+
 // Blocks of a multiprocessor, and rows of a thread that it loads at a time: what registers hold without spilling.
 // kFull: with a second tensor or a residual.
 template <int kReduce, bool kAligned, bool kFull>
-constexpr int kResident = !kAligned || kReduce == kStats || kReduce == kSums ? 2 : kFull || kReduce == kBits ? 3 : 4;
+constexpr int kResident = !kAligned || kReduce == kStats || kReduce == kSums ? 2
+                          : kFull || kReduce == kBits                        ? 3
+                                                                             : kPlainResident;
 template <typename T, int kReduce, bool kFull>
 __host__ __device__ constexpr int rows_at_once() {
   constexpr int kBytes = kFull ? 2 : kReduce == kStats ? 10 : kReduce == kSums ? 6 : 4;

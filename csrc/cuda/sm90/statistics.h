@@ -21,7 +21,7 @@ RESNET_KERNELS_BOTH constexpr int rows_of_warp(int left, int warp, int parts) {
 // large sums. The factors depend on the row counts only and are shared by all channels.
 struct Merge {
   float share, cross;
-  RESNET_KERNELS_BOTH Merge() = default;
+  Merge() = default;
   RESNET_KERNELS_BOTH Merge(float rows, float more) {
     const float total = rows + more;
     share = total > 0 ? more / total : 0.f, cross = rows * share;
