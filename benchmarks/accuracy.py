@@ -75,7 +75,7 @@ def measure(case: BlockCase, dtype: str, data: str, device: torch.device, log: L
         data: a key of DATA.
         seeds: number of random blocks and inputs.
     """
-    backend = "triton" if device.type == "cuda" else None
+    backend = "gpu" if device.type == "cuda" else None
     steps: dict[str, Step] = {
         "eager channels_last": eager_results,
         f"replaced {backend}" if backend else "replaced": lambda *args: fused_results(*args, backend),

@@ -100,7 +100,7 @@ def main() -> None:
     """Run the frozen model twice, the second time for the profiler."""
     model = randomize_(torchvision.models.resnet50()).eval().to("cuda", torch.bfloat16)
     x = torch.randn(BATCH, 3, 224, 224, device="cuda", dtype=torch.bfloat16)
-    with rk.use_backend("triton"):
+    with rk.use_backend("gpu"):
         frozen = rk.freeze(model, cuda_graphs=False)
     frozen(x)
     torch.cuda.synchronize()

@@ -318,7 +318,7 @@ def _of_backend(backend: str, devices: tuple[str, ...]) -> list[Provider]:
 
     why = bind(_block_why_not)
     # Training by a named backend is measured only if the automatic choice ("replaced") may be another one.
-    trained = {"training"} if backend in ("triton", "sm90", "cuda") else set()
+    trained = {"training"} if backend in ("gpu", "gpu:triton", "gpu:sm90", "gpu:cuda") else set()
     return [
         Provider(backend, False, frozenset({"primitives"}), bind(_conv), devices, bind(_conv_why_not)),
         Provider(f"replaced {backend}", False, frozenset({"blocks"} | trained), bind(_replaced), devices, why),
@@ -352,10 +352,10 @@ PROVIDERS: list[Provider] = [
     Provider("replaced", False, MODELS | {"training"}, _replaced),
     Provider("frozen", False, MODELS, _frozen),
     *_of_backend("cpu", ("cpu",)),
-    *_of_backend("triton", ("cuda",)),
-    *_of_backend("sm90", ("cuda",)),
-    *_of_backend("cuda", ("cuda",)),
-    *_of_backend("aten", ("cpu", "cuda")),
+    *_of_backend("gpu", ("cuda",)),
+    *_of_backend("gpu:sm90", ("cuda",)),
+    *_of_backend("gpu:cuda", ("cuda",)),
+    *_of_backend("library", ("cpu", "cuda")),
 ]
 
 

@@ -25,7 +25,7 @@ CASES = (
 def main() -> None:
     """Run all cases. Raises AssertionError for a wrong result."""
     dtype = torch.bfloat16
-    backends = ["triton"] + ["cuda"] * (extension.load()[0] is not None)
+    backends = ["gpu"] + ["gpu:cuda"] * (extension.load()[0] is not None)
     for backend in backends:
         for case in CASES:
             # The references run on the CPU, because the sanitizer slows down every kernel on the GPU.
@@ -38,7 +38,7 @@ def main() -> None:
     model = randomize_(resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1])).eval().to(dtype)
     x = torch.randn(2, 3, 64, 64).to(dtype)
     want, exact = model(x), copy.deepcopy(model).double()(x.double())
-    with rk.use_backend("triton"):
+    with rk.use_backend("gpu"):
         frozen = rk.freeze(model.cuda(), cuda_graphs=False)
     assert_matches(frozen(x.cuda()), want, exact, 9 * 512, "a network with its stem")
     x = torch.randn(2, 16, 9, 9, device="cuda").to(dtype, memory_format=torch.channels_last)

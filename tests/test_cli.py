@@ -41,7 +41,7 @@ def test_verify_fails_on_a_wrong_kernel(capsys, monkeypatch):
 
 
 def test_verify_in_a_named_backend(capsys):
-    assert run(capsys, "verify", "--model", "resnet18", "--size", "64", "--backend", "aten")[0] == 0
+    assert run(capsys, "verify", "--model", "resnet18", "--size", "64", "--backend", "library")[0] == 0
 
 
 def test_explain(capsys):
@@ -61,7 +61,7 @@ def test_demo_draws_its_chart(capsys, tmp_path):
     [
         (("verify", "--model", "vgg16"), "expected one of resnet101, "),
         (("demo", "--weights", "no/such/file.pth"), "a torchvision checkpoint of resnet50, got no/such/file.pth"),
-        (("explain", "--backend", "cuda", "--size", "64"), "expected tensors on cuda, got cpu"),
+        (("explain", "--backend", "gpu:cuda", "--size", "64"), "expected tensors on cuda, got cpu"),
         (
             ("info", "--backend", "nonsense"),
             "backend named cpu, triton, sm90, cuda, aten, reference, eager, got 'nonsense'",

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from resnet_kernels.backends import cpu, gpu, library, reference
 from resnet_kernels.backends.contract import (
-    NOWHERE,
+    NO_WINNER,
     Affine,
     Epilogue,
     Geometry,
@@ -21,8 +21,8 @@ from resnet_kernels.backends.contract import (
     Pool,
     Pooled,
     Product,
+    accumulator_dtype,
     call_of,
-    wide,
 )
 from resnet_kernels.backends.gpu import cuda, sm90
 from resnet_kernels.testing import assert_matches
@@ -67,11 +67,11 @@ class Interpreted:
 
 
 BACKENDS = [
-    pytest.param(library, "cpu", id="aten"),
+    pytest.param(library, "cpu", id="library"),
     pytest.param(cpu, "cpu", id="cpu"),
-    pytest.param(library, "cuda", id="aten-gpu", marks=pytest.mark.gpu),
-    pytest.param(cuda, "cuda", id="cuda", marks=pytest.mark.gpu),
-    pytest.param(gpu, "cuda", id="triton", marks=pytest.mark.gpu),
+    pytest.param(library, "cuda", id="library-gpu", marks=pytest.mark.gpu),
+    pytest.param(cuda, "cuda", id="gpu-cuda", marks=pytest.mark.gpu),
+    pytest.param(gpu, "cuda", id="gpu", marks=pytest.mark.gpu),
     pytest.param(Interpreted(80), "cpu", id="triton-sm80", marks=pytest.mark.interpreted),
     pytest.param(Interpreted(90), "cpu", id="triton-sm90", marks=pytest.mark.interpreted),
 ]
@@ -85,7 +85,7 @@ def runs(backend, products, epilogue):
     """Skips what is not built, or not for this GPU (that it is where it can be is test_extension's), and of sm90 what
     it is not for: fp32, groups, channels that are no multiple of 8. Any other refusal fails."""
     reason = backend.why_not(call_of(products, epilogue))
-    if backend in (cuda, sm90) and reason is not None and re.search("not built|for sm_90a alone", reason):
+    if backend in (cuda, sm90) and reason is not None and re.search("not built|for sm_90a only", reason):
         pytest.skip(reason)
     beyond = any(p.operand.tensor.dtype == torch.float32 or p.geometry.groups > 1 for p in products)
     beyond |= any(n % 8 for p in products for n in p.packed.shape[:2])
@@ -101,7 +101,7 @@ def draw(name, dtype, device="cpu"):
     x = torch.randn(sizes).to(dtype).contiguous(memory_format=NHWC)
     C = sizes[1] // g.groups
     weight = (torch.randn(K, C, R, R) * (C * R * R) ** -0.5).to(dtype)
-    scale, shift = (t.to(wide(dtype)) for t in (torch.randn(K), torch.randn(K)))
+    scale, shift = (t.to(accumulator_dtype(dtype)) for t in (torch.randn(K), torch.randn(K)))
     return tuple(t.to(device) for t in (x, weight, scale, shift))
 
 
@@ -693,7 +693,7 @@ def test_pooling_tells_its_winners_and_they_get_the_gradient(backend, device, po
     y, winners = backend.bn_pass(Operand(x, (a, b)), Epilogue(relu=True, reduce="winners"), pool)
     assert torch.equal(y.nan_to_num(99), want.detach().nan_to_num(99)) and winners.dtype == torch.uint8
     ends = want <= 0
-    assert torch.equal(winners == NOWHERE, ends) and (winners[~ends] < pool.kernel**2).all()
+    assert torch.equal(winners == NO_WINNER, ends) and (winners[~ends] < pool.kernel**2).all()
     g = Operand(dy, pooled=Pooled(winners, pool, (11, 8)))
     assert torch.equal(backend.bn_pass(g, Epilogue())[0], grad)
     # And with all that a batch norm's gradient applies on top.
@@ -718,12 +718,12 @@ def test_residuals_of_fewer_channels_and_rows(backend, device, poisoned):
         torch.randn(2, 16, 9, 7, device=device).contiguous(memory_format=NHWC),
         torch.randn(32, 16, 1, 1, device=device),
     )
-    few, spread = torch.randn(2, 20, 9, 7, device=device), torch.randn(2, 32, 5, 4, device=device)
+    few, upsample = torch.randn(2, 20, 9, 7, device=device), torch.randn(2, 32, 5, 4, device=device)
 
     def run(primitives, to):
         product = [Product(Operand(to(x)), to(weight))]
         one, _ = primitives.conv(product, Epilogue(residual=Operand(to(few)), relu=True))
-        two, _ = primitives.conv(product, Epilogue(residual=Operand(to(spread)), spread=2))
+        two, _ = primitives.conv(product, Epilogue(residual=Operand(to(upsample)), upsample=2))
         return one, two
 
     got, want, exact = run(backend, lambda t: t), run(reference, lambda t: t), run(reference, torch.Tensor.double)

@@ -476,7 +476,7 @@ def test_explain_leaves_a_training_model_as_it_was(pair):
     explanations = rk.explain(ours, x)
     assert [e.name for e in explanations][:2] == ["stem", "layer1.0"]
     assert [e.chosen for e in explanations] == ["cpu"] * 6
-    assert explanations[1].candidates["aten"].startswith("not implemented here: training")
+    assert explanations[1].candidates["library"].startswith("not implemented here: training")
     for name, value in ours.state_dict().items():
         assert torch.equal(value, before[name]), name
 
@@ -484,18 +484,18 @@ def test_explain_leaves_a_training_model_as_it_was(pair):
 def test_named_backends():
     model, x = small(), torch.randn(1, 3, 64, 64)
     rk.replace_blocks(model)
-    with rk.use_backend("aten"):
-        assert {e.chosen for e in rk.explain(model, x)} == {"aten"}
+    with rk.use_backend("library"):
+        assert {e.chosen for e in rk.explain(model, x)} == {"library"}
         with rk.use_backend(None):
             assert rk.explain(model, x)[0].chosen == "cpu"
-        assert rk.explain(model, x)[0].chosen == "aten"
-        with pytest.raises(rk.BackendUnavailable, match="'aten' was named and .*not implemented here: training"):
+        assert rk.explain(model, x)[0].chosen == "library"
+        with pytest.raises(rk.BackendUnavailable, match="'library' was named and .*not implemented here: training"):
             model.train()(x)
     with rk.use_backend("eager"):
         model(torch.randn(2, 3, 64, 64))
         assert "'eager' was named" in rk.explain(model.eval(), x)[0].why_plain
     with (
-        rk.use_backend("cuda"),
+        rk.use_backend("gpu:cuda"),
         pytest.raises(rk.BackendUnavailable, match="'cuda' was named .* expected tensors on cuda, got cpu"),
     ):
         model(x)
@@ -513,8 +513,8 @@ def test_named_backends():
 def test_the_environment_names_a_backend(monkeypatch):
     model, x = small(), torch.randn(1, 3, 64, 64)
     rk.replace_blocks(model)
-    monkeypatch.setenv("RESNET_KERNELS_BACKEND", "aten")
-    assert rk.explain(model, x)[0].chosen == "aten"
+    monkeypatch.setenv("RESNET_KERNELS_BACKEND", "library")
+    assert rk.explain(model, x)[0].chosen == "library"
     monkeypatch.setenv("RESNET_KERNELS_BACKEND", "nonsense")
     with pytest.raises(ValueError, match="got 'nonsense'"):
         model(x)
@@ -528,7 +528,7 @@ def test_without_the_extension_aten_runs(monkeypatch):
     model, x = small(), torch.randn(1, 3, 64, 64)
     rk.replace_blocks(model)
     explanation = rk.explain(model, x)[0]
-    assert explanation.chosen == "aten" and explanation.candidates["cpu"] == "the C++ extension was not built"
+    assert explanation.chosen == "library" and explanation.candidates["cpu"] == "the C++ extension was not built"
     with rk.use_backend("cpu"), pytest.raises(rk.BackendUnavailable, match="not built"):
         model(x)
     select._choose.cache_clear()

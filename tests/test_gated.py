@@ -17,14 +17,15 @@ from resnet_kernels.backends.gpu.training import gates as kernels
 from resnet_kernels.inference import FrozenGated
 from resnet_kernels.nn import gated
 from resnet_kernels.nn.gated import why_plain
+from resnet_kernels.ops import BlockSpec
 from resnet_kernels.testing import assert_matches, calibrate_, randomize_
 
 NHWC = torch.channels_last
 interpreted = pytest.mark.interpreted
 BACKENDS = [
-    *(pytest.param(name, "cpu", id=name) for name in ("cpu", "aten", "reference")),
-    pytest.param("triton", "cpu", marks=interpreted, id="triton-interpreted"),
-    pytest.param("triton", "cuda", marks=pytest.mark.gpu, id="triton-gpu"),
+    *(pytest.param(name, "cpu", id=name) for name in ("cpu", "library", "reference")),
+    pytest.param("gpu", "cpu", marks=interpreted, id="triton-interpreted"),
+    pytest.param("gpu", "cuda", marks=pytest.mark.gpu, id="triton-gpu"),
 ]
 on = pytest.mark.parametrize("backend, device", BACKENDS)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -185,13 +186,13 @@ def test_what_does_not_fit_is_named():
     ):
         with pytest.raises(error, match=says):
             rk.ops.gated_tail(*arguments)
-    with rk.use_backend("cuda"), pytest.raises(BackendUnavailable, match="not implemented here: gated"):
+    with rk.use_backend("gpu:cuda"), pytest.raises(BackendUnavailable, match="not implemented here: gated"):
         rk.ops.gated_tail(z)
 
 
 def test_triton_is_chosen_by_name_alone():
     call = rk.ops.gating.call_of_gated(torch.device("cuda"), torch.float32)
-    assert select.choose(call).NAME == "aten" and select.ONLY_BY_NAME["triton"] == select.reasons(call)["triton"]
+    assert select.choose(call).NAME == "library" and select.ONLY_BY_NAME["gpu"] == select.reasons(call)["gpu"]
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
@@ -220,7 +221,7 @@ def test_kernels_compile_clean(dtype, arch):
 def test_a_chain_without_a_shortcut(relu):
     x = draw(2, 8, 6, 5)
     weights, vectors = [torch.randn(16, 8, 1, 1), torch.randn(16, 16, 3, 3)], [torch.randn(16) for _ in range(4)]
-    ones = [1, 1]
+    ones = (1, 1)
 
     def plainly(x, w1, w2, a1, a2, b1, b2):
         h = F.conv2d(x, w1) * a1[:, None, None] + b1[:, None, None]
@@ -228,11 +229,11 @@ def test_a_chain_without_a_shortcut(relu):
         return torch.relu(y) if relu else y
 
     def ours(x, w1, w2, a1, a2, b1, b2):
-        return rk.ops.residual_block(x, [w1, w2], [a1, a2], [b1, b2], ones, ones, ones, "none", relu)
+        return rk.ops.residual_block(x, [w1, w2], [a1, a2], [b1, b2], BlockSpec(ones, ones, ones, "none", relu))
 
     inputs = [x, *weights, *vectors]
     doubles = [t.double().requires_grad_() for t in inputs]
-    for backend in ("cpu", "aten", "reference"):
+    for backend in ("cpu", "library", "reference"):
         with rk.use_backend(backend):
             assert_matches(ours(*inputs), plainly(*inputs), plainly(*doubles), 144, backend)
     with rk.use_backend("reference"):
@@ -242,7 +243,7 @@ def test_a_chain_without_a_shortcut(relu):
 def test_only_a_chain_without_a_shortcut_may_end_without_a_relu():
     w, a = [torch.randn(4, 4, 1, 1)], [torch.randn(4)]
     with pytest.raises(ValueError, match="relu: expected True with shortcut 'identity'"):
-        rk.ops.residual_block(draw(1, 4, 2, 2), w, a, a, [1], [1], [1], "identity", False)
+        rk.ops.residual_block(draw(1, 4, 2, 2), w, a, a, BlockSpec((1,), (1,), (1,), "identity", False))
 
 
 # Blocks. As in test_where_used, ReLUs are decided: one that flips moves gradients by more than all rounding does.
@@ -318,7 +319,7 @@ def test_the_plain_chain_drops_what_the_fused_one_drops():
                 torch.manual_seed(11)
                 found.append(scale(x))
         torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
-    drop = gated.kept_images(x.new_empty(20000, 1, 1, 1), 0.25, True)
+    drop = gated.drop_gate(x.new_empty(20000, 1, 1, 1), 0.25, True)
     assert set(drop.unique().tolist()) == {0.0, float(1 / torch.tensor(0.75))} and abs(float(drop.mean()) - 1) < 0.05
 
 
@@ -341,7 +342,7 @@ def test_what_runs_as_modules_and_what_makes_the_chain_plain():
     made.bn2 = nn.GroupNorm(4, 64)
     assert "bn2: expected one of BatchNorm2d" in why_plain(made, x)
     made, x = block("se-basic")
-    with rk.use_backend("cuda"):
+    with rk.use_backend("gpu:cuda"):
         assert "not implemented here: gated" in why_plain(made.eval(), x)
 
 

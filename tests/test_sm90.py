@@ -22,7 +22,7 @@ from torch.nn.grad import conv2d_weight
 
 import resnet_kernels as rk
 from resnet_kernels.backends import extension, reference, select
-from resnet_kernels.backends.contract import Call, Epilogue, Geometry, Operand, Product, wide
+from resnet_kernels.backends.contract import Call, Epilogue, Geometry, Operand, Product, accumulator_dtype
 from resnet_kernels.backends.gpu import cuda, sm90
 from resnet_kernels.backends.gpu.cuda import calls as cuda_library
 from resnet_kernels.backends.gpu.sm90 import launchers
@@ -40,7 +40,7 @@ def library():
         built = module is not None and module.build_info()["cuda"] and "9.0a" in module.build_info()["archs"]
         assert not built, f"built for 9.0a, but {reason}"
         pytest.skip(reason)
-    return Path(found._name)
+    return Path(found.functions._name)
 
 
 @pytest.fixture(params=[pytest.param("cpu", id="emulated"), pytest.param("cuda", id="gpu", marks=pytest.mark.gpu)])
@@ -48,8 +48,8 @@ def device(request, monkeypatch):
     """Where the kernels run."""
     if request.param == "cpu":
         library = launchers.declared(emulated.sm90())
-        monkeypatch.setattr(launchers, "_run", lambda name, call, device: launchers.invoke(library, name, call, None))
-        monkeypatch.setattr(launchers, "multiprocessors", lambda device: 3)
+        monkeypatch.setattr(launchers, "_run", lambda name, call, device: library.invoke(name, call, None))
+        monkeypatch.setattr(launchers.glue, "multiprocessors", lambda device: 3)
         monkeypatch.setattr(launchers, "why_not_here", lambda device, dtype: None)
     return request.param
 
@@ -92,7 +92,7 @@ def test_indices_are_those_of_brute_force(tmp_path):
 
 
 def test_tiles_are_those_that_were_built(library):
-    assert launchers.load()[0].resnet_kernels_sm90_tiles().decode().split() == list(launchers.NUMBERS)
+    assert launchers.load()[0].functions.resnet_kernels_sm90_tiles().decode().split() == list(launchers.NUMBERS)
 
 
 # Of csrc/cuda/sm90 without comments and spaces: what all tests marked gpu passed with, on an NVIDIA H200. Since then,
@@ -169,7 +169,8 @@ def test_a_missing_library_is_a_reason(monkeypatch, tmp_path):
     with monkeypatch.context() as m:
         m.setattr(launchers.ctypes, "CDLL", lambda path: of_other_sources)
         (tmp_path / "_sm90.so").touch()
-        assert re.search("expected a call of [0-9]+ bytes, got 0; build it again", launchers.load.__wrapped__()[1])
+        says = "expected a structure of [0-9]+ bytes, got 0; build the package again"
+        assert re.search(says, launchers.load.__wrapped__()[1])
     (tmp_path / "_sm90.so").write_text("no library")
     assert "do not load" in launchers.load.__wrapped__()[1]
 
@@ -212,7 +213,7 @@ def krsc(weight):
 
 def chain(x, weight, g, scale=None, shift=None, second=None, residual=None, relu=False):
     """What a user would write, every result rounded to x's dtype."""
-    per_channel = [None if t is None else t.to(wide(x.dtype))[:, None, None] for t in (scale, shift)]
+    per_channel = [None if t is None else t.to(accumulator_dtype(x.dtype))[:, None, None] for t in (scale, shift)]
     t = F.conv2d(x, weight, None, *g)
     if per_channel[0] is not None:
         t = (t * per_channel[0]).to(x.dtype)
@@ -604,7 +605,7 @@ def test_the_backend_by_name_runs_blocks(C, stride, launches, frozen, device, wi
     module, x = case.make().to(device).bfloat16(), case.input(torch.bfloat16, device)
     names, run = [], launchers._run
     monkeypatch.setattr(launchers, "_run", lambda name, *rest: [names.append(name), run(name, *rest)])
-    with torch.no_grad(), rk.use_backend("sm90"):
+    with torch.no_grad(), rk.use_backend("gpu:sm90"):
         blocks = torch.nn.Sequential(module)
         if frozen:
             ours = rk.freeze(blocks)
@@ -626,10 +627,10 @@ def test_what_no_whole_block_is_for_is_told():
     assert "strides, dilations and groups of 1" in launchers.why_not_bottleneck(shapes, dilated, "identity", 56)
     assert "(128, 256, 1, 1)" in launchers.why_not_bottleneck(((128, 256, 1, 1),), geometries, "identity", 56)
     for (J, K, ahead, columns), says in {
-        (96, 256, 64, 56): "64, 128 channels inside, got 96",
-        (64, 320, 64, 56): "expected 256 channels outside, got 320",
-        (128, 96, 128, 28): "expected multiples of 64 channels outside, got 96",
-        (128, 512, 256, 28): "expected 128 channels ahead, got 256",
+        (96, 256, 64, 56): "64, 128 inner channels, got 96",
+        (64, 320, 64, 56): "expected 256 outer channels, got 320",
+        (128, 96, 128, 28): "expected multiples of 64 outer channels, got 96",
+        (128, 512, 256, 28): "expected 128 output channels of the next convolution, got 256",
         (128, 512, 128, 29): "at most 28 columns, got 29",
     }.items():
         assert says in launchers.why_not_tail(J, K, ahead, columns)
@@ -676,7 +677,7 @@ def test_blocks_train(name, dtype, device, with_passes, poisoned):
     def make():
         return case.make().train().to(device), case.input(device=device)
 
-    training.check(make, dtype, "sm90", draws=draws)
+    training.check(make, dtype, "gpu:sm90", draws=draws)
 
 
 def test_a_block_trains_by_these_kernels(with_passes, device, monkeypatch):
@@ -694,7 +695,7 @@ def test_a_block_trains_by_these_kernels(with_passes, device, monkeypatch):
 
     monkeypatch.setattr(launchers, "_run", counted)
     case = BLOCKS["by-moments"]
-    training.check(lambda: (case.make().train().to(device), case.input(device=device)), torch.bfloat16, "sm90")
+    training.check(lambda: (case.make().train().to(device), case.input(device=device)), torch.bfloat16, "gpu:sm90")
     assert names == {
         "conv_act stats": 3,
         "conv_act turn": 3,

@@ -35,7 +35,17 @@ TINY = {
     "inference": cases.model("inference", "resnet18", "fp32", 2, 64),
     "training": cases.model("training", "resnet18", "fp32", 4, 64),
 }
-QUICK = ("eager", "eager channels_last", "eager folded", "timm", "replaced", "frozen", "cpu", "aten", "frozen aten")
+QUICK = (
+    "eager",
+    "eager channels_last",
+    "eager folded",
+    "timm",
+    "replaced",
+    "frozen",
+    "cpu",
+    "library",
+    "frozen library",
+)
 
 
 def rows_of(case, providers, rounds=2):
@@ -67,7 +77,7 @@ def test_a_provider_that_is_wrong_has_no_time(monkeypatch):
     conv = library.conv
     monkeypatch.setattr(library, "conv", lambda *args: (conv(*args)[0] * 1.001, None))
     found = rows_of(TINY["primitives"], providers_of("primitives", "cpu"))
-    assert found["aten"].status == "wrong" and found["aten"].seconds is None and "rms" in found["aten"].reason
+    assert found["library"].status == "wrong" and found["library"].seconds is None and "rms" in found["library"].reason
     assert found["cpu"].status == "ok" and found["cpu"].seconds > 0
 
 
@@ -148,7 +158,7 @@ def test_what_training_asks_of_a_convolution_is_right_and_timed(case):
         "eager channels_last": "ok",
         "eager folded": "ok",
         "cpu": "ok",
-        "aten": "unavailable",
+        "library": "unavailable",
     }
 
 

@@ -22,7 +22,7 @@ import resnet_kernels as rk
 from resnet_kernels import cli
 from resnet_kernels.analysis.roofline import H200, launches_of
 from resnet_kernels.backends import gpu
-from resnet_kernels.backends.contract import Block, Call, Geometry, Operand, Packed, Pool
+from resnet_kernels.backends.contract import Call, Geometry, Operand, Packed, PackedBlock, Pool
 from resnet_kernels.backends.gpu import configs, launch, offline
 from resnet_kernels.backends.gpu.convolution import Convolution
 from resnet_kernels.backends.gpu.inference import boxes, dispatch, gather, tail
@@ -239,11 +239,11 @@ def test_blocks_that_are_no_resnets(weights, geometries, device, monkeypatch):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         per_channel = [[t.to(wide) for t in ts] for ts in (scales, shifts)]
         with rk.use_backend(backend):
-            sdg = zip(*geometries, strict=True)
-            return rk.ops.residual_block(x.to(dtype), [w.to(dtype) for w in ws], *per_channel, *sdg, shortcut)
+            spec = rk.ops.BlockSpec(*map(tuple, zip(*geometries, strict=True)), shortcut)
+            return rk.ops.residual_block(x.to(dtype), [w.to(dtype) for w in ws], *per_channel, spec)
 
-    want, exact = block("aten", torch.float16), block("reference", torch.float64)
-    assert_matches(block("triton", torch.float16), want, exact, 9 * 128)
+    want, exact = block("library", torch.float16), block("reference", torch.float64)
+    assert_matches(block("gpu", torch.float16), want, exact, 9 * 128)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -334,10 +334,10 @@ def hopper(monkeypatch):
 
     def run_emulated(name, call, device):
         names[name] += 1
-        launchers.invoke(library, name, call, None)
+        library.invoke(name, call, None)
 
     monkeypatch.setattr(launchers, "_run", run_emulated)
-    monkeypatch.setattr(launchers, "multiprocessors", lambda device: 3)
+    monkeypatch.setattr(launchers.glue, "multiprocessors", lambda device: 3)
     monkeypatch.setattr(hopper_kernels, "_why_not_here", lambda t, arch: None)
     monkeypatch.setattr(dispatch, "gpu_of", lambda device: torch.device("cuda"))
     monkeypatch.setattr(launch, "INTERPRETED_PROCESSORS", 1)
@@ -375,7 +375,7 @@ def test_a_frozen_stage_is_right_by_the_kernels_for_hopper(by, hopper, monkeypat
     x = torch.relu(torch.randn(8, 64, 8, 8)).half().contiguous(memory_format=NHWC)
     with torch.no_grad():
         eager, exact = module(x), module.double()(x.double())
-        with rk.use_backend("triton"):
+        with rk.use_backend("gpu"):
             y = rk.freeze(module.half(), cuda_graphs=False)(x)
     assert_matches(y, eager, exact, 1152)
     # Of 128 channels the one block is a pair, or a tail, and the next one's first convolution is there; likewise of 64.
@@ -387,7 +387,7 @@ def test_a_frozen_stage_is_right_by_the_kernels_for_hopper(by, hopper, monkeypat
 def test_every_way_of_a_whole_bottleneck_is_right(hopper):
     stage = [bottleneck_with_projection(64, 64, 1), resnet.Bottleneck(256, 64), resnet.Bottleneck(256, 64)]
     x = torch.empty(8, 64, 6, 5, dtype=torch.half)
-    with rk.use_backend("triton"):
+    with rk.use_backend("gpu"):
         made = launches_of(nn.Sequential(*stage).half(), x)
         wholes = {m.within.key: m.within for m in made if isinstance(m.within, hopper_kernels.Whole)}
         assert len(wholes) == 2
@@ -416,7 +416,7 @@ def test_frozen_models_in_the_interpreter(name, arch, monkeypatch):
     with torch.no_grad(), launch.assume_arch(arch):
         want = copy.deepcopy(model).to(memory_format=NHWC)(x.contiguous(memory_format=NHWC))
         exact = copy.deepcopy(model).double()(x.double())
-        with rk.use_backend("triton"):
+        with rk.use_backend("gpu"):
             got = rk.freeze(model)(x)
     assert_matches(got, want, exact, 512 * 9)
     assert names["conv_pool"] == 1 and ("conv_box" in names) == (arch == 90)
@@ -601,7 +601,7 @@ def test_the_lazy_operand_and_passes_compile_clean(arch):
 
 
 def test_the_documented_table_is_what_compiles(capsys):
-    documented = (HERE.parent / "docs/launchers.md").read_text().split("### ")[1]
+    documented = (HERE.parent / "docs/kernels.md").read_text().split("### ")[1]
     assert cli.main(["kernels"]) == 0
     assert capsys.readouterr().out.strip().removeprefix("### ") == documented.strip(), "run `make kernels`"
 
@@ -671,7 +671,7 @@ def test_blocks_on_a_side_stream_and_twice_the_same():
     case = next(c for c in RESNET_CASES if c.name == "r50-layer2")
     block = rk.nn.Bottleneck(512, 128).eval().to("cuda", torch.bfloat16)
     x = dataclasses.replace(case, N=64).input(torch.bfloat16, "cuda")
-    with torch.no_grad(), rk.use_backend("triton"):
+    with torch.no_grad(), rk.use_backend("gpu"):
         want = block(x)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -684,5 +684,5 @@ def test_blocks_on_a_side_stream_and_twice_the_same():
 def test_blocks_are_chained_only_where_that_is_right():
     """A basic block behind a bottleneck begins with a 3x3; a first convolution with a stride is not the same 1x1."""
     packed = Packed(torch.empty(64, 3, 3, 256, device="meta"), None, (64, 256, 3, 3))
-    c = dispatch._chain(Block([packed], [torch.empty(64, device="meta")], [Geometry(1, 1)], "identity"))[0]
+    c = dispatch._chain(PackedBlock([packed], [torch.empty(64, device="meta")], [Geometry(1, 1)], "identity"))[0]
     assert "expected a 1x1 convolution" in tail.why_not_after(c)

@@ -95,31 +95,31 @@ EPILOGUES = [
     "residual-affine",
     "residual-mask",
     "fewer",
-    "spread",
+    "upsample",
     "relu",
     "bits",
     "operand",
     "bool",
     "shift residual-mask relu operand",
-    "fewer spread residual-affine relu bool",
+    "fewer upsample residual-affine relu bool",
 ]
 
 
 def epilogue_of(terms, sizes, dtype, device, reduce=None):
     N, C, P, Q = sizes
-    shift, residual, mask, spread = None, None, None, 1
+    shift, residual, mask, upsample = None, None, None, 1
     if "shift" in terms:
         shift = vector(C, device)
-    if "residual" in terms or "fewer" in terms or "spread" in terms:
-        spread = 2 if "spread" in terms else 1
-        own = N, C - 3 if "fewer" in terms else C, -(-P // spread), -(-Q // spread)
+    if "residual" in terms or "fewer" in terms or "upsample" in terms:
+        upsample = 2 if "upsample" in terms else 1
+        own = N, C - 3 if "fewer" in terms else C, -(-P // upsample), -(-Q // upsample)
         more = ("affine " if "affine" in terms else "") + ("mask" if "residual-mask" in terms else "")
         residual = operand_of(more, own, dtype, device)
     if "operand" in terms:
         mask = Operand(draw(sizes, dtype, device), coarse(C, device), relu=True)
     if "bool" in terms:
         mask = (torch.rand(sizes) > 0.5).to(device)
-    return Epilogue(shift, residual, "relu" in terms, mask, reduce, False, spread)
+    return Epilogue(shift, residual, "relu" in terms, mask, reduce, False, upsample)
 
 
 def check_pass(x, epilogue):

@@ -13,6 +13,8 @@ from resnet_kernels.backends.contract import Epilogue, Geometry, Normalized, Ope
 from resnet_kernels.backends.gpu import launch, offline
 from resnet_kernels.backends.gpu.training import products
 from resnet_kernels.ops import chain_training
+from resnet_kernels.ops.chain_backward import Backward
+from resnet_kernels.ops.spec import BlockSpec, NormSpec, TrainingPlan
 from resnet_kernels.testing import RESNET_CASES, assert_matches
 
 NHWC = torch.channels_last
@@ -30,9 +32,9 @@ class Draw:
         self.dtype, self.device = dtype, device
         self.N, self.C, self.K, self.P, self.Q = N, C, K, P, Q
 
-    def t(self, channels, stride=1, spread=1):
-        """A map whose every stride-th row and column is P x Q, or P x Q's every spread-th."""
-        P, Q = (-(-n // spread) * stride - stride // 2 for n in (self.P, self.Q))
+    def t(self, channels, stride=1, upsample=1):
+        """A map whose every stride-th row and column is P x Q, or P x Q's every upsample-th."""
+        P, Q = (-(-n // upsample) * stride - stride // 2 for n in (self.P, self.Q))
         return torch.randn(self.N, channels, P, Q).to(self.device, self.dtype).contiguous(memory_format=NHWC)
 
     def v(self, channels):
@@ -47,8 +49,8 @@ class Draw:
     def x(self, channels, stride=1):
         return Operand(self.t(channels, stride), stride=stride)
 
-    def h(self, channels, spread=1):
-        return Operand(self.t(channels, 1, spread), (self.v(channels), self.v(channels)), relu=True)
+    def h(self, channels, upsample=1):
+        return Operand(self.t(channels, 1, upsample), (self.v(channels), self.v(channels)), relu=True)
 
     def g(self, channels):
         return Operand(self.t(channels), mask=self.m(channels))
@@ -112,9 +114,9 @@ CALLS = {
     "dh": lambda d: ([d.back(d.g(d.C)), d.by(d.h(d.K))], d.under(d.v(d.K))),
     "dh-stored": lambda d: ([d.back(dataclasses.replace(d.dc(d.C), mask=d.m(d.C)))], d.under()),
     "dx": lambda d: ([d.back(d.dc(d.C))], Epilogue(None, d.g(d.K))),
-    "dx-projection": lambda d: ([d.back(d.dc(d.C))], Epilogue(None, Operand(d.t(d.K, 1, 2)), spread=2)),
-    "dx-zero-pad": lambda d: ([d.back(d.dc(d.C))], Epilogue(None, Operand(d.t(d.K, 1, 2)[:, :-2]), spread=2)),
-    "dx-spread-affine": lambda d: ([d.back(d.dc(d.C))], Epilogue(None, d.h(d.K, 2), spread=2)),
+    "dx-projection": lambda d: ([d.back(d.dc(d.C))], Epilogue(None, Operand(d.t(d.K, 1, 2)), upsample=2)),
+    "dx-zero-pad": lambda d: ([d.back(d.dc(d.C))], Epilogue(None, Operand(d.t(d.K, 1, 2)[:, :-2]), upsample=2)),
+    "dx-upsample-affine": lambda d: ([d.back(d.dc(d.C))], Epilogue(None, d.h(d.K, 2), upsample=2)),
     "lazy-projection": lambda d: ([d.by(d.h(d.C)), d.by(dataclasses.replace(d.x(9, 2), relu=True))], Epilogue()),
     "through-projection": lambda d: ([d.back(d.g(d.C)), d.by(d.x(d.K, 2))], Epilogue(d.v(d.K))),
     "3x3-statistics": lambda d: (
@@ -268,13 +270,13 @@ def test_an_empty_batch(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_what_settles(device):
+def test_what_materializes(device):
     d = Draw(torch.float32, device, 2, 8, 8, 4, 3)
     h, x = d.h(8), d.x(8)
-    assert gpu.settle(h, 1) is h and gpu.settle(x, 3).tensor is x.tensor
-    settled = gpu.settle(h, 3)
-    assert settled.plain
-    torch.testing.assert_close(settled.tensor, reference.bn_pass(h, Epilogue())[0])
+    assert gpu.materialize(h, 1) is h and gpu.materialize(x, 3).tensor is x.tensor
+    materialized = gpu.materialize(h, 3)
+    assert materialized.plain
+    torch.testing.assert_close(materialized.tensor, reference.bn_pass(h, Epilogue())[0])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -305,7 +307,7 @@ def of_case(case, device, frozen=False):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", [c for c in SMALL if c.name != "wide"], ids=str)
 def test_blocks_train(case, dtype, device, poisoned):
-    check(of_case(case, device), DTYPES[dtype], "triton")
+    check(of_case(case, device), DTYPES[dtype], "gpu")
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -313,7 +315,7 @@ def test_blocks_train(case, dtype, device, poisoned):
 @pytest.mark.parametrize("name", ["odd-channels-down", "basic-odd-down", "batch-7"])
 def test_blocks_train_with_their_last_batch_norms_frozen(name, dtype, device, poisoned):
     # As many draws as make 64 values of a vector of the narrowest batch norm.
-    check(of_case(CASES[name], device, frozen=True), DTYPES[dtype], "triton", draws=-(-64 // CASES[name].planes))
+    check(of_case(CASES[name], device, frozen=True), DTYPES[dtype], "gpu", draws=-(-64 // CASES[name].planes))
 
 
 # What a GPU would run: recorded, compiled and read.
@@ -329,24 +331,18 @@ def launches_of_training(case, dtype, arch):
         vectors = [torch.empty(w.shape[0]) for w in weights]
         unused = [torch.empty(0) for _ in weights]
         n = len(convs)
-        geometry = [[c.stride[0] for c in convs], [c.dilation[0] for c in convs], [c.groups for c in convs]]
-        plan = chain_training.Plan(
-            *geometry,
-            [1e-5] * n,
-            [True] * n,
-            [""] * n,
-            shortcut,
-            relu=True,
-            preactivation=False,
-            stored=[],
-            pool=[],
-            backend="triton",
-        )
+        fields = [
+            tuple(c.stride[0] for c in convs),
+            tuple(c.dilation[0] for c in convs),
+            tuple(c.groups for c in convs),
+        ]
+        spec, batch = BlockSpec(*fields, shortcut), [True] * n
         shapes = [w.shape for w in weights]
-        plan = plan._replace(stored=chain_training.stored_outputs(x.shape, shapes, plan, plan.geometries(weights)))
+        stored = chain_training.stored_outputs(x.shape, shapes, spec, batch, spec.geometries(weights))
+        plan = TrainingPlan(spec, (NormSpec(1e-5, True, ""),) * n, stored, "gpu")
         kept = chain_training.Forward(gpu, x, weights, vectors, vectors, unused, unused, plan).run()
         every = [True] * n
-        chain_training.Backward(gpu, x, weights, kept, plan, True, every, every).run(torch.empty_like(kept.y))
+        Backward(gpu, x, weights, kept, plan, True, every, every).run(torch.empty_like(kept.y))
     return launches
 
 

@@ -59,7 +59,7 @@ def h200(monkeypatch, folders):
     tables._identity.cache_clear()
 
 
-def write_table(folder, call, fastest="triton", **other):
+def write_table(folder, call, fastest="gpu", **other):
     identity = tables.identity(call.device) | other
     row = {"call": tables.key(call), "fastest": fastest}
     store(folder / tables.file_of(identity), identity, Table({row["call"]: row}, {}))
@@ -67,24 +67,24 @@ def write_table(folder, call, fastest="triton", **other):
 
 @pytest.mark.parametrize("place", [0, 1], ids=["shipped", "the user's"])
 def test_a_measured_table_lets_a_kernel_run_unasked(h200, place, monkeypatch):
-    assert select.choose(call()).NAME == "aten"
-    assert "there is none for this call" in select.reasons(call())["triton"]
+    assert select.choose(call()).NAME == "library"
+    assert "no table has this call" in select.reasons(call())["gpu"]
     write_table(h200[place], call())
-    assert select.choose(call()).NAME == "triton" and select.reasons(call())["triton"] is None
-    assert select.choose(call(size=(1, 64, 56, 56))).NAME == "aten"
-    with rk.use_backend("aten"):
-        assert select.choose(call()).NAME == "aten"
+    assert select.choose(call()).NAME == "gpu" and select.reasons(call())["gpu"] is None
+    assert select.choose(call(size=(1, 64, 56, 56))).NAME == "library"
+    with rk.use_backend("library"):
+        assert select.choose(call()).NAME == "library"
     monkeypatch.setenv("RESNET_KERNELS_TUNING", "off")
-    assert select.choose(call()).NAME == "aten"
+    assert select.choose(call()).NAME == "library"
     monkeypatch.setenv("RESNET_KERNELS_TUNING", "sometimes")
     with pytest.raises(ValueError, match="RESNET_KERNELS_TUNING: expected off or nothing, got 'sometimes'"):
         select.choose(call())
 
 
 def test_the_users_table_wins(h200):
-    write_table(h200[0], call(), "triton")
-    write_table(h200[1], call(), "aten")
-    assert select.choose(call()).NAME == "aten"
+    write_table(h200[0], call(), "gpu")
+    write_table(h200[1], call(), "library")
+    assert select.choose(call()).NAME == "library"
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_the_users_table_wins(h200):
 )
 def test_tables_of_others_do_not_count(h200, other):
     write_table(h200[1], call(), **other)
-    assert select.choose(call()).NAME == "aten"
+    assert select.choose(call()).NAME == "library"
 
 
 @pytest.mark.parametrize(
@@ -113,23 +113,23 @@ def test_a_file_that_is_no_table_is_ignored_with_a_warning_and_rebuilt(h200, tex
     path = h200[1] / tables.file_of(identity)
     path.write_text(text)
     with pytest.warns(UserWarning, match="expected a table of measured choices of schema 1.*ignored"):
-        assert select.choose(call()).NAME == "aten"
+        assert select.choose(call()).NAME == "library"
     with pytest.warns(UserWarning, match="replaced"):
         write_table(h200[1], call())
-    assert select.choose(call()).NAME == "triton"
+    assert select.choose(call()).NAME == "gpu"
 
 
 def test_a_table_of_other_versions_under_its_name_is_replaced_with_a_warning(h200):
     identity = tables.identity(torch.device("cuda"))
     path = h200[1] / tables.file_of(identity)
-    store(path, identity | {"torch": "1.0"}, Table({"old": {"call": "old", "fastest": "aten"}}, {}))
+    store(path, identity | {"torch": "1.0"}, Table({"old": {"call": "old", "fastest": "library"}}, {}))
     with pytest.warns(UserWarning, match="expected a table for .*replaced"):
         write_table(h200[1], call())
     assert "old" not in tables.read(path)[1].calls
 
 
 def _store(path, i):
-    row = {"call": f"call {i}", "fastest": "aten"}
+    row = {"call": f"call {i}", "fastest": "library"}
     store(path, {"device": "one"}, Table({row["call"]: row}, {}))
 
 
@@ -213,12 +213,12 @@ def test_a_measured_configuration_is_what_is_launched(h200, monkeypatch):
     device = torch.device("cuda")
     identity = tables.identity(device)
     store(h200[1] / "t.json", identity, Table({}, {row["launch"]: row for row in rows}))
-    with select.use_backend("triton"), recording(90, device) as made:
+    with select.use_backend("gpu"), recording(90, device) as made:
         rk.freeze(model)(x)
     assert [m.problem.key for m in made if m.problem and m.problem.key == tail.key] == []
     chosen = [m for m in made if m.problem and m.problem.key == plain.key]
     assert chosen and all((m.arguments["BLOCK_N"], m.options["num_warps"]) == (128, 4) for m in chosen)
-    with select.use_backend("triton"), recording(90) as made:  # no tables: as always
+    with select.use_backend("gpu"), recording(90) as made:  # no tables: as always
         rk.freeze(model)(x)
     assert any(m.problem and m.problem.key == tail.key for m in made)
 
@@ -299,20 +299,20 @@ def small():
 
 def test_tune_chooses_the_fastest_that_is_right(folders, small, monkeypatch):
     """A backend that is wrong has no time, however fast it would be."""
-    times = {"cpu": 2e-3, "aten": 1e-3, "default": 2e-3, "measured": 1e-3}
+    times = {"cpu": 2e-3, "library": 1e-3, "default": 2e-3, "measured": 1e-3}
     monkeypatch.setattr(tuner, "_time", lambda calls, device: {name: Sample(*3 * [times[name]], 5) for name in calls})
     model, x = small
     report = rk.tune(model, x)
     *steps, together = report.measured
-    assert {m.chosen for m in steps} == {"aten"} and together.chosen == "measured" and report.left == 0
+    assert {m.chosen for m in steps} == {"library"} and together.chosen == "measured" and report.left == 0
     assert report.path.parent == folders[1] and "1000.0 us, 2.00x cpu" in str(report)
-    assert {e.chosen for e in rk.explain(rk.freeze(model), x)} == {"aten"}
+    assert {e.chosen for e in rk.explain(rk.freeze(model), x)} == {"library"}
     assert {e.chosen for e in rk.explain(rk.freeze(model), torch.randn(3, 3, 32, 32))} == {"cpu"}
     conv = library.conv
     monkeypatch.setattr(library, "conv", lambda *args: (conv(*args)[0] * 1.01, None))
     report = rk.tune(model, x, again=True)
     assert {m.chosen for m in report.measured} == {"cpu"}  # nothing is left to be compared together
-    assert all("wrong: rms" in m.out["aten"] and "aten" not in m.seconds for m in report.measured)
+    assert all("wrong: rms" in m.out["library"] and "library" not in m.seconds for m in report.measured)
     assert {e.chosen for e in rk.explain(rk.freeze(model), x)} == {"cpu"}
 
 
@@ -327,13 +327,13 @@ def test_steps_of_a_trunk_compute_in_one_dtype(folders, small):
 
 
 def test_choices_that_lose_together_are_dropped(folders, small, monkeypatch):
-    times = {"cpu": 2e-3, "aten": 1e-3, "default": 1e-3, "measured": 1e-3}
+    times = {"cpu": 2e-3, "library": 1e-3, "default": 1e-3, "measured": 1e-3}
     monkeypatch.setattr(tuner, "_time", lambda calls, device: {name: Sample(*3 * [times[name]], 5) for name in calls})
     model, x = small
     report = rk.tune(model, x)
-    assert report.measured[-1].chosen == "default" and report.measured[0].chosen == "aten"
+    assert report.measured[-1].chosen == "default" and report.measured[0].chosen == "library"
     assert {e.chosen for e in rk.explain(rk.freeze(model), x)} == {"cpu"}
-    assert {row.get("alone") for row in tables.read(report.path)[1].calls.values()} == {"aten", None}
+    assert {row.get("alone") for row in tables.read(report.path)[1].calls.values()} == {"library", None}
     assert rk.tune(model, x).left == 0 and rk.tune(model, x).measured == ()
 
 
@@ -416,7 +416,7 @@ def test_launches_are_tuned_and_run_as_measured(folders):
     chain = torch.nn.Sequential(rk.nn.Bottleneck(256, 64), rk.nn.Bottleneck(256, 64))
     model, x = randomize_(chain).eval().half(), torch.relu(torch.randn(1, 256, 16, 16)).half()
     path = folders[1] / "t.json"
-    with rk.use_backend("triton"), assume_arch(90):
+    with rk.use_backend("gpu"), assume_arch(90):
         report = rk.tune(model, x, path=path, candidates=1)
         assert all(m.seconds and not m.out for m in report.measured)
         assert any(set(m.seconds) > {dispatch.SEPARATE} and len(m.seconds) >= 3 for m in report.measured)
@@ -444,7 +444,7 @@ def test_a_wrong_configuration_is_out(folders, monkeypatch):
     monkeypatch.setattr(
         launches, "run_so", lambda p, c: [y * (1.1 if c.config.num_warps == 8 else 1) for y in real(p, c)]
     )
-    with rk.use_backend("triton"), assume_arch(90):
+    with rk.use_backend("gpu"), assume_arch(90):
         report = rk.tune(torch.nn.Sequential(model), x, path=folders[1] / "t.json", candidates=4)
     ours = [m for m in report.measured if "->" in m.what]
     assert any("wrong: " in reason for m in ours for reason in m.out.values())

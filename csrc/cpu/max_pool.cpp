@@ -51,7 +51,7 @@ RK_MULTI_ISA void max_row_winners(float* best, int32_t* winners, const float* x,
 }
 
 RK_MULTI_ISA void narrow_row(uint8_t* y, const int32_t* x, const float* best, int64_t C) {
-  for (int64_t c = 0; c < C; ++c) y[c] = static_cast<uint8_t>(best[c] <= 0 ? int32_t{kNowhere} : x[c]);
+  for (int64_t c = 0; c < C; ++c) y[c] = static_cast<uint8_t>(best[c] <= 0 ? int32_t{kNoWinner} : x[c]);
 }
 
 constexpr int64_t kGrain = 32768;  // elements a thread must have to be worth waking
@@ -109,7 +109,7 @@ std::pair<at::Tensor, at::Tensor> cpu_max_pool_relu_winners(const at::Tensor& x,
                                                           int64_t stride, int64_t padding) {
   auto y = pooled_nhwc(pooled_sizes(x, kernel, stride, padding), x.options());
   RK_CHECK_EQ(x.scalar_type(), at::kFloat, "x");
-  TORCH_CHECK(kernel * kernel < kNowhere, "max pool: expected a kernel of at most 15 for winners, got ", kernel);
+  TORCH_CHECK(kernel * kernel < kNoWinner, "max pool: expected a kernel of at most 15 for winners, got ", kernel);
   TORCH_CHECK(a.has_value() == b.has_value(), "max pool: expected a with b");
   const int64_t N = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3), P = y.size(2), Q = y.size(3);
   const auto scale = a.value_or(at::Tensor()), shift = b.value_or(at::Tensor());

@@ -12,7 +12,7 @@ namespace resnet_kernels {
 at::Tensor cpu_max_pool_relu(const at::Tensor& x, int64_t kernel, int64_t stride, int64_t padding);
 
 // The same of a*x + b per channel (fp32; or of x, both undefined), and which element of its window, row by row, each
-// maximum was: uint8, of several the first, kNowhere (cpu/reductions.h) where y <= 0.
+// maximum was: uint8, of several the first, kNoWinner (cpu/reductions.h) where y <= 0.
 std::pair<at::Tensor, at::Tensor> cpu_max_pool_relu_winners(const at::Tensor& x, const std::optional<at::Tensor>& a,
                                                           const std::optional<at::Tensor>& b, int64_t kernel,
                                                           int64_t stride, int64_t padding);

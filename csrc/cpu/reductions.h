@@ -15,7 +15,7 @@ struct PoolWindow {
   int64_t kernel, stride, padding, H, W;
 };
 
-constexpr uint8_t kNowhere = 255;  // in `Lazy::winners`: what is at x there goes nowhere
+constexpr uint8_t kNoWinner = 255;  // in `Lazy::winners`: what is at x there goes nowhere
 
 // A tensor seen through what is applied to it, in this order; absent parts are undefined tensors.
 struct Lazy {

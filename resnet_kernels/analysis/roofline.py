@@ -15,7 +15,8 @@ from ..inference import FrozenTrunk, freeze
 from ..nn import fusable
 from ..ops.batch_norm import norm_of
 from ..ops.block_training import arguments
-from ..ops.chain_training import Backward, Forward
+from ..ops.chain_backward import Backward
+from ..ops.chain_training import Forward
 from . import traffic
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def launches_of(module: nn.Module, x: Tensor, arch: int | None = None) -> list[L
     from ..backends.gpu.launch import arch_of, recording
 
     image = torch.empty_like(x, device="meta")
-    with select.use_backend("triton"), recording(arch or arch_of(x.device), None if arch else x.device) as launches:
+    with select.use_backend("gpu"), recording(arch or arch_of(x.device), None if arch else x.device) as launches:
         if isinstance(module, FrozenTrunk):
             on_meta(module)(image)
         else:
@@ -96,7 +97,7 @@ def training_launches_of(module: nn.Module, x: Tensor, arch: int | None = None) 
 
     model = _copy_on_meta(module).train()
     sizes = traffic.block_sizes(model, x.shape)
-    with select.use_backend("triton"), recording(arch or arch_of(x.device), None if arch else x.device) as launches:
+    with select.use_backend("gpu"), recording(arch or arch_of(x.device), None if arch else x.device) as launches:
         if isinstance(model, resnet.ResNet):
             stem = fusable.stem(model)
             if isinstance(stem, str):
@@ -118,10 +119,7 @@ def training_launches_of(module: nn.Module, x: Tensor, arch: int | None = None) 
 def _train(p: fusable.Parts, x: Tensor, need_x: bool = True) -> None:
     """Run the forward and backward of a block or stem, as the differentiable ops do."""
     weights = [conv.weight for conv in p.convs]
-    geometries = [fusable.geometry(conv) for conv in p.convs]
-    strides, dilations, groups = ([getattr(g, n) for g in geometries] for n in ("stride", "dilation", "groups"))
-    norms = [norm_of(bn) for bn in p.norms]
-    vectors, plan = arguments(x, weights, norms, strides, dilations, groups, p.shortcut, True, pool=p.pool)
+    vectors, plan = arguments(x, weights, [norm_of(bn) for bn in p.norms], p.spec)
     gammas, betas, means, variances = vectors
     backend, every = select.BY_NAME[plan.backend], [True] * len(weights)
     saved = Forward(backend, x, weights, gammas, betas, means, variances, plan).run()

@@ -52,7 +52,7 @@ from ..backends import select
 from ..backends.contract import Geometry
 from ..nn import fusable
 from ..nn.gated import Gated
-from ..ops.block_inference import walk
+from ..ops.spec import map_sizes
 
 Sizes = Sequence[int]
 
@@ -376,7 +376,7 @@ def _block(block: nn.Module, x_sizes: Sizes, itemsize: int, plan: str) -> _Part:
         raise ValueError(p)
     N, C, H, W = x_sizes
     weights, geometries = [tuple(c.weight.shape) for c in p.convs], [fusable.geometry(c) for c in p.convs]
-    operands, maps = walk((C, H, W), weights, geometries, p.shortcut)
+    operands, maps = map_sizes((C, H, W), weights, geometries, p.shortcut)
     convs = [_convolution((N, *o), w, g) for o, w, g in zip(operands, weights, geometries, strict=True)]
     n, (K, P, Q) = len(maps) - 1, maps[-1]
     x, y = N * C * H * W, N * K * P * Q
@@ -401,7 +401,7 @@ def _block(block: nn.Module, x_sizes: Sizes, itemsize: int, plan: str) -> _Part:
 
 
 def _stem(model: resnet.ResNet, x: Sizes, y: int, itemsize: int, plan: str) -> _Part:
-    reason = fusable.convolution(model.conv1)
+    reason = fusable.why_not_convolution(model.conv1)
     if reason:
         raise ValueError(f"conv1: {reason}")
     conv = _convolution(x, model.conv1.weight.shape, fusable.geometry(model.conv1))

@@ -27,7 +27,7 @@ class Group(NamedTuple):
 
 
 # Vectors are computed in fp64 and rounded once: an error of theirs is the same in every row, so that sums over the rows
-# add it up, where other errors cancel. Matrices stay in `wide`.
+# add it up, where other errors cancel. Matrices stay in `accumulator_dtype`.
 
 
 def table(stats: Stats, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 Everything is NHWC in memory (channels_last), written N, C, H, W; K output channels, R x S filter, P x Q output map,
 M = N*P*Q. Activations and weights share the compute dtype; scales, shifts, statistics and sums are fp32 (fp64 for
-fp64 inputs: `wide`). Five families, see `Backend`:
+fp64 inputs: `accumulator_dtype`). Five families, see `Backend`:
 
     conv         sums of products with an epilogue: forward convolutions and, with `data_grad_size`, data gradients
     wgrad        weight gradients, and the moments of an activation
@@ -58,19 +58,19 @@ class Pool(NamedTuple):
 
 
 # In place of an element of a window: what its maximum gets ends there.
-NOWHERE = 255
+NO_WINNER = 255
 
 
 class Pooled(NamedTuple):
     """What the gradient of max pooling needs beside that of its result. winners: uint8 of the result's sizes, which
-    element of its window, row by row, each maximum was, or NOWHERE. size: (H, W) of what was pooled."""
+    element of its window, row by row, each maximum was, or NO_WINNER. size: (H, W) of what was pooled."""
 
     winners: Tensor
     pool: Pool
     size: tuple[int, int]
 
 
-class Block(NamedTuple):
+class PackedBlock(NamedTuple):
     """A residual block: packed weights and geometries of its chain, then of its projection if `shortcut` is
     "projection" (else "identity", "zero_pad" or "none"); the chain's shifts, the last with the projection's added; and
     whether it ends with a ReLU, which only a chain without a shortcut may not."""
@@ -175,12 +175,12 @@ class Product:
 class Epilogue:
     """What happens to the accumulator t: t += shift, t += residual, relu, zero where not mask, round, reduce.
 
-    residual: of the result's sizes; with fewer channels, those it lacks are zero. spread: it stands at every
-        spread-th row and column of the result, zeros between.
+    residual: of the result's sizes; with fewer channels, those it lacks are zero. upsample: it stands at every
+        upsample-th row and column of the result, zeros between.
     mask: bool of the result's sizes, or an Operand: then t stays where `not (operand <= 0)`.
     reduce: "stats" for `Stats` of the rounded result; `Normalized` xhat for the pair sum(t), sum(t * xhat) per channel;
         "mask" for a tensor that tells where `not (result <= 0)`, in a form of the backend's own (`mask_size`);
-        "winners", with relu and pooling, for `Pooled.winners`: of several maxima the first, NOWHERE where the result
+        "winners", with relu and pooling, for `Pooled.winners`: of several maxima the first, NO_WINNER where the result
         is <= 0.
     overwrite: the result may take the residual's memory.
     """
@@ -191,7 +191,7 @@ class Epilogue:
     mask: Tensor | Operand | None = None
     reduce: str | Normalized | None = None
     overwrite: bool = False
-    spread: int = 1
+    upsample: int = 1
 
 
 class Stats(NamedTuple):
@@ -228,8 +228,8 @@ class Affine(NamedTuple):
 
 
 class TailGrad(NamedTuple):
-    """Of c = h W^T and its batch norm: dweight (K, J) and dgamma (K) in `wide`; A (K, J) and B (J, J) in the weight's
-    dtype and v (J) in `wide` with dL/dh = g A + (h - centre) B + v."""
+    """Of c = h W^T and its batch norm: dweight (K, J) and dgamma (K) in `accumulator_dtype`; A (K, J) and B (J, J) in
+    the weight's dtype and v (J) in `accumulator_dtype` with dL/dh = g A + (h - centre) B + v."""
 
     dweight: Tensor
     dgamma: Tensor
@@ -257,7 +257,7 @@ class Call:
     size: tuple[int, ...] = ()
 
 
-def beyond(
+def why_unsupported(
     call: Call, supports: frozenset[str], device: str | None, dtypes: Sequence[torch.dtype] | None
 ) -> str | None:
     """Why a call is beyond a backend of these primitives and features, device type and dtypes (None: any), or None."""
@@ -279,7 +279,7 @@ def call_of(products: Sequence[Product], epilogue: Epilogue) -> Call:
         "conv": True,
         "two_products": len(products) > 1,
         "residual": epilogue.residual is not None,
-        "lazy": epilogue.spread > 1 or any(o.affine is not None or o.relu or o.stride > 1 for o in operands),
+        "lazy": epilogue.upsample > 1 or any(o.affine is not None or o.relu or o.stride > 1 for o in operands),
         "two_tensors": any(o.second is not None for o in operands),
         "mask": epilogue.mask is not None or any(o.mask is not None for o in operands),
         "stats": epilogue.reduce == "stats",
@@ -309,7 +309,7 @@ def check_conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[int, in
             raise ValueError(f"conv: expected products of equal sizes, got {sizes} and {p.output_sizes()}")
     if epilogue.residual is not None:
         got = epilogue.residual.sizes
-        expected = (*sizes[:2], *(-(-n // epilogue.spread) for n in sizes[2:]))
+        expected = (*sizes[:2], *(-(-n // epilogue.upsample) for n in sizes[2:]))
         if (got[0], *got[2:]) != (expected[0], *expected[2:]) or got[1] > expected[1]:
             raise ValueError(f"conv: expected a residual of {expected}, got {got}")
     if epilogue.shift is not None and epilogue.shift.shape != (sizes[1],):
@@ -317,7 +317,7 @@ def check_conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[int, in
     return sizes
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums, scales and statistics beside activations of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -338,8 +338,8 @@ def tf32_allowed() -> bool:
 
 
 def fold(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight (K, ...) times scale per output channel, computed in `wide` and rounded once."""
-    return (weight.to(wide(dtype)) * scale[:, None, None, None]).to(dtype)
+    """A weight (K, ...) times scale per output channel, computed in `accumulator_dtype` and rounded once."""
+    return (weight.to(accumulator_dtype(dtype)) * scale[:, None, None, None]).to(dtype)
 
 
 class Backend(Protocol):
@@ -379,7 +379,7 @@ class Backend(Protocol):
         """Of the uint8 tensor that stands for the mask of a result of these sizes (N, K, P, Q); None: the result itself
         is what `reduce="mask"` returns."""
 
-    def settle(self, operand: Operand, kernel: int) -> Operand:
+    def materialize(self, operand: Operand, kernel: int) -> Operand:
         """An operand that several kernels are going to read, one of them a product with a kernel x kernel filter: as
         it came if they apply what it holds while loading, else computed once."""
 
@@ -392,8 +392,8 @@ class Backend(Protocol):
     def wgrad(
         self, g: Operand, x: Operand, kernel: tuple[int, int], geometry: Geometry, sums: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """(dL/dweight (K, C/groups, R, S), sum of g per channel if `sums`), both in `wide`, for g = dL/dconv
-        (N, K, P, Q) and conv's operand x (N, C, H, W)."""
+        """(dL/dweight (K, C/groups, R, S), sum of g per channel if `sums`), both in `accumulator_dtype`, for
+        g = dL/dconv (N, K, P, Q) and conv's operand x (N, C, H, W)."""
 
     def moments(self, h: Operand) -> Moments:
         """Over the M rows of h (N, J, P, Q)."""
@@ -406,13 +406,14 @@ class Backend(Protocol):
 
     def gated(self, z: Tensor, gate: Tensor | None, shortcut: Tensor | None, relu: bool) -> Tensor:
         """y (N, K, P, Q) = relu(gate * z + shortcut), rounded once. z, shortcut: of y's sizes, channels_last; gate:
-        (N, K) in `wide`; a gate of None is one, a shortcut of None zero."""
+        (N, K) in `accumulator_dtype`; a gate of None is one, a shortcut of None zero."""
 
     def gated_grad(
         self, dy: Tensor, y: Tensor | None, z: Tensor | None, gate: Tensor | None, wanted: Sequence[bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """With g = dy where not (y <= 0), or dy where y is None: g * gate, the sum of g * z over P and Q (N, K) in
-        `wide`, and g; None for what is not wanted. z is needed for the sum alone. Maps are channels_last."""
+        `accumulator_dtype`, and g; None for what is not wanted. z is needed for the sum alone. Maps are
+        channels_last."""
 
     def finalize_stats(self, stats: Stats, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
         """The table of `Affine`: a = gamma*rstd, b = beta - mean*a, from the biased variance."""

@@ -22,7 +22,6 @@ from torch import Tensor
 from . import algebra, extension
 from .contract import (
     Affine,
-    Block,
     Call,
     Epilogue,
     Geometry,
@@ -30,12 +29,13 @@ from .contract import (
     Normalized,
     Operand,
     Packed,
+    PackedBlock,
     Pool,
     Product,
     Stats,
     TailGrad,
-    beyond,
     check_conv,
+    why_unsupported,
 )
 
 NAME = "cpu"
@@ -52,7 +52,7 @@ PASS_BYTES = 16 * 2**20
 
 
 def why_not(call: Call) -> str | None:
-    reason = beyond(call, SUPPORTS, "cpu", DTYPES)
+    reason = why_unsupported(call, SUPPORTS, "cpu", DTYPES)
     if reason is None and not torch.backends.mkldnn.is_available():
         reason = "this torch was built without oneDNN"
     return reason or extension.load()[1]
@@ -141,7 +141,7 @@ def _convolve(
 
 def _needs_pass(e: Epilogue, channels: int) -> bool:
     r = e.residual
-    residual = r is not None and (not r.plain or e.spread > 1 or r.tensor.shape[1] < channels)
+    residual = r is not None and (not r.plain or e.upsample > 1 or r.tensor.shape[1] < channels)
     return residual or e.mask is not None or isinstance(e.reduce, Normalized)
 
 
@@ -150,7 +150,7 @@ def _reduction_of(y: Tensor, by: str | Normalized | None) -> Any:
     return None if by is None else y if by == "mask" else reduce(Operand(y), by)
 
 
-def residual_blocks(x: Tensor, blocks: Sequence[Block], overwrite: bool) -> Tensor:
+def residual_blocks(x: Tensor, blocks: Sequence[PackedBlock], overwrite: bool) -> Tensor:
     """Whole blocks, one call each; x in the compute dtype and channels_last."""
     C, _ = extension.load()
     for i, block in enumerate(blocks):
@@ -202,7 +202,7 @@ def mask_size(sizes: Sequence[int]) -> tuple[int, ...] | None:
     return None
 
 
-def settle(operand: Operand, kernel: int) -> Operand:
+def materialize(operand: Operand, kernel: int) -> Operand:
     return operand if operand.plain else Operand(_plain(operand, operand.tensor.dtype))
 
 
@@ -255,15 +255,15 @@ def _pass(x: Operand, e: Epilogue, dtype: torch.dtype, store: bool, in_place: bo
     residual, kept = None, None
     if e.residual is not None:
         r = _unstrided(e.residual)
-        if e.spread > 1 or r.tensor.shape[1] < x.tensor.shape[1]:
+        if e.upsample > 1 or r.tensor.shape[1] < x.tensor.shape[1]:
             part = _plain(r, torch.float32)
             if in_place and x.plain:
-                x.tensor[:, : part.shape[1], :: e.spread, :: e.spread] += part
-                e = dataclasses.replace(e, residual=None, spread=1)
+                x.tensor[:, : part.shape[1], :: e.upsample, :: e.upsample] += part
+                e = dataclasses.replace(e, residual=None, upsample=1)
                 if store and e == Epilogue(overwrite=e.overwrite):
                     return x.tensor.to(dtype), None
             else:
-                r = Operand(_spread(part, x.sizes, e.spread))
+                r = Operand(_upsample(part, x.sizes, e.upsample))
         residual = None if e.residual is None else _lazy(r)
     if e.mask is not None:
         kept = _lazy(e.mask if isinstance(e.mask, Operand) else Operand(e.mask.to(torch.float32)))
@@ -292,10 +292,10 @@ def _pass(x: Operand, e: Epilogue, dtype: torch.dtype, store: bool, in_place: bo
     return t, sums
 
 
-def _spread(r: Tensor, sizes: Sequence[int], spread: int) -> Tensor:
-    """r at every spread-th row and column, and in the first channels, of zeros."""
+def _upsample(r: Tensor, sizes: Sequence[int], upsample: int) -> Tensor:
+    """r at every upsample-th row and column, and in the first channels, of zeros."""
     full = torch.zeros(sizes, dtype=r.dtype).contiguous(memory_format=torch.channels_last)
-    full[:, : r.shape[1], ::spread, ::spread] = r
+    full[:, : r.shape[1], ::upsample, ::upsample] = r
     return full
 
 

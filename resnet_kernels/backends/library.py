@@ -1,6 +1,7 @@
-"""Convolutions by whatever engine torch has for the device (cuDNN, oneDNN, its own): right everywhere.
+"""The backend `library`: PyTorch's own engine for the device (cuDNN, oneDNN, native). It is right everywhere.
 
-A product's scale is folded into its weight, then conv + bias, add and ReLU run as torch's own calls, in place.
+The scale of a product is folded into its weight. Then convolution with bias, addition and ReLU run as torch's own
+calls, the latter two in place.
 """
 
 from __future__ import annotations
@@ -13,9 +14,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .contract import Call, Epilogue, Geometry, Operand, Packed, Pool, Product, beyond, check_conv, fold, wide
+from .contract import (
+    Call,
+    Epilogue,
+    Geometry,
+    Operand,
+    Packed,
+    Pool,
+    Product,
+    accumulator_dtype,
+    check_conv,
+    fold,
+    why_unsupported,
+)
 
-NAME = "aten"
+NAME = "library"
 SUPPORTS = frozenset({"conv", "residual", "two_products", "bn_pass", "pool", "gated"})
 PACKS_FOR_SIZE = False
 
@@ -23,7 +36,7 @@ gated, gated_grad = reference.gated, reference.gated_grad
 
 
 def why_not(call: Call) -> str | None:
-    return beyond(call, SUPPORTS, None, None)
+    return why_unsupported(call, SUPPORTS, None, None)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -57,7 +70,7 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
 
 def bn_pass(x: Operand, epilogue: Epilogue, pool: Pool | None = None) -> tuple[Tensor, Any]:
     dtype = x.tensor.dtype
-    t = x.tensor.to(wide(dtype))
+    t = x.tensor.to(accumulator_dtype(dtype))
     if x.affine is not None:
         t = torch.addcmul(x.affine[1][:, None, None], x.affine[0][:, None, None], t)
     if epilogue.shift is not None:

@@ -1,7 +1,7 @@
 """The primitives in plain torch, for any floating dtype: the definition of correct.
 
-Products are computed in `wide` (fp32, or fp64) from operands rounded to the compute dtype, and a result is rounded
-once, at its end. Nothing here is meant to be fast.
+Products are computed in `accumulator_dtype` (fp32, or fp64) from operands rounded to the compute dtype, and a result
+is rounded once, at its end. Nothing here is meant to be fast.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn.grad import conv2d_weight
 
 from . import algebra
 from .contract import (
-    NOWHERE,
+    NO_WINNER,
     Affine,
     Call,
     Epilogue,
@@ -30,9 +30,9 @@ from .contract import (
     Product,
     Stats,
     TailGrad,
-    beyond,
+    accumulator_dtype,
     check_conv,
-    wide,
+    why_unsupported,
 )
 
 NAME = "reference"
@@ -44,7 +44,7 @@ PACKS_FOR_SIZE = False
 
 
 def why_not(call: Call) -> str | None:
-    return beyond(call, SUPPORTS, None, None)
+    return why_unsupported(call, SUPPORTS, None, None)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -67,7 +67,7 @@ def mask_size(sizes: Sequence[int]) -> tuple[int, ...] | None:
     return None
 
 
-def settle(operand: Operand, kernel: int) -> Operand:
+def materialize(operand: Operand, kernel: int) -> Operand:
     return operand
 
 
@@ -75,7 +75,7 @@ def _value(operand: Operand) -> Tensor:
     """What the operand stands for, in its tensor's dtype."""
     s = operand.stride
     x = operand.tensor[:, :, ::s, ::s]
-    v = x.to(wide(x.dtype))
+    v = x.to(accumulator_dtype(x.dtype))
     if operand.pooled is not None:
         v = _unpooled(v, operand.pooled)
     if operand.mask is not None:
@@ -102,13 +102,13 @@ def _winners(flat: Tensor, t: Tensor, pool: Pool, W: int) -> Tensor:
     """`Pooled.winners` from where the maxima t stand in their map of width W, counted row by row."""
     row, column = (o.to(flat.device) for o in _corners(pool, *t.shape[2:]))
     within = (flat // W - row) * pool.kernel + flat % W - column
-    return torch.where(t <= 0, NOWHERE, within).to(torch.uint8).contiguous(memory_format=torch.channels_last)
+    return torch.where(t <= 0, NO_WINNER, within).to(torch.uint8).contiguous(memory_format=torch.channels_last)
 
 
 def _unpooled(v: Tensor, pooled: Pooled) -> Tensor:
     winners, pool, (H, W) = pooled
     row, column = (o.to(v.device) for o in _corners(pool, *v.shape[2:]))
-    within, ends = winners.long(), winners == NOWHERE
+    within, ends = winners.long(), winners == NO_WINNER
     flat = (row + within // pool.kernel) * W + column + within % pool.kernel
     full = v.new_zeros(*v.shape[:2], H * W)
     full.scatter_add_(2, torch.where(ends, 0, flat).flatten(2), torch.where(ends, 0, v).flatten(2))
@@ -126,7 +126,7 @@ def _finish(t: Tensor, epilogue: Epilogue, dtype: torch.dtype, pool: Pool | None
         t = t + _per_channel(epilogue.shift)
     if epilogue.residual is not None:
         r = _value(epilogue.residual).to(t.dtype)
-        t[:, : r.shape[1], :: epilogue.spread, :: epilogue.spread] += r
+        t[:, : r.shape[1], :: epilogue.upsample, :: epilogue.upsample] += r
     if epilogue.relu:
         t = torch.relu(t)
     if epilogue.mask is not None:
@@ -146,7 +146,7 @@ def _finish(t: Tensor, epilogue: Epilogue, dtype: torch.dtype, pool: Pool | None
 
 def _reduced(t: Tensor, by: str | Normalized) -> Any:
     # Summed in fp64: a mean's error is the same in every row.
-    v, w = t.double(), wide(t.dtype)
+    v, w = t.double(), accumulator_dtype(t.dtype)
     if isinstance(by, Normalized):
         off = by.tensor.to(v.dtype) - _per_channel(by.mean)
         return v.sum((0, 2, 3)).to(w), ((v * off).sum((0, 2, 3)) * by.rstd).to(w)
@@ -160,7 +160,7 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
     dtype = products[0].operand.tensor.dtype
     total: Tensor | None = None
     for p in products:
-        x = _value(p.operand).to(wide(dtype))
+        x = _value(p.operand).to(accumulator_dtype(dtype))
         weight, scale, _ = p.packed
         w, g = weight.to(x.dtype), p.geometry
         if p.data_grad_size is None:
@@ -188,7 +188,7 @@ def masked_conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Operan
 def wgrad(
     g: Operand, x: Operand, kernel: tuple[int, int], geometry: Geometry, sums: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    gv, xv = (_value(o).to(wide(o.tensor.dtype)) for o in (g, x))
+    gv, xv = (_value(o).to(accumulator_dtype(o.tensor.dtype)) for o in (g, x))
     sizes = (gv.shape[1], xv.shape[1] // geometry.groups, *kernel)
     return conv2d_weight(xv, sizes, gv, *geometry), gv.double().sum((0, 2, 3)).to(gv.dtype) if sums else None
 
@@ -196,13 +196,13 @@ def wgrad(
 def moments(h: Operand) -> Moments:
     rows = _value(h).permute(0, 2, 3, 1).flatten(0, 2).double()
     mean = rows.mean(0)
-    w = wide(h.tensor.dtype)
+    w = accumulator_dtype(h.tensor.dtype)
     return Moments(rows.shape[0], mean.to(w), ((rows - mean).T @ (rows - mean)).to(w))
 
 
 def bn_pass(x: Operand, epilogue: Epilogue, pool: Pool | None = None) -> tuple[Tensor, Any]:
     dtype = x.tensor.dtype
-    value = _value(x).to(wide(dtype))
+    value = _value(x).to(accumulator_dtype(dtype))
     # A residual is added in place.
     return _finish(value.clone() if x.plain else value, epilogue, dtype, pool)
 
@@ -212,7 +212,7 @@ def reduce(x: Operand, by: str | Normalized) -> Any:
 
 
 def gated(z: Tensor, gate: Tensor | None, shortcut: Tensor | None, relu: bool) -> Tensor:
-    t = z.to(wide(z.dtype))
+    t = z.to(accumulator_dtype(z.dtype))
     if gate is not None:
         t = t * gate[:, :, None, None]
     if shortcut is not None:
@@ -230,7 +230,7 @@ def gated_grad(
         dz = (g * gate[:, :, None, None]).to(dy.dtype)
     if wanted[1]:
         assert z is not None
-        dgate = (g.to(wide(dy.dtype)) * z).sum((2, 3))
+        dgate = (g.to(accumulator_dtype(dy.dtype)) * z).sum((2, 3))
     return dz, dgate, g if wanted[2] else None
 
 

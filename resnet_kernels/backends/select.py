@@ -1,81 +1,97 @@
-"""Which backend runs a call, and why the others do not.
+"""Which backend runs a call, and why each other candidate does not.
 
-`CANDIDATES` is the order of preference. Automatic choice takes what a measured table says is fastest, else the first
-whose `why_not` is None and that may be chosen unasked; a backend that was named runs or raises `BackendUnavailable`.
+`CANDIDATES` is the order of preference. Automatic choice takes the backend that a measured table calls fastest, else
+the first candidate that can run the call and may be chosen without being named. A backend that the user named runs the
+call or raises `BackendUnavailable`: nothing else takes its place.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import os
+import warnings
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import cast
 
+import torch
+
 from . import cpu, gpu, library, reference, tables
 from .contract import Backend, BackendUnavailable, Call
-from .gpu import cuda, sm90
+from .gpu import cuda, sm90, triton_only
 
-CANDIDATES: tuple[Backend, ...] = tuple(cast(Backend, module) for module in (cpu, gpu, sm90, cuda, library, reference))
-BY_NAME = {backend.NAME: backend for backend in CANDIDATES}
+CANDIDATES: tuple[Backend, ...] = tuple(cast(Backend, module) for module in (cpu, gpu, library, reference))
+# Parts of the backend `gpu` that tests and benchmarks name to force one family of kernels.
+FAMILIES: tuple[Backend, ...] = tuple(cast(Backend, module) for module in (triton_only.FAMILY, cuda, sm90))
+BY_NAME = {backend.NAME: backend for backend in (*CANDIDATES, *FAMILIES)}
 
-# Never chosen unasked, whatever their why_not says, unless a measured table does.
-UNPROVED = "chosen by name, or where a measured table of this GPU says so: there is none for this call"
+# Candidates that are chosen only if they are named, or if a measured table says so.
 ONLY_BY_NAME = {
-    "triton": UNPROVED,
-    "sm90": UNPROVED,
-    "cuda": UNPROVED,
-    "reference": "chosen only by name: it defines the result, slowly",
+    "gpu": "chosen if it is named, or where a table measured on this GPU says so; no table has this call",
+    "reference": "chosen only if it is named: it defines the result and is slow",
 }
 
-# "eager" names no backend but the plain chain of torch modules; nn looks at it before an op is called.
+# "eager" names no backend but the plain torch modules. Modules look at it before they call an op.
 EAGER = "eager"
 
-_named: str | None = None
+# Names of the version before this one; to be removed in the next.
+RENAMED = {"triton": "gpu", "aten": "library", "sm90": "gpu:sm90", "cuda": "gpu:cuda"}
+
+_named: contextvars.ContextVar[str | None] = contextvars.ContextVar("resnet_kernels_backend", default=None)
 
 
-def _check_name(name: str) -> str:
+def _checked(name: str) -> str:
+    if name in RENAMED:
+        warnings.warn(f"backend {name!r} is now called {RENAMED[name]!r}", FutureWarning, stacklevel=3)
+        return RENAMED[name]
     if name not in BY_NAME and name != EAGER:
-        raise ValueError(f"expected a backend named {', '.join([*BY_NAME, EAGER])}, got {name!r}")
+        raise ValueError(f"backend: expected one of {', '.join([*BY_NAME, EAGER])}, got {name!r}")
     return name
 
 
+# A compiled graph holds the choice that was made when it was traced.
+@torch.compiler.assume_constant_result
 def named() -> str | None:
-    """The backend the user named, by `use_backend` or RESNET_KERNELS_BACKEND."""
-    if _named is not None:
-        return _named
+    """Return the backend that the user named by `use_backend` or RESNET_KERNELS_BACKEND, or None."""
+    name = _named.get()
+    if name is not None:
+        return name
     from_environment = os.environ.get("RESNET_KERNELS_BACKEND")
-    return _check_name(from_environment) if from_environment else None
+    return _checked(from_environment) if from_environment else None
 
 
-class _Previous(AbstractContextManager):
-    def __init__(self, name: str | None) -> None:
-        self.name = name
+@contextlib.contextmanager
+def _restoring(token: contextvars.Token[str | None]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        _named.reset(token)
 
-    def __exit__(self, *exc: object) -> None:
-        global _named
-        _named = self.name
 
+def use_backend(name: str | None) -> AbstractContextManager[None]:
+    """Name the backend that runs every fused call of this thread or asyncio task from now on.
 
-def use_backend(name: str | None) -> AbstractContextManager:
-    """Name the backend that runs every fused call of this process from now on, or None to choose automatically.
+    As a context manager the name holds inside the `with` block only. A named backend is never silently replaced: where
+    it cannot run a call, the call raises `BackendUnavailable` with the reason. What `freeze` makes under a name keeps
+    that name.
 
-    Used as a context manager it is in force inside the `with` only. A named backend is never silently replaced:
-    where it cannot run, the call raises `BackendUnavailable` with the reason. "eager" runs the plain torch modules.
-
+    Args:
+        name: "cpu", "gpu", "library" (PyTorch's own engines with batch norms folded), "reference" (the definition of
+            the result), "eager" (the plain torch modules), or None to choose automatically. "gpu:triton", "gpu:cuda"
+            and "gpu:sm90" restrict the backend gpu to one family of its kernels.
     Raises:
         ValueError: no backend has that name.
     """
-    global _named
-    previous = _Previous(_named)
-    _named = None if name is None else _check_name(name)
-    return previous
+    return _restoring(_named.set(None if name is None else _checked(name)))
 
 
 def reasons(call: Call) -> dict[str, str | None]:
-    """For every candidate, in order of preference: None if it may be chosen for the call, else why not."""
+    """Return, for every candidate in order of preference, None if it may be chosen for the call, else why not."""
     best = tables.fastest(call)
-    unasked = {name: reason for name, reason in ONLY_BY_NAME.items() if name != best}
-    return {b.NAME: b.why_not(call) or unasked.get(b.NAME) for b in CANDIDATES}
+    refused = {name: reason for name, reason in ONLY_BY_NAME.items() if name != best}
+    return {b.NAME: b.why_not(call) or refused.get(b.NAME) for b in CANDIDATES}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -86,14 +102,19 @@ def _choose(call: Call, name: str | None, best: str | None) -> Backend:
             raise BackendUnavailable(f"backend {name!r} was named and cannot run this call: {reason}")
         return BY_NAME[name]
     why_not = reasons(call)
-    for candidate in (best, *BY_NAME):
-        if candidate is not None and why_not.get(candidate, "unknown") is None:
+    if best in BY_NAME and BY_NAME[best].why_not(call) is None:
+        return BY_NAME[best]
+    for candidate, reason in why_not.items():
+        if reason is None:
             return BY_NAME[candidate]
     raise BackendUnavailable("no backend can run this call: " + "; ".join(f"{n}: {r}" for n, r in why_not.items()))
 
 
 def choose(call: Call, name: str | None = None) -> Backend:
-    """The backend for a call: the named one (None: the one the user named, if any). Raises `BackendUnavailable`."""
+    """Return the backend for a call: the one of this name, else the one the user named, else the automatic choice.
+
+    Raises `BackendUnavailable` where the named backend cannot run the call, or no backend can.
+    """
     name = name or named()
-    # A graph that was compiled before "eager" was named still calls the op: the reference is the plain chain.
+    # A graph that was compiled before "eager" was named still calls the op: the reference computes the plain chain.
     return _choose(call, reference.NAME if name == EAGER else name, tables.fastest(call))

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..backends.contract import BackendUnavailable
 from ..backends.select import use_backend
 from ..nn.fusable import why_plain
-from ..ops.chain_training import Kept, Plan
+from ..ops.chain_training import Saved
+from ..ops.spec import TrainingPlan
 from ..replace import replace_blocks
 
 
@@ -81,13 +82,13 @@ def fused_results(
             raise BackendUnavailable(reason)
         y = block(x)
         node: Any = y.grad_fn
-        plan = Plan(*node.plan)
-        saved = Kept.of(node.saved_tensors[1 + node.count :], plan)
+        plan = TrainingPlan.of(node.plan)
+        saved = Saved.of(node.saved_tensors[1 + node.count :], plan)
         out = _backward(block, x, y, dy)
     # The kernels do not store the masks of the inner ReLUs. They follow from the saved convolution outputs c and batch
     # norms (a, b) as the kernels compute them: the sign of a*c + b, rounded to fp32.
     masks = []
-    for i in range(plan.n - 1):
+    for i in range(plan.spec.n - 1):
         a, b = (t.double()[:, None, None] for t in saved.tables[i][:2])
         masks.append(~((a * saved.c[i].double() + b).float() <= 0))
     return out, [*masks, ~(out["y"] <= 0)]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..analysis.roofline import H200
-from ..backends.contract import Geometry, wide
+from ..backends.contract import Geometry, accumulator_dtype
 from ..backends.gpu import ahead
 from ..backends.gpu.convolution import Convolution
 from ..backends.gpu.inference import hopper
@@ -175,7 +175,7 @@ def prune(problems: Sequence[Problem], device: torch.device, most: int) -> dict[
 
 def _plain_conv(c: Convolution, dtype: torch.dtype) -> Tensor:
     """Return the convolution with its prologue and epilogue, computed by torch with operands rounded to dtype."""
-    w = wide(dtype)
+    w = accumulator_dtype(dtype)
 
     def conv(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
         return F.conv2d(x.to(dtype), weight.to(dtype).permute(0, 3, 1, 2), None, *geometry).to(w)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..analysis.roofline import launches_of
 from ..analysis.timing import Clock, Sample, captured, interleaved, synchronize
 from ..backends import gpu, reference, select, tables
-from ..backends.contract import Call, wide
+from ..backends.contract import Call, accumulator_dtype
 from ..inference import FrozenModel, FrozenResNet, FrozenTrunk, Step, freeze
 from ..ops import block_inference as block_op
 from ..testing import compare
@@ -232,7 +232,7 @@ def _plain_step(step: Step, x: Tensor, dtype: torch.dtype) -> Tensor:
         c = F.conv2d(h, step.weights[i].to(dtype), None, *step.geometries[i])
         # The chain's shifts are one fewer than its weights if there is a projection, whose shift is in the last.
         shift = step.shifts[i] if i < len(step.shifts) else torch.zeros_like(step.scales[i])
-        a, b = (t.to(wide(dtype))[:, None, None] for t in (step.scales[i], shift))
+        a, b = (t.to(accumulator_dtype(dtype))[:, None, None] for t in (step.scales[i], shift))
         return (c.to(a.dtype) * a + b).to(dtype)
 
     x = x.to(dtype)
@@ -241,11 +241,11 @@ def _plain_step(step: Step, x: Tensor, dtype: torch.dtype) -> Tensor:
     for i in range(last):
         h = torch.relu(conv_bn(h, i))
     h = conv_bn(h, last)
-    if step.pool is not None:
-        return F.max_pool2d(torch.relu(h), *step.pool)
-    if step.shortcut == "projection":
+    if step.spec.pool is not None:
+        return F.max_pool2d(torch.relu(h), *step.spec.pool)
+    if step.spec.shortcut == "projection":
         return torch.relu(h + conv_bn(x, last + 1))
-    if step.shortcut == "zero_pad":
+    if step.spec.shortcut == "zero_pad":
         x = block_op.zero_pad(x, block_op.total_stride(step.geometries), h.shape[1])
     return torch.relu(h + x)
 
@@ -278,7 +278,7 @@ def _tune_call(step: Step, size: tuple[int, ...], names: list[str], key: str, st
     default = _default(step)
     store(tables.Table({key: {"call": key, "fastest": default, "unfinished": True}}, {}))
     x = torch.randn(size, device=step.shifts[0].device)
-    x = (x if step.pool is not None else torch.relu(x)).to(step.call.dtype, memory_format=torch.channels_last)
+    x = (x if step.spec.pool is not None else torch.relu(x)).to(step.call.dtype, memory_format=torch.channels_last)
     exact = _by_images(lambda part: _plain_step(step, part, torch.float64), x)
     plain = _by_images(lambda part: _plain_step(step, part, x.dtype), x)
     terms = max(w[0].numel() for w in step.weights)
@@ -310,7 +310,7 @@ def _calls(trunk: FrozenTrunk, size: tuple[int, ...]) -> Iterator[Call]:
     N, *image = size
     for step in trunk.steps:
         yield dataclasses.replace(step.call, size=(N, *image))
-        image = list(step.walk((image[0], image[1], image[2]))[1][-1])
+        image = list(step.map_sizes((image[0], image[1], image[2]))[1][-1])
 
 
 def _trunk_jobs(trunks: Iterable[tuple[FrozenTrunk, tuple[int, ...]]]) -> list[Job]:

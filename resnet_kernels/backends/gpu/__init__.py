@@ -1,25 +1,30 @@
-"""NVIDIA GPUs from sm_80: Triton kernels for convolutions with everything around them fused, and for passes.
+"""The backend `gpu`: NVIDIA GPUs from sm_80. Triton kernels that fuse a convolution with everything around it, and
+Hopper's CUDA kernels among them where they were measured to be faster.
 
-    boxes.py    convolutions whose operands the tensor copy engine brings (sm_90, sm_100); 1x1 as matrix products
-    gather.py   convolutions by pointers: any filter, stride, dilation, groups, channels, map
-    tail.py     a bottleneck's 3x3, last 1x1 and the next block's first in one (sm_90, sm_100)
-    conv_pool.py  convolution, ReLU and max pooling of a network's stem in one
-    passes.py   batch norm, residual, ReLU and pooling alone
+    inference/boxes.py      convolutions whose operands TMA loads (sm_90, sm_100); 1x1 convolutions as matrix products
+    inference/gather.py     convolutions by pointers: any filter, stride, dilation, groups, channels and map size
+    inference/tail.py       a bottleneck's 3x3, its last 1x1 and the next block's first 1x1 in one kernel
+    inference/conv_pool.py  convolution, ReLU and max pooling of a stem in one kernel
+    inference/pooling.py    batch norm, residual, ReLU and max pooling as one pass
+    inference/hopper.py     launches of the CUDA kernels in csrc/cuda/sm90
+    inference/dispatch.py   the choice among these
 
-    training.py    convolutions in training: which kernel, or the library's
-    products.py    sums of 1x1 products, operands and epilogue as training has them
-    reductions.py  passes with statistics, sums, masks
-    outer.py       weight gradients and moments
-    finalize.py    the algebra per channel
-    gates.py       the end of a block whose branch is gated per image, and its gradient
+    training/convolutions.py  which kernel runs a convolution of training, or cuDNN
+    training/products.py      sums of 1x1 products with the operands and epilogues of training
+    training/reductions.py    passes with statistics, sums and masks
+    training/outer.py         weight gradients and moments
+    training/finalize.py      the per-channel algebra
+    training/gates.py         the end of a block whose branch is gated, and its gradient
+    training/tape.py          a recorded training step, replayed without deciding it again
 
-    configs.py  tiles, warps and stages per architecture
-    launch.py   a launch as data: run, or recorded
-    tape.py     what a step of training launched, launched again without deciding it
-    offline.py  compiles what was recorded without a GPU, and reads it
+    cuda/, sm90/  two families of CUDA C++ kernels as backends of their own: `gpu:cuda` and `gpu:sm90`
+    configs.py    tiles, warps and stages by architecture
+    launch.py     a launch as data: run, or recorded
+    offline.py    compiles recorded launches without a GPU and reads the result
+    glue.py       what the families share
 
-They are chosen by name, or where a measured table says so; docs/triton.md has what GPUs showed. With TRITON_INTERPRET=1
-they run on CPUs, slowly.
+The backend is chosen if it is named, or where a measured table says so; docs/triton.md has what GPUs measured. With
+TRITON_INTERPRET=1 the Triton kernels run on CPUs, slowly.
 """
 
 from __future__ import annotations
@@ -34,7 +39,6 @@ from torch import Tensor
 
 from ..contract import (
     Affine,
-    Block,
     Call,
     Epilogue,
     Geometry,
@@ -42,14 +46,15 @@ from ..contract import (
     Normalized,
     Operand,
     Packed,
+    PackedBlock,
     Pool,
     Product,
     Stats,
     TailGrad,
-    beyond,
+    why_unsupported,
 )
 
-NAME = "triton"
+NAME = "gpu"
 SUPPORTS = frozenset(
     "conv wgrad moments bn_pass finalize residual two_products lazy two_tensors mask stats reduce data_grad pool gated"
     " training".split()
@@ -83,7 +88,7 @@ def why_not(call: Call) -> str | None:
     run, reason = _kernels()
     if reason:
         return reason
-    reason = beyond(call, SUPPORTS, None, DTYPES) or run.why_not_here(call.device, call.dtype)
+    reason = why_unsupported(call, SUPPORTS, None, DTYPES) or run.why_not_here(call.device, call.dtype)
     if reason:
         return reason
     if "two_products" in call.needs and call.weights:
@@ -109,8 +114,8 @@ def mask_size(sizes: Sequence[int]) -> tuple[int, ...] | None:
     return _training("convolutions").mask_size(sizes)
 
 
-def settle(operand: Operand, kernel: int) -> Operand:
-    return _training("convolutions").settle(operand, kernel)
+def materialize(operand: Operand, kernel: int) -> Operand:
+    return _training("convolutions").materialize(operand, kernel)
 
 
 def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
@@ -173,7 +178,7 @@ def taped(key: Hashable, tensors: Sequence[Tensor], function: Callable[[], list[
     return _training("tape").taped(key, tensors, function)
 
 
-def residual_blocks(x: Tensor, blocks: Sequence[Block], overwrite: bool) -> Tensor:
+def residual_blocks(x: Tensor, blocks: Sequence[PackedBlock], overwrite: bool) -> Tensor:
     """Whole blocks: a bottleneck's 3x3, its last 1x1 and the next block's first in one kernel where they fit."""
     return _kernels()[0].residual_blocks(x, blocks)
 

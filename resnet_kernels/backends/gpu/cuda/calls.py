@@ -1,27 +1,30 @@
-"""The CUDA C++ kernels as a C library (csrc/cuda/api.h), called by ctypes. A thing with `Library`'s names may stand in
-its place: the tests' runs the kernels on a CPU."""
+"""The CUDA C++ kernels of csrc/cuda as a C library (csrc/cuda/api.h), called by ctypes.
+
+Tests put a subclass of `Library` in its place that runs the kernels on a CPU.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import extension
+from .. import glue
+from ..c_library import CLibrary
 
 
 class View(ctypes.Structure):
-    """ResnetKernelsView."""
+    C_NAME = "ResnetKernelsView"
 
     _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in "nhw")]
 
 
 class Mask(ctypes.Structure):
-    """ResnetKernelsMask."""
+    C_NAME = "ResnetKernelsMask"
 
     _fields_ = [
         ("view", View),
@@ -31,7 +34,7 @@ class Mask(ctypes.Structure):
 
 
 class Source(ctypes.Structure):
-    """ResnetKernelsOperand."""
+    C_NAME = "ResnetKernelsOperand"
 
     _fields_ = [
         *((name, View) for name in ("view", "second")),
@@ -42,7 +45,7 @@ class Source(ctypes.Structure):
 
 
 class Pass(ctypes.Structure):
-    """ResnetKernelsPass."""
+    C_NAME = "ResnetKernelsPass"
 
     _fields_ = [
         *((name, Source) for name in ("x", "residual")),
@@ -55,7 +58,7 @@ class Pass(ctypes.Structure):
 
 
 class Table(ctypes.Structure):
-    """ResnetKernelsTable."""
+    C_NAME = "ResnetKernelsTable"
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in "mean M2 gamma beta table".split()),
@@ -65,7 +68,7 @@ class Table(ctypes.Structure):
 
 
 class BnGrad(ctypes.Structure):
-    """ResnetKernelsBnGrad."""
+    C_NAME = "ResnetKernelsBnGrad"
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in "dbeta dgamma a rstd be shift".split()),
@@ -75,7 +78,7 @@ class BnGrad(ctypes.Structure):
 
 
 class ProductOf(ctypes.Structure):
-    """ResnetKernelsProduct."""
+    C_NAME = "ResnetKernelsProduct"
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in "weight mu M2 product".split()),
@@ -85,7 +88,7 @@ class ProductOf(ctypes.Structure):
 
 
 class ProductTable(ctypes.Structure):
-    """ResnetKernelsProductTable."""
+    C_NAME = "ResnetKernelsProductTable"
 
     _fields_ = [
         ("of", ProductOf),
@@ -95,7 +98,7 @@ class ProductTable(ctypes.Structure):
 
 
 class TailGradCall(ctypes.Structure):
-    """ResnetKernelsTailGrad."""
+    C_NAME = "ResnetKernelsTailGrad"
 
     _fields_ = [
         ("of", ProductOf),
@@ -104,7 +107,7 @@ class TailGradCall(ctypes.Structure):
 
 
 class PoolCall(ctypes.Structure):
-    """ResnetKernelsPool."""
+    C_NAME = "ResnetKernelsPool"
 
     _fields_ = [
         ("x", View),
@@ -114,7 +117,7 @@ class PoolCall(ctypes.Structure):
 
 
 class Outer(ctypes.Structure):
-    """ResnetKernelsOuter."""
+    C_NAME = "ResnetKernelsOuter"
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in "g x parts sum_parts result sums".split()),
@@ -123,7 +126,7 @@ class Outer(ctypes.Structure):
     ]
 
 
-# The functions that launch, with what they take, and those that compute a number of so many.
+# Functions that launch kernels -> their structures; functions of integers -> how many they take.
 LAUNCHES: dict[str, type[ctypes.Structure]] = {
     "pass": Pass,
     "table": Table,
@@ -139,54 +142,40 @@ NUMBERS = {"span": 3, "outer_span": 6}
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
-class Library:
-    """The functions of a library that was built for `archs`, for tensors on `device`. AttributeError or OSError: it was
-    built of other sources than these."""
+class Library(CLibrary):
+    """The kernels of csrc/cuda, built for the architectures `archs`, for tensors on `device`."""
 
     device = "cuda"
 
-    def __init__(self, functions: ctypes.CDLL, archs: str) -> None:
+    def __init__(self, functions: Any, archs: str) -> None:
+        super().__init__(functions, "resnet_kernels_cuda", LAUNCHES)
         self.archs = archs
-        self.calls = {name: getattr(functions, f"resnet_kernels_cuda_{name}") for name in LAUNCHES}
-        for name, call in LAUNCHES.items():
-            found = functions.resnet_kernels_cuda_bytes(name.encode())
-            if found != ctypes.sizeof(call):
-                raise OSError(f"{name}: expected a call of {ctypes.sizeof(call)} bytes, got {found}")
-        self.numbers = {name: getattr(functions, f"resnet_kernels_cuda_{name}") for name in NUMBERS}
-        for function in self.calls.values():
-            function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_char_p
+        self.numbers = {name: getattr(functions, f"{self.prefix}_{name}") for name in NUMBERS}
         for name, function in self.numbers.items():
             function.argtypes, function.restype = [ctypes.c_int64] * NUMBERS[name], ctypes.c_int64
 
     def why_not(self, device: torch.device) -> str | None:
-        """Why the kernels do not run on the device, or None."""
+        """Return why the kernels do not run on the device, or None."""
         if not torch.cuda.is_available():
             return None
         capability = torch.cuda.get_device_capability(device)
         if not built_for(self.archs, capability):
-            return f"expected a GPU of {self.archs}, which it was built for, got {capability[0]}.{capability[1]}"
+            return f"expected a GPU of compute capability {self.archs} (the build), got {capability[0]}.{capability[1]}"
         return None
-
-    def run(self, name: str, call: ctypes.Structure, device: torch.device) -> None:
-        """Raises RuntimeError where the launch fails."""
-        with torch.cuda.device(device):
-            self.invoke(name, call, torch.cuda.current_stream(device).cuda_stream)
-
-    def invoke(self, name: str, call: ctypes.Structure, stream: int | None) -> None:
-        wrong = self.calls[name](ctypes.byref(call), stream)
-        if wrong is not None:
-            raise RuntimeError(wrong.decode())
 
     def number(self, name: str, *arguments: int) -> int:
         return self.numbers[name](*arguments)
 
     def multiprocessors(self, device: torch.device) -> int:
-        return _multiprocessors(device)
+        return glue.multiprocessors(device)
 
 
 def built_for(archs: str, capability: tuple[int, int]) -> bool:
-    """Whether code for `archs` ("8.0;9.0a;12.0+PTX") runs on a GPU of that compute capability: for the same major one
-    and no later minor one (exactly these with a letter), or, as PTX, for any that is not later."""
+    """Return whether code for `archs` ("8.0;9.0a;12.0+PTX") runs on a GPU of this compute capability.
+
+    Binary code runs on the same major version with the same or a later minor version; with a letter on exactly that
+    version. PTX runs on any later version.
+    """
     for arch in archs.replace(" ", ";").split(";"):
         number, ptx = arch.removesuffix("+PTX"), arch.endswith("+PTX")
         major, minor = (int(n) for n in number.rstrip("af").split("."))
@@ -199,11 +188,6 @@ def built_for(archs: str, capability: tuple[int, int]) -> bool:
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
 def _opened(module: Any) -> tuple[Any, str | None]:
     info = module.build_info()
     if info["cuda"] is None:
@@ -211,11 +195,11 @@ def _opened(module: Any) -> tuple[Any, str | None]:
     try:
         return Library(ctypes.CDLL(module.__file__), info["archs"]), None
     except (AttributeError, OSError) as error:
-        return None, f"the extension was built from other sources, build it again: {error}"
+        return None, f"the extension was built from other sources: {error}"
 
 
 def load() -> tuple[Any, str | None]:
-    """(the library, None), or (None, why there is none)."""
+    """Return (the library, None), or (None, why there is none)."""
     module, reason = extension.load()
     return (None, reason) if module is None else _opened(module)
 
@@ -227,17 +211,13 @@ def library() -> Library:
     return found
 
 
-def empty(like: Tensor, sizes: Sequence[int]) -> Tensor:
-    return torch.empty(tuple(sizes), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-
-
 def in_rows(t: Tensor) -> Tensor:
-    """The tensor, or a copy whose channels lie next to each other."""
+    """Return the tensor, or a channels_last copy if its channels are not contiguous."""
     return t if t.shape[1] == 1 or t.stride(1) == 1 else t.contiguous(memory_format=torch.channels_last)
 
 
 def vector(t: Tensor, size: int, device: torch.device, name: str) -> Tensor:
-    """A value per channel, as kernels read it. Raises ValueError where there are not as many."""
+    """Return one fp32 value per channel, contiguous. Raises ValueError unless t is (size,) on the device."""
     if t.shape != (size,) or t.device != device:
         raise ValueError(f"{name}: expected ({size},) on {device}, got {tuple(t.shape)} on {t.device}")
     return t if t.dtype == torch.float32 and t.is_contiguous() else t.float().contiguous()

@@ -1,4 +1,4 @@
-"""Passes over a map, and what they reduce to: csrc/cuda/pass.cuh."""
+"""Passes over a map, with reductions: csrc/cuda/pass.cuh."""
 
 from __future__ import annotations
 
@@ -10,24 +10,19 @@ import torch
 from torch import Tensor
 
 from ...contract import Epilogue, Normalized, Operand, Stats, nhwc_strides
-from .calls import TYPES, Mask, Pass, Source, View, empty, in_rows, library, vector
+from ..glue import bit_mask_size, empty_nhwc, reduction_of_no_rows
+from .calls import TYPES, Mask, Pass, Source, View, in_rows, library, vector
 from .pooling import unpooled
 
 REDUCTIONS = {None: 0, "stats": 1, "sum": 2, "mask": 3}
 BITS, BYTES, TENSOR = 1, 2, 3
 
-# A row's number has 31 bits.
+# The kernels count positions (N*P*Q) in 31 bits.
 MOST_ROWS = 2**31 - 1
 
 
-def mask_size(sizes: Sequence[int]) -> tuple[int, int]:
-    """(N*P*Q, ceil(K/8)): bit j of byte b tells of channel 8b + j whether not (result <= 0)."""
-    N, K, P, Q = sizes
-    return N * P * Q, -(-K // 8)
-
-
 class Filled:
-    """A `Pass` being filled. held: what it points to, until it is launched."""
+    """Fills a `Pass` structure. held: the tensors whose memory it points to, alive until the launch."""
 
     def __init__(self, x: Tensor, sizes: Sequence[int]) -> None:
         self.N, self.C, self.P, self.Q = sizes
@@ -47,8 +42,10 @@ class Filled:
         return self.pointer(vector(t, self.C if channels is None else channels, self.device, name))
 
     def view(self, t: Tensor, stride: int, name: str, sizes: Sequence[int], dtype: torch.dtype | None = None) -> View:
-        """Every stride-th row and column of t, `sizes` (N, C, H, W). Raises TypeError or ValueError where they are not,
-        or of another dtype or device."""
+        """Return a view of every stride-th row and column of t, of `sizes` (N, C, H, W).
+
+        Raises TypeError or ValueError if the sizes, the dtype or the device are others.
+        """
         N, C, H, W = sizes
         got = (*t.shape[:2], *(-(-n // stride) for n in t.shape[2:]))
         if got != tuple(sizes):
@@ -57,7 +54,7 @@ class Filled:
             raise TypeError(f"{name}: expected {dtype or self.dtype} on {self.device}, got {t.dtype} on {t.device}")
         t = in_rows(t)
         n, h, w = nhwc_strides(t)
-        # Eight elements: of 8 bytes, or in 16 at a time.
+        # A thread reads eight elements, at most 16 bytes at a time.
         by = min(16, 8 * t.element_size())
         self.call.aligned &= all(s * t.element_size() % by == 0 for s in (n, h, w))
         return self._map(View(self.pointer(t, by), n, h * stride, w * stride), H, W)
@@ -67,11 +64,11 @@ class Filled:
         return view
 
     def mask(self, mask: Tensor | Operand, stride: int, sizes: Sequence[int]) -> Mask:
-        """sizes: (N, C, H, W) of what it masks, a tensor that is read with `stride`."""
+        """Return the mask of a tensor of `sizes` (N, C, H, W) that is read with `stride`."""
         N, C, H, W = sizes
         seen = (N, C, -(-H // stride), -(-W // stride))
         if isinstance(mask, Tensor) and mask.dtype == torch.uint8 and mask.dim() == 2:
-            rows, pitch = mask_size(sizes)
+            rows, pitch = bit_mask_size(sizes)
             if tuple(mask.shape) != (rows, pitch) or mask.device != self.device:
                 raise ValueError(f"mask: expected {(rows, pitch)} bytes of bits, got {tuple(mask.shape)}")
             view = View(self.pointer(mask.contiguous(), 1), H * W * pitch, stride * W * pitch, stride * pitch)
@@ -87,11 +84,11 @@ class Filled:
         a, b = operand.affine or (None, None)
         view = self.view(operand.tensor, stride * operand.stride, "mask", seen)
         vectors = self.vector(a, "mask: a", C), self.vector(b, "mask: b", C)
-        # A ReLU changes nothing about what is not greater than zero.
+        # The operand's ReLU may be left out: it does not change which values are at most zero.
         return Mask(view, *vectors, TENSOR)
 
     def source(self, o: Operand, name: str, scale: Tensor | None = None) -> Source:
-        """scale: in place of an affine, and then nothing is rounded before the epilogue."""
+        """Return an operand. scale: replaces the affine; then nothing is rounded before the epilogue."""
         sizes = o.sizes
         s = Source(self.view(o.tensor, o.stride, name, sizes), relu=o.relu, rounds=scale is None, channels=sizes[1])
         if o.mask is not None:
@@ -106,24 +103,27 @@ class Filled:
             if o.tensor.dtype != torch.float32:
                 raise TypeError(f"{name}: expected float32 where a centre is subtracted, got {o.tensor.dtype}")
             s.centre = self.vector(o.centre, f"{name}: centre", sizes[1])
-        # A residual of fewer channels decides for itself which eight there are.
+        # A residual with fewer channels must be a multiple of eight by itself.
         self.call.aligned &= sizes[1] % 8 == 0
         return s
 
 
 def run(x: Operand, epilogue: Epilogue, store: bool, scale: Tensor | None = None) -> tuple[Tensor | None, Any]:
-    """(t or None, reduced). Beside the contract's reductions: "sum", the first of `Normalized`'s two. scale: in place
-    of x's affine, and then nothing is rounded before the epilogue."""
+    """Return (t, or None unless `store`; the reduction).
+
+    Beside the contract's reductions there is "sum", the first of `Normalized`'s two. scale: replaces x's affine; then
+    nothing is rounded before the epilogue.
+    """
     if x.pooled is not None:
         x = dataclasses.replace(x, tensor=unpooled(x.tensor, x.pooled), pooled=None)
     sizes = N, C, P, Q = x.sizes
     filled, by = Filled(x.tensor, sizes), epilogue.reduce
     call, device = filled.call, x.tensor.device
-    y = empty(x.tensor, sizes) if store else None
-    bits = torch.empty(mask_size(sizes), dtype=torch.uint8, device=device) if by == "mask" else None
+    y = empty_nhwc(x.tensor, sizes) if store else None
+    bits = torch.empty(bit_mask_size(sizes), dtype=torch.uint8, device=device) if by == "mask" else None
     reducing = by is not None and bits is None
     if 0 in sizes:
-        return y, bits if bits is not None else of_nothing(C, by, device)
+        return y, bits if bits is not None else reduction_of_no_rows(C, by, device)
     if call.M > MOST_ROWS:
         raise ValueError(f"x: expected at most {MOST_ROWS} positions, got {tuple(sizes)}")
     call.x = filled.source(x, "x", scale)
@@ -131,11 +131,11 @@ def run(x: Operand, epilogue: Epilogue, store: bool, scale: Tensor | None = None
         r = epilogue.residual
         if r.second is not None or r.pooled is not None:
             r = Operand(computed(r))
-        expected = (N, C, -(-P // epilogue.spread), -(-Q // epilogue.spread))
+        expected = (N, C, -(-P // epilogue.upsample), -(-Q // epilogue.upsample))
         if (r.sizes[0], *r.sizes[2:]) != (N, *expected[2:]) or r.sizes[1] > C:
             raise ValueError(f"residual: expected {expected}, got {r.sizes}")
-        call.residual, call.spread = filled.source(r, "residual"), epilogue.spread
-        call.mapped |= epilogue.spread > 1
+        call.residual, call.spread = filled.source(r, "residual"), epilogue.upsample
+        call.mapped |= epilogue.upsample > 1
     if epilogue.mask is not None:
         call.mask = filled.mask(epilogue.mask, 1, sizes)
     call.shift, call.relu = filled.vector(epilogue.shift, "shift"), epilogue.relu
@@ -156,16 +156,8 @@ def run(x: Operand, epilogue: Epilogue, store: bool, scale: Tensor | None = None
     return y, Stats(call.M, one, two) if by == "stats" else (one, two)
 
 
-def of_nothing(C: int, by: str | Normalized | None, device: torch.device) -> Any:
-    """What no rows reduce to."""
-    zeros = torch.zeros(C, device=device)
-    if by == "stats":
-        return Stats(0, torch.full_like(zeros, float("nan")), zeros)
-    return None if by is None else (zeros, zeros.clone())
-
-
 def computed(x: Operand) -> Tensor:
-    """What the operand stands for, (N, C, P, Q) channels_last: its own tensor if it is plain and lies so."""
+    """Return the materialized operand, (N, C, P, Q) channels_last: its own tensor if it is plain and channels_last."""
     if x.plain:
         return x.tensor.contiguous(memory_format=torch.channels_last)
     t, _ = run(x, Epilogue(), store=True)

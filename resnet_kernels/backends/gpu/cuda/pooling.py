@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ...contract import Pool, Pooled, nhwc_strides
-from .calls import TYPES, PoolCall, View, empty, in_rows, library
+from ..glue import empty_nhwc
+from .calls import TYPES, PoolCall, View, in_rows, library
 
 
 def _run(name: str, x: Tensor, y: Tensor, winners: Tensor | None, pool: Pool, gradient: bool) -> None:
@@ -26,9 +27,9 @@ def _run(name: str, x: Tensor, y: Tensor, winners: Tensor | None, pool: Pool, gr
 
 
 def max_pool(t: Tensor, pool: Pool, wants_winners: bool) -> tuple[Tensor, Tensor | None]:
-    """(the maxima, `Pooled.winners`), channels_last."""
+    """Return the maxima and, if requested, `Pooled.winners`, in channels_last."""
     P, Q = ((n + 2 * pool.padding - pool.kernel) // pool.stride + 1 for n in t.shape[2:])
-    y, winners = empty(t, (*t.shape[:2], P, Q)), None
+    y, winners = empty_nhwc(t, (*t.shape[:2], P, Q)), None
     if wants_winners:
         winners = torch.empty(y.shape, dtype=torch.uint8, device=y.device, memory_format=torch.channels_last)
     _run("max_pool", t, y, winners, pool, False)
@@ -36,10 +37,10 @@ def max_pool(t: Tensor, pool: Pool, wants_winners: bool) -> tuple[Tensor, Tensor
 
 
 def unpooled(v: Tensor, pooled: Pooled) -> Tensor:
-    """The gradient of what was pooled, from that of the maxima, rounded."""
+    """Return the gradient of the pooled map from the gradient v of the maxima, rounded to v's dtype."""
     if pooled.winners.shape != v.shape or pooled.winners.dtype != torch.uint8:
         raise ValueError(f"winners: expected bytes of {tuple(v.shape)}, got {tuple(pooled.winners.shape)}")
-    y = empty(v, (*v.shape[:2], *pooled.size))
+    y = empty_nhwc(v, (*v.shape[:2], *pooled.size))
     winners = pooled.winners.contiguous(memory_format=torch.channels_last)
     _run("max_pool_grad", v, y, winners, pooled.pool, True)
     return y

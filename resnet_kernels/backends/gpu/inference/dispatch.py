@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...contract import Block, Epilogue, Geometry, Operand, Packed, Pool, Product, check_conv, fold
+from ...contract import Epilogue, Geometry, Operand, Packed, PackedBlock, Pool, Product, check_conv, fold
 from .. import configs
 from ..configs import Config
 from ..convolution import Convolution, channels_last_strides
@@ -357,7 +357,7 @@ def _second(p: Product) -> tuple[Tensor, Tensor]:
     return _value(p.operand)[:, :, ::s, ::s], weight
 
 
-def residual_blocks(x: Tensor, blocks: Sequence[Block]) -> Tensor:
+def residual_blocks(x: Tensor, blocks: Sequence[PackedBlock]) -> Tensor:
     """Blocks one after the other. Where the end of one and the first convolution of the next fit a kernel, they share
     it."""
     x = _view(Operand(x))
@@ -372,7 +372,7 @@ def residual_blocks(x: Tensor, blocks: Sequence[Block]) -> Tensor:
     return x
 
 
-def _chain(block: Block) -> list[Convolution]:
+def _chain(block: PackedBlock) -> list[Convolution]:
     """The chain's convolutions, of operands that are not there yet."""
     chain = []
     # There are no shifts for the projection.
@@ -393,7 +393,7 @@ def _later(c: Convolution) -> Tensor:
     return torch.empty(c.output_sizes, dtype=c.x.dtype, device="meta", memory_format=torch.channels_last)
 
 
-def _last(x: Tensor, block: Block, chain: list[Convolution]) -> Convolution:
+def _last(x: Tensor, block: PackedBlock, chain: list[Convolution]) -> Convolution:
     """The chain's last convolution with what is added to it."""
     if block.shortcut == "projection":
         projection = Product(Operand(x), block.weights[-1], block.geometries[-1])
@@ -402,7 +402,7 @@ def _last(x: Tensor, block: Block, chain: list[Convolution]) -> Convolution:
     return dataclasses.replace(chain[-1], residual=x[:, :, ::s, ::s])
 
 
-def _has_whole(block: Block) -> bool:
+def _has_whole(block: PackedBlock) -> bool:
     """Whether there is a kernel for blocks of such weights, their scales multiplied in."""
     shapes = tuple(tuple(w.shape) for w in block.weights)
     return shapes == hopper.WHOLES.get(block.shortcut) and all(w.scale is None for w in block.weights)
@@ -414,7 +414,7 @@ def _whole(chain: list[Convolution], x: Tensor, last: Convolution) -> hopper.Who
     return hopper.Whole(first, middle, _given(last, _later(middle)))
 
 
-def _runs_whole(x: Tensor, before: list[Convolution], block: Block, chain: list[Convolution]) -> bool:
+def _runs_whole(x: Tensor, before: list[Convolution], block: PackedBlock, chain: list[Convolution]) -> bool:
     """Whether the block runs as one kernel behind one that makes its x of this."""
     if not _has_whole(block):
         return False
@@ -424,7 +424,7 @@ def _runs_whole(x: Tensor, before: list[Convolution], block: Block, chain: list[
 
 
 def _run_block(
-    x: Tensor, block: Block, chain: list[Convolution], ahead: Tensor | None, following: Convolution | None
+    x: Tensor, block: PackedBlock, chain: list[Convolution], ahead: Tensor | None, following: Convolution | None
 ) -> tuple[Tensor, Tensor | None]:
     """(y, what `following` makes of y or None). ahead: what the first convolution makes of x, if that is there."""
     last = _last(x, block, chain)

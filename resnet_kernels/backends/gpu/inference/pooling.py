@@ -51,7 +51,7 @@ def _bn_pass_kernel(
 ):
     """y = max over the window of relu(operand + shift + residual), rounded before the maximum; NaN wins.
     operand = relu(a * x + b), rounded. winners, if any: which element of its window, row by row, the first maximum is
-    (the last NaN, as in torch), NOWHERE where y <= 0."""
+    (the last NaN, as in torch), NO_WINNER where y <= 0."""
     c_tiles = tl.cdiv(C, BLOCK_C)
     m = tl.program_id(0) // c_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(0) % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)

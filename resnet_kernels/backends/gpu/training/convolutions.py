@@ -27,7 +27,7 @@ def mask_size(sizes: Sequence[int]) -> tuple[int, int]:
     return N * P * Q, -(-K // 8)
 
 
-def settle(operand: Operand, kernel: int) -> Operand:
+def materialize(operand: Operand, kernel: int) -> Operand:
     """Products of rows apply what an operand holds while loading it."""
     return operand if kernel == 1 or operand.plain else Operand(reductions.computed(operand))
 
@@ -67,7 +67,7 @@ def _of_inference(products: Sequence[Product], epilogue: Epilogue) -> bool:
     """Whether inference's kernels compute it without making an operand in memory before."""
     beside = [p.operand for p in products[1:]] + ([epilogue.residual] if epilogue.residual else [])
     lazy = any(o.affine is not None or o.relu for o in beside) or any(p.operand.centre is not None for p in products)
-    return call_of(products, epilogue).needs <= INFERENCE and epilogue.spread == 1 and not lazy
+    return call_of(products, epilogue).needs <= INFERENCE and epilogue.upsample == 1 and not lazy
 
 
 def _empty(x: Tensor, sizes: Sequence[int]) -> Tensor:

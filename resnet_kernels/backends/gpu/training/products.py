@@ -200,7 +200,7 @@ def _products_kernel(
     SCALE: tl.constexpr,
     SHIFT: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    SPREAD: tl.constexpr,
+    UPSAMPLE: tl.constexpr,
     RELU: tl.constexpr,
     MASK: tl.constexpr,
     MASK_AFFINE: tl.constexpr,
@@ -229,12 +229,12 @@ def _products_kernel(
         )  # fmt: skip
     row = m.to(tl.int64)
     if RESIDUAL:
-        if SPREAD == 1:
+        if UPSAMPLE == 1:
             acc += value(residual, row, there, k0, BLOCK_N).to(tl.float32)
         else:
             n, p, q = row_of(m, P, Q)
-            at = (n.to(tl.int64) * residual.H + p // SPREAD) * residual.W + q // SPREAD
-            stands = there & (p % SPREAD == 0) & (q % SPREAD == 0)
+            at = (n.to(tl.int64) * residual.H + p // UPSAMPLE) * residual.W + q // UPSAMPLE
+            stands = there & (p % UPSAMPLE == 0) & (q % UPSAMPLE == 0)
             r = value(residual, at, stands, k0, BLOCK_N).to(tl.float32)
             acc += tl.where(stands[:, None], r, 0.0)
     if RELU:
@@ -492,7 +492,7 @@ def launch(
         SCALE=one.scale is not None,
         SHIFT=epilogue.shift is not None,
         RESIDUAL=residual is not None,
-        SPREAD=epilogue.spread,
+        UPSAMPLE=epilogue.upsample,
         RELU=epilogue.relu,
         MASK=mask is not None,
         MASK_AFFINE=a is not None,

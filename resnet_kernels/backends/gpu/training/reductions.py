@@ -58,7 +58,7 @@ def _pass_kernel(
     xhat_pitch,
     SHIFT: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    SPREAD: tl.constexpr,
+    UPSAMPLE: tl.constexpr,
     RELU: tl.constexpr,
     MASK: tl.constexpr,
     REDUCE: tl.constexpr,
@@ -86,13 +86,13 @@ def _pass_kernel(
         t = value(x, row_in(x, m, P, Q), there, c0, BLOCK_C).to(tl.float32)
         t = affine(t, None, shift_ptr, c, known, False, SHIFT)
         if RESIDUAL:
-            if SPREAD == 1:
+            if UPSAMPLE == 1:
                 t += value(residual, row_in(residual, m, P, Q), there, c0, BLOCK_C).to(tl.float32)
             else:
                 n, p, q = row_of(m, P, Q)
-                rows, columns = tl.cdiv(P, SPREAD), tl.cdiv(Q, SPREAD)
-                at = row_in(residual, (n * rows + p // SPREAD) * columns + q // SPREAD, rows, columns)
-                stands = there & (p % SPREAD == 0) & (q % SPREAD == 0)
+                rows, columns = tl.cdiv(P, UPSAMPLE), tl.cdiv(Q, UPSAMPLE)
+                at = row_in(residual, (n * rows + p // UPSAMPLE) * columns + q // UPSAMPLE, rows, columns)
+                stands = there & (p % UPSAMPLE == 0) & (q % UPSAMPLE == 0)
                 r = value(residual, at, stands, c0, BLOCK_C).to(tl.float32)
                 t += tl.where(stands[:, None], r, 0.0)
         if RELU:
@@ -180,7 +180,7 @@ def _run(x: Operand, epilogue: Epilogue, store: bool) -> tuple[Tensor | None, An
         xhat_pitch=0 if normalized is None else nhwc_strides(normalized)[2],
         SHIFT=epilogue.shift is not None,
         RESIDUAL=residual is not None,
-        SPREAD=epilogue.spread,
+        UPSAMPLE=epilogue.upsample,
         RELU=epilogue.relu,
         MASK=mask is not None,
         REDUCE="xhat" if isinstance(by, Normalized) else by or "",
@@ -190,7 +190,7 @@ def _run(x: Operand, epilogue: Epilogue, store: bool) -> tuple[Tensor | None, An
     copied = bytes_of(operand, M) + nbytes(normalized, y, bits, partial)
     copied += 0 if mask is None else bytes_of(mask, M)
     if residual is not None:
-        copied += bytes_of(residual, N * -(-P // epilogue.spread) * -(-Q // epilogue.spread))
+        copied += bytes_of(residual, N * -(-P // epilogue.upsample) * -(-Q // epilogue.upsample))
     # What masks may be what the sums are taken with: a program reads it twice, one after the other.
     shared = isinstance(by, Normalized) and isinstance(epilogue.mask, Operand) and epilogue.mask.tensor is by.tensor
     moved = copied - nbytes(normalized) * shared
