@@ -87,7 +87,7 @@ def prepared(case: Case) -> Prepared:
 
 
 class Told(Log):
-    """What a provider had to say."""
+    """A log that keeps the rows and details of a provider in memory."""
 
     def __init__(self) -> None:
         super().__init__(Path(os.devnull), float("inf"))

@@ -25,7 +25,7 @@ PLAIN = "plain torch modules"
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What runs one block.
+    """The explanation of one block.
 
     chosen: the name of the backend, or "plain torch modules". why_plain: why it is the latter, or None. candidates: for
     every backend None if it may be chosen, else why not. copies: whether the input is converted to channels_last first.

@@ -45,7 +45,7 @@ _CONVERTED = "_resnet_kernels_converted"
 
 @dataclasses.dataclass(frozen=True)
 class ReplacementReport:
-    """What `replace_blocks` did. Printing it gives a summary, and every block that was left alone with its reason.
+    """The result of `replace_blocks`. Printing it gives a summary, and every block that was left alone with its reason.
 
     replaced: the names of the blocks that were replaced.
     stems: the names of the ResNets whose stem can now train as one op.

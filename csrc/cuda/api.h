@@ -40,7 +40,7 @@ struct ResnetKernelsOperand {
   int32_t relu, rounds, channels;
 };
 
-// y = epilogue(x) over a map of M = N*P*Q positions and C channels. y null: only the reduction is wanted.
+// y = epilogue(x) over a map of M = N*P*Q positions and C channels. y null: compute only the reduction.
 // - residual: may have fewer channels than C (residual.channels) and, with spread > 1, is zero-inserted: it applies
 // only at rows and columns of the map that are multiples of spread.
 // - mapped: 0 if every view is dense rows, so that the stride `w` alone addresses it; else positions are split into n,

@@ -34,7 +34,7 @@ constexpr int kStepRows = 32, kStages = 4, kFlushRows = 128;
 template <int kTile>
 struct Tile {
   static constexpr int kColumns = kTile / 32, kThreads = 2 * kColumns * 32, kFragments = kTile / 2 / 16;
-  static constexpr int kChunks = kTile / 8;             // 16-byte chunks in a row of an operand
+  static constexpr int kChunks = kTile / 8;             // 16-byte chunks per row of an operand
   static constexpr int kBytes = kStepRows * kTile * 2;  // of one operand in one stage
   static constexpr int kSharedBytes = kStages * 2 * kBytes;
   static_assert(kFragments == kColumns, "each warp of a row of tiles multiplies one of its fragments by ones");

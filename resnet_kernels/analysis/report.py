@@ -274,7 +274,7 @@ class Change:
 
     @property
     def fails(self) -> bool:
-        """Whether ours became slower, or stopped being right. A slower peer is the machine's or PyTorch's doing."""
+        """Return whether ours became slower, or stopped being right. A slower peer is the machine's or PyTorch's doing."""
         lost = self.old.status == "ok" and self.new.status != "ok"
         return not self.new.peer and (lost or self.flag == "regression")
 

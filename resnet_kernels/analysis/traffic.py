@@ -71,7 +71,7 @@ PLANS = INFERENCE + TRAINING
 
 
 class Need(NamedTuple):
-    """What a computation needs at least. bytes: moved through device memory. flops: operations."""
+    """The least that a computation needs. bytes: moved through device memory. flops: operations."""
 
     bytes: int = 0
     flops: int = 0

@@ -115,7 +115,7 @@ class Operand:
 
     @property
     def plain(self) -> bool:
-        """Whether it is its tensor."""
+        """Return whether it is its tensor."""
         nothing = (self.affine, self.second, self.mask, self.centre, self.pooled)
         return self.stride == 1 and not self.relu and all(value is None for value in nothing)
 
@@ -332,7 +332,7 @@ def nhwc_strides(t: Tensor) -> tuple[int, int, int]:
 
 
 def tf32_allowed() -> bool:
-    """Whether torch's flags let convolutions of fp32 multiply in tf32."""
+    """Return whether torch's flags let convolutions of fp32 multiply in tf32."""
     cudnn: Any = torch.backends.cudnn
     return cudnn.conv.fp32_precision == "tf32"
 

@@ -1,15 +1,16 @@
-"""Measured choices: for each device a table that says which backend computed a call right there and fastest, and which
-kernel and configuration a launch.
+"""Tables of measured choices: for each device, the backend that ran a call right and fastest, and the kernel and
+configuration of each launch.
 
-`rk.tune` makes tables (tuning/). They lie, one JSON file per device and versions, in resnet_kernels/tuning, shipped,
-and in the user's cache folder, which wins. A table holds for its `identity` only. Nothing is measured here: without a
-table the heuristics decide. RESNET_KERNELS_TUNING=off ignores all tables.
+`rk.tune` makes tables (tuning/). There is one JSON file per device and versions. Shipped ones are in
+resnet_kernels/tuning, the user's in a cache folder; the user's win. A table holds for its `identity` only. This module
+measures nothing: without a table the heuristics decide. RESNET_KERNELS_TUNING=off ignores all tables.
 """
 
 from __future__ import annotations
 
 import ast
 import contextlib
+import contextvars
 import functools
 import hashlib
 import importlib.metadata
@@ -34,22 +35,25 @@ _GPU = Path(__file__).parent / "gpu"
 
 
 class Table(NamedTuple):
-    """calls: `key` of a call -> its row, {"call", "fastest", "seconds": {backend: median}}. launches: key of a launch
-    -> its row, {"launch", "kernel", "config" or None, ...}; the backend that wrote it knows the rest."""
+    """The choices measured on one device.
+
+    calls: `key` of a call -> its row, {"call", "fastest", "seconds": {backend: median}}. launches: key of a launch ->
+    its row, {"launch", "kernel", "config" or None, ...}; only the backend that wrote the row reads its other fields.
+    """
 
     calls: dict[str, dict[str, Any]]
     launches: dict[str, dict[str, Any]]
 
 
 def key(call: Call) -> str:
-    """What a measurement of the call holds for."""
+    """Return the key of a call: equal for calls that one measurement serves."""
     weights = " ".join(f"{'x'.join(map(str, shape))}{tuple(geometry)}" for shape, geometry in call.weights)
     size = "x".join(map(str, call.size))
     return f"{str(call.dtype).removeprefix('torch.')} {'+'.join(sorted(call.needs))} {size}: {weights}"
 
 
 def version(package: str) -> str:
-    """Of an installed package, or "none"."""
+    """Return the version of an installed package, or "none"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -58,14 +62,14 @@ def version(package: str) -> str:
 
 @functools.cache
 def processor() -> str:
-    """The CPU's name, as the system has it."""
+    """Return the CPU's name, as the system reports it."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return platform.processor() or platform.machine()
 
 
-# What tables tell of: the kernels of inference.
+# The modules of the kernels that tables are about: those of inference.
 _TUNED = ("inference/boxes", "inference/conv_pool", "device", "inference/gather", "inference/pooling", "inference/tail")
 
 
@@ -113,7 +117,7 @@ def _identity(device: torch.device, threads: int) -> dict[str, str]:
 
 
 def identity(device: torch.device) -> dict[str, str]:
-    """What a table made on the device now would hold for."""
+    """Return the identity of a table made on the device now."""
     return _identity(device, torch.get_num_threads() if device.type == "cpu" else 0)
 
 
@@ -133,13 +137,13 @@ def cache_folder() -> Path:
 
 
 def file_of(holds_for: Mapping[str, str]) -> str:
-    """The name of the table's file."""
+    """Return the file name of the table with this identity."""
     slug = re.sub(r"[^a-z0-9]+", "-", holds_for["device"].lower()).strip("-")
     return f"{slug}-{hashlib.sha256(json.dumps(dict(holds_for), sort_keys=True).encode()).hexdigest()[:8]}.json"
 
 
 def read(path: Path) -> tuple[dict[str, str], Table]:
-    """(identity, table) of a file. Raises ValueError where it is no table."""
+    """Return (identity, table) of a file. Raises ValueError if the file is no table."""
     try:
         content = json.loads(path.read_text())
         if content["schema"] != SCHEMA:
@@ -172,18 +176,18 @@ def _table(device: torch.device, threads: int, folders: tuple[Path, ...]) -> Tab
     return merged
 
 
-_also: tuple[Path, ...] = ()
+# Folders beside the shipped one and the user's, for the current thread or task.
+_more_folders: contextvars.ContextVar[tuple[Path, ...]] = contextvars.ContextVar("more_folders", default=())
 
 
 @contextlib.contextmanager
 def also(folder: Path) -> Iterator[None]:
-    """Inside, the tables of this folder count too, before all others."""
-    global _also
-    before, _also = _also, (*_also, folder)
+    """Inside, the tables of this folder count too, and win over all others."""
+    token = _more_folders.set((*_more_folders.get(), folder))
     try:
         yield
     finally:
-        _also = before
+        _more_folders.reset(token)
 
 
 @functools.cache
@@ -195,26 +199,26 @@ def _folders(shipped: Path, named: str | None) -> tuple[Path, ...]:
 
 
 def forget() -> None:
-    """Files are read again at the next call."""
+    """Forget the tables in memory: the next call reads the files again."""
     _table.cache_clear()
     _folders.cache_clear()
 
 
 def table(device: torch.device) -> Table:
-    """What was measured on the device, by these versions; empty on devices that are none."""
+    """Return the choices measured on the device with these versions; empty if there are none."""
     known = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
     setting = os.environ.get("RESNET_KERNELS_TUNING", "")
     if setting not in ("", "off"):
-        raise ValueError(f"RESNET_KERNELS_TUNING: expected off or nothing, got {setting!r}")
+        raise ValueError(f"RESNET_KERNELS_TUNING: expected off, or unset, got {setting!r}")
     if not known or setting == "off":
         return Table({}, {})
     threads = torch.get_num_threads() if device.type == "cpu" else 0
-    return _table(device, threads, _folders(SHIPPED, os.environ.get("RESNET_KERNELS_CACHE")) + _also)
+    return _table(device, threads, _folders(SHIPPED, os.environ.get("RESNET_KERNELS_CACHE")) + _more_folders.get())
 
 
 def fastest(call: Call) -> str | None:
-    """The name of the backend that a table says is fastest for the call, or None."""
+    """Return the name of the backend that a table calls fastest for the call, or None."""
     calls = table(call.device).calls
-    # Every call asks: without a table not even the key is made.
+    # This runs at every call: without a table not even the key is computed.
     row = calls.get(key(call)) if calls else None
     return row["fastest"] if row else None

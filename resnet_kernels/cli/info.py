@@ -99,7 +99,7 @@ def runs(device: torch.device, dtype: torch.dtype, training: bool) -> tuple[str,
 
 
 def _elsewhere(reason: str | None) -> bool:
-    """Whether the reason is that the backend belongs to another kind of device."""
+    """Return whether the reason is that the backend belongs to another kind of device."""
     return reason is None or reason.startswith("expected tensors on ")
 
 

@@ -1,4 +1,4 @@
-"""Whether a block's forward may run fused.
+"""The conditions under which a block's forward may run fused.
 
 The fused forward bypasses the forward of the inner modules. So whatever could change what these would compute makes the
 block run as plain torch modules, with a reason. A function why_... returns such a reason, or None.

@@ -37,7 +37,7 @@ def _channel_attention(module: Any, mean: Tensor) -> Tensor:
 
 
 class TimmAnatomy(Anatomy):
-    """What differs in timm's modules."""
+    """The anatomy of timm's blocks: its overrides read timm's own modules."""
 
     def is_inactive(self, module: Any) -> bool:
         dropped = type(module) is DropBlock2d and (not module.training or not module.drop_prob)

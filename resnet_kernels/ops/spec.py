@@ -72,7 +72,7 @@ class BlockSpec:
 
     @property
     def projected(self) -> bool:
-        """Whether the shortcut is a projection."""
+        """True if the shortcut is a projection."""
         return self.shortcut == "projection"
 
     @property
@@ -97,7 +97,7 @@ class MapSizes(NamedTuple):
 
     @property
     def outputs(self) -> list[MapSize]:
-        """What each convolution writes, the projection's last."""
+        """The sizes of the convolutions' outputs, the projection's last."""
         return [*self.maps[1:], self.maps[-1]][: len(self.operands)]
 
 

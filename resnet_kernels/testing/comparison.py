@@ -29,7 +29,7 @@ class Errors:
 
     @property
     def ok(self) -> bool:
-        """Whether the result is within the rule, by RMS and by maximum."""
+        """Return whether the result is within the rule, by RMS and by maximum."""
         return self.misplaced == 0 and self.rms <= self.allowed_rms and self.max <= self.allowed_max
 
     def __str__(self) -> str:

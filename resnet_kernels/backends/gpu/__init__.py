@@ -79,7 +79,7 @@ def _training(name: str) -> Any:
 
 
 def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter."""
+    """Return whether kernels run in Triton's interpreter."""
     run, reason = _kernels()
     return reason is None and run.INTERPRETING
 

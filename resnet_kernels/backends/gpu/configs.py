@@ -119,7 +119,7 @@ WIDE_TILE_STEPS = 16
 
 
 def _wide(s: ProblemSize) -> bool:
-    """Whether a tile of 128 x 256 x 64 pays off."""
+    """Return whether a tile of 128 x 256 x 64 pays off."""
     fits = s.itemsize == 2 and s.arch in OPERANDS_IN_SHARED and not s.residual and s.group % 256 == 0
     return fits and s.taps * s.C >= WIDE_TILE_STEPS * 64 and s.tiles(128, 256) >= s.processors
 

@@ -124,5 +124,5 @@ class Convolution:
 
 
 def channels_last_strides(t: Tensor) -> bool:
-    """Whether channels are adjacent in memory; the other strides are arbitrary."""
+    """Return whether channels are adjacent in memory; the other strides are arbitrary."""
     return t.shape[1] == 1 or t.stride(1) == 1

@@ -1,4 +1,5 @@
-"""What the kernel families of this backend share: convolutions by PyTorch's own engine (cuDNN), and small helpers."""
+"""Code that the kernel families of this backend share: convolutions by PyTorch's own engine (cuDNN), and small
+helpers."""
 
 from __future__ import annotations
 

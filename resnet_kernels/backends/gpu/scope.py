@@ -1,4 +1,4 @@
-"""Whether precompiled CUDA kernels may be chosen beside Triton's in the current thread or task."""
+"""A setting of the current thread or task: precompiled CUDA kernels may be chosen beside Triton's, or not."""
 
 from __future__ import annotations
 

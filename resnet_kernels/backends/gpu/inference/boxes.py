@@ -192,7 +192,7 @@ def _conv_box_kernel(
 
 
 def _line(t: Tensor) -> bool:
-    """Whether the positions of all images have one common pitch, so that the whole batch is one line."""
+    """Return whether the positions of all images have one common pitch, so that the whole batch is one line."""
     n, h, w = nhwc_strides(t)
     return h == t.shape[3] * w and n == t.shape[2] * h
 
@@ -203,7 +203,7 @@ def _aligned(t: Tensor) -> bool:
 
 
 def in_line(c: Convolution) -> bool:
-    """Whether the convolution is a plain matrix product, whose box is a run of matrix rows."""
+    """Return whether the convolution is a plain matrix product, whose box is a run of matrix rows."""
     K, R, S, _ = c.weight.shape
     maps = [c.x] + ([c.second[0]] if c.second else []) + ([c.residual] if c.residual is not None else [])
     return (R, S, c.geometry.stride, c.geometry.padding) == (1, 1, 1, 0) and all(map(_line, maps))
@@ -216,8 +216,8 @@ def box_of(c: Convolution, rows: int) -> tuple[int, int, int]:
 
 
 def turned(shape: tuple[int, int, int], BLOCK_N: int) -> bool:
-    """Whether the kernel computes the transposed product for boxes of this shape. The output channels are then the rows
-    of the product, and wgmma wants 64 rows or more."""
+    """Return whether the kernel computes the transposed product for boxes of this shape. The output channels are then
+    the rows of the product, and wgmma wants 64 rows or more."""
     return shape[:2] != (1, 1) and BLOCK_N >= 64
 
 

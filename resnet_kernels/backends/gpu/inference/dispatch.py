@@ -452,7 +452,7 @@ def _last_with_shortcut(x: Tensor, block: PackedBlock, chain: list[Convolution])
 
 
 def _has_whole_kernel(block: PackedBlock) -> bool:
-    """Whether a kernel for whole blocks exists for these weights, with their scales multiplied in."""
+    """Return whether a kernel for whole blocks exists for these weights, with their scales multiplied in."""
     shapes = tuple(tuple(w.shape) for w in block.weights)
     return shapes == hopper.BOTTLENECK_SHAPES.get(block.shortcut) and all(w.scale is None for w in block.weights)
 
@@ -464,7 +464,7 @@ def _whole_bottleneck(chain: list[Convolution], x: Tensor, last: Convolution) ->
 
 
 def _next_runs_whole(x: Tensor, chain: list[Convolution], following: PackedBlock, its_chain: list[Convolution]) -> bool:
-    """Whether the block that follows `chain` runs as one kernel. x: the input of `chain`."""
+    """Return whether the block that follows `chain` runs as one kernel. x: the input of `chain`."""
     if not _has_whole_kernel(following):
         return False
     for c in chain:

@@ -62,7 +62,7 @@ def _why_not_here(t: Tensor, arch: int) -> str | None:
 
 
 def _contiguous(t: Tensor) -> bool:
-    """Whether (N, C, H, W) is contiguous in channels_last."""
+    """Return whether (N, C, H, W) is contiguous in channels_last."""
     N, C, H, W = t.shape
     return nhwc_strides(t) == (H * W * C, W * C, C)
 

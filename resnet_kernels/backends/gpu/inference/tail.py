@@ -127,7 +127,7 @@ class Tail:
 
 
 def _is_product(c: Convolution) -> bool:
-    """Whether the convolution is a 1x1 of stride 1: a matrix product whose rows are the positions."""
+    """Return whether the convolution is a 1x1 of stride 1: a matrix product whose rows are the positions."""
     return c.weight.shape[1:3] == (1, 1) and c.geometry == Geometry()
 
 

@@ -72,7 +72,7 @@ def masked_conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Operan
 
 
 def _runs_by_inference(products: Sequence[Product], epilogue: Epilogue) -> bool:
-    """Whether inference's kernels run the convolution without materializing an operand first."""
+    """Return whether inference's kernels run the convolution without materializing an operand first."""
     others = [p.operand for p in products[1:]] + ([epilogue.residual] if epilogue.residual else [])
     lazy = any(o.affine is not None or o.relu for o in others) or any(p.operand.centre is not None for p in products)
     return call_of(products, epilogue).needs <= INFERENCE and epilogue.upsample == 1 and not lazy
@@ -88,7 +88,8 @@ def _unpacked(p: Product) -> tuple[Tensor, Geometry]:
 
 
 def _is_row_product(p: Product) -> bool:
-    """Whether each row of the result depends on one row of the operand, so that products.py can run the product."""
+    """Return whether each row of the result depends on one row of the operand, so that products.py can run the
+    product."""
     _, _, R, S = p.packed.shape
     g = p.geometry
     return (R, S, g.padding, g.groups) == (1, 1, 0, 1) and (g.stride == 1 or p.data_grad_size is None)

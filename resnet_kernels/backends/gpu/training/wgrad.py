@@ -287,7 +287,7 @@ def _launch(
 
 
 def _by_rows(kernel: tuple[int, int], geometry: Geometry) -> bool:
-    """Whether each row of the convolution's result depends on one row of its operand."""
+    """Return whether each row of the convolution's result depends on one row of its operand."""
     return tuple(kernel) == (1, 1) and (geometry.padding, geometry.groups) == (0, 1)
 
 
