@@ -1,5 +1,5 @@
-"""The suite's cases and providers for pytest-benchmark: each is checked, then timed by its fixture. On a GPU the clock is
-CUDA events, with cold caches (`resnet_kernels.analysis.timing.Clock`)."""
+"""The suite's cases and providers for pytest-benchmark: checked first, then timed by its fixture. On a GPU the clock is CUDA
+events, with cold caches (`resnet_kernels.analysis.timing.Clock`)."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def all_cases(full: bool) -> list[Case]:
 
 
 def by_default(case: Case, provider: Provider) -> bool:
-    """Whether a provider runs without --full. On a CPU torch.compile takes longer than all others: it runs one network."""
+    """Whether a provider runs without --full. On a CPU torch.compile takes longer than the others: it runs once."""
     return DEVICE == "cuda" or provider.name != "inductor" or (case.section, case.name) == ("inference", "resnet18")
 
 
