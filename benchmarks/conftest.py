@@ -1,5 +1,7 @@
-"""The suite's cases and providers for pytest-benchmark: checked first, then timed by its fixture. On a GPU the clock is CUDA
-events, with cold caches (`resnet_kernels.analysis.timing.Clock`)."""
+"""The suite's cases and providers for pytest-benchmark: checked first, then timed by its fixture.
+
+On a GPU the clock is CUDA events, with cold caches (`resnet_kernels.analysis.timing.Clock`).
+"""
 
 from __future__ import annotations
 
