@@ -1,5 +1,7 @@
-"""The suite's cases and providers behind pytest-benchmark's fixture: checked first, then timed by it. On a GPU its
-clock is CUDA events, with cold caches (`resnet_kernels.timing.Clock`)."""
+"""The suite's cases and providers for pytest-benchmark: checked first, then timed by its fixture.
+
+On a GPU the clock is CUDA events, with cold caches (`resnet_kernels.analysis.timing.Clock`).
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="every case, dtype and provider, where a few are the default")
+    parser.addoption("--full", action="store_true", help="run every case, dtype and provider; the default is a few")
 
 
 class EventTimer:
-    """A clock for pytest-benchmark, which asks it before a call and after it, and subtracts."""
+    """A clock that pytest-benchmark reads before and after each call."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock, self.running = clock, False
@@ -39,7 +41,7 @@ class EventTimer:
 
 
 def all_cases(full: bool) -> list[Case]:
-    """Few by default on a CPU, so that they take under 4 minutes on two cores."""
+    """Return the cases to run; few by default on a CPU, where they take under 4 minutes on two cores."""
     gpu = DEVICE == "cuda"
     dtypes = ["bf16", "fp16"] if gpu and full else ["bf16"] if gpu else ["fp32"]
     names = ["resnet50", "resnet18"]
@@ -54,7 +56,7 @@ def all_cases(full: bool) -> list[Case]:
 
 
 def by_default(case: Case, provider: Provider) -> bool:
-    """On a CPU, torch.compile takes longer than all the others together: there once, for one network."""
+    """Whether a provider runs without --full. On a CPU torch.compile takes longer than the others: it runs once."""
     return DEVICE == "cuda" or provider.name != "inductor" or (case.section, case.name) == ("inference", "resnet18")
 
 
@@ -86,8 +88,8 @@ def prepared(case: Case) -> Prepared:
     return case.prepare(torch.device(DEVICE))
 
 
-class Told(Log):
-    """A log that keeps the rows and details of a provider in memory."""
+class Recorded(Log):
+    """A log that holds a provider's rows in memory."""
 
     def __init__(self) -> None:
         super().__init__(Path(os.devnull), float("inf"))
@@ -99,12 +101,12 @@ class Told(Log):
 
 @pytest.fixture
 def check_then_time(benchmark):
-    """Times a provider on a case, in each of its modes but the first only its result is checked."""
+    """Return a function that times a provider on a case, in its first mode; the results of all modes are checked."""
 
     def run(case: Case, provider: Provider) -> None:
-        told = Told()
-        ready = build(case, prepared(case), provider, told, float("inf"))
-        for row in told.rows:
+        log = Recorded()
+        ready = build(case, prepared(case), provider, log, float("inf"))
+        for row in log.rows:
             if row.status == "unavailable" and not ready:
                 pytest.skip(row.reason)
             assert row.status == "unavailable", f"{row.provider}, {row.mode}: {row.status}: {row.reason}"
