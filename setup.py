@@ -1,32 +1,45 @@
-"""Builds the extension resnet_kernels._C and, for Hopper GPUs, the library resnet_kernels._sm90; what is built is
-chosen by RESNET_KERNELS_BUILD.
+"""Build the extension resnet_kernels._C and, for Hopper GPUs, the library resnet_kernels._sm90.
 
-auto  CUDA and C++ when nvcc and a CUDA build of torch are both there, else C++ only (the default)
-cuda  CUDA and C++; an error when nvcc or a CUDA build of torch is missing
+RESNET_KERNELS_BUILD chooses what is built:
+
+auto  CUDA and C++ if nvcc is found and torch is a CUDA build, else C++ only (the default)
+cuda  CUDA and C++; an error if nvcc is missing or torch is a CPU-only build
 cpu   C++ only
-none  pure Python
+none  nothing is compiled: pure Python
 
-_sm90 is built with CUDA for 9.0a where CUTLASS's headers are found: in the package nvidia-cutlass, or under
+_sm90 is built with CUDA for 9.0a if CUTLASS's headers are found: in the package nvidia-cutlass, or under
 $CUTLASS_HOME/include.
+
+The build prints one line per extension, and the compilers' output only if one fails; V=1 prints every command.
 """
 
+import contextlib
 import importlib.util
+import logging
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from glob import glob
 from pathlib import Path
 
 from setuptools import setup
 
-# One binary per major version runs on all its minors; sm_90a is what wgmma needs; PTX carries later GPUs.
+# One binary per major version runs on all its minors; wgmma needs sm_90a; PTX carries later GPUs.
 DEFAULT_ARCHS = "8.0;9.0a;10.0;12.0+PTX"
+VERBOSE = os.environ.get("V") == "1"
+
+NO_TORCH = (
+    "resnet_kernels: this build finds no torch, and the extension must be compiled against the torch that will import "
+    "it. pip's isolated builds never see the installed torch: install torch, torchvision, ninja and 'setuptools>=77', "
+    "then run: pip install --no-build-isolation . (or, to compile nothing: RESNET_KERNELS_BUILD=none pip install .)"
+)
 
 
 def find_cuda_home() -> str | None:
-    """CUDA_HOME, else where nvcc says it lives: what is on the PATH may be a link or a wrapper of it."""
+    """Return CUDA_HOME, else the folder that nvcc reports: the nvcc on the PATH may be a link or a wrapper."""
     home, nvcc = os.environ.get("CUDA_HOME"), shutil.which("nvcc")
     if home or not nvcc:
         return home
@@ -36,11 +49,11 @@ def find_cuda_home() -> str | None:
 
 
 def find_cutlass() -> Path | None:
-    """The folder of CUTLASS's headers."""
+    """Return the folder of CUTLASS's headers, or None."""
     if os.environ.get("CUTLASS_HOME"):
         found = Path(os.environ["CUTLASS_HOME"], "include")
         if not (found / "cute/arch/mma_sm90_gmma.hpp").is_file():
-            raise SystemExit(f"CUTLASS_HOME: expected CUTLASS 3 or newer, with headers in {found}")
+            raise SystemExit(f"CUTLASS_HOME: expected CUTLASS 3 or newer, got no such headers in {found}")
         return found
     package = importlib.util.find_spec("cutlass_library")
     if package is None or package.origin is None:
@@ -49,13 +62,13 @@ def find_cutlass() -> Path | None:
 
 
 def hopper(flags: list[str], archs: str) -> list:
-    """resnet_kernels._sm90: kernels for sm_90a alone, behind a C interface, so without torch and without Python."""
+    """Return the extension resnet_kernels._sm90: kernels for sm_90a behind a C interface, without torch and Python."""
     if "9.0a" not in archs:
         return []
     cutlass = find_cutlass()
     if cutlass is None:
-        hint = "pip install --no-deps nvidia-cutlass==4.2.0.0, or set CUTLASS_HOME"
-        print(f"CUTLASS's headers are missing: the kernels for Hopper are left out ({hint})", file=sys.stderr)
+        hint = "pip install nvidia-cutlass==4.2.0.0, or set CUTLASS_HOME"
+        print(f"CUTLASS's headers are missing, so the kernels for Hopper are not built ({hint})", file=sys.stderr)
         return []
     from torch.utils.cpp_extension import CUDAExtension
 
@@ -70,14 +83,20 @@ def hopper(flags: list[str], archs: str) -> list:
 
 
 def extensions() -> list:
+    """Return the extensions to build. Raises SystemExit if what RESNET_KERNELS_BUILD asks for cannot be built here."""
     build = os.environ.get("RESNET_KERNELS_BUILD", "auto")
     if build not in ("auto", "cuda", "cpu", "none"):
         raise SystemExit(f"RESNET_KERNELS_BUILD: expected auto, cuda, cpu or none, got {build!r}")
     if build == "none":
         return []
+    if importlib.util.find_spec("torch") is None:
+        raise SystemExit(NO_TORCH)
     cuda_home = find_cuda_home()
     if cuda_home:
-        os.environ["CUDA_HOME"] = cuda_home  # before torch's builder looks for it
+        os.environ["CUDA_HOME"] = cuda_home  # torch's builder reads it when it is imported
+    if not VERBOSE:
+        # It warns that no GPU is visible, which a build does not need.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     import torch
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
@@ -90,7 +109,8 @@ def extensions() -> list:
     with_cuda = build == "cuda" or (build == "auto" and not missing)
 
     debug = os.environ.get("RESNET_KERNELS_DEBUG") == "1"
-    flags = {"cxx": ["-O0" if debug else "-O3", "-g" if debug else "-g0", "-fopenmp"]}
+    # pybind11's classes have hidden visibility, and so must what contains them. CUDA's C interface stays visible.
+    flags = {"cxx": ["-O0" if debug else "-O3", "-g" if debug else "-g0", "-fopenmp", "-fvisibility=hidden"]}
     sources = ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
     if not with_cuda:
         return [
@@ -117,12 +137,55 @@ def extensions() -> list:
     ]
 
 
+@contextlib.contextmanager
+def redirected(log: Path) -> Iterator[None]:
+    """Send all output of this process and its children to the file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    before = os.dup(1), os.dup(2)
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for descriptor, saved in zip((1, 2), before, strict=True):
+                os.dup2(saved, descriptor)
+                os.close(saved)
+
+
+def described(name: str, sources: list[str]) -> str:
+    """Return the line that announces the build of an extension."""
+    if name.endswith("_sm90"):
+        return "building CUDA kernels for Hopper (sm_90a)"
+    cuda = any(source.endswith(".cu") for source in sources)
+    return "building C++ extension" + (f" and CUDA kernels for {os.environ['TORCH_CUDA_ARCH_LIST']}" if cuda else "")
+
+
 def command_classes() -> dict:
+    """Return the build command: torch's, with the compilers' output in a file under build/ unless V=1."""
     if os.environ.get("RESNET_KERNELS_BUILD") == "none":
         return {}
     from torch.utils.cpp_extension import BuildExtension
 
-    return {"build_ext": BuildExtension}
+    class Build(BuildExtension):
+        def build_extension(self, ext):  # type: ignore[no-untyped-def]
+            print(f"{described(ext.name, ext.sources)}, {len(ext.sources)} files", flush=True)
+            if VERBOSE:
+                return super().build_extension(ext)
+            log = Path(self.build_temp, f"{ext.name}.log")
+            log.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with redirected(log):
+                    super().build_extension(ext)
+            except Exception as error:
+                print(log.read_text(errors="replace"), file=sys.stderr)
+                # torch raises the compiler's failure as one chain of exceptions, whose trace says nothing more.
+                raise SystemExit(f"{ext.name} was not built: {error}; output above and in {log}") from None
+
+    return {"build_ext": Build}
 
 
 setup(ext_modules=extensions(), cmdclass=command_classes())

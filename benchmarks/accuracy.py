@@ -1,4 +1,7 @@
-"""How far from fp64 a step of a residual block is: output, gradients, running statistics; ours and eager's."""
+"""Accuracy of a training step of a residual block, for the fused blocks and for eager PyTorch.
+
+Compared with fp64 are the block's result, its gradients and its running statistics.
+"""
 
 from __future__ import annotations
 
@@ -17,22 +20,33 @@ from resnet_kernels.testing import RESNET_CASES, BlockCase, eager_results, exact
 from .cases import DTYPES
 from .events import Log
 
+# The blocks: one with an identity shortcut, one with a projection.
 NAMES = ("r50-layer1", "r50-layer2-down")
-# By the name of the data: what is added to the first two batch norms' biases.
+# The kinds of data, with what is added to the biases of the first two batch norms.
 DATA = {"ordinary": 0.0, "large mean": 30.0}
+# A training step of a block on (x, dy): ({name: tensor}, masks of the ReLUs), as in `resnet_kernels.testing.steps`.
 Step = Callable[[nn.Module, Tensor, Tensor], tuple[dict[str, Tensor], list[Tensor]]]
 
 
 def cases(batch: int) -> list[BlockCase]:
-    """A block with an identity and one with a projection, on a quarter of the map."""
+    """Return the blocks of NAMES on maps of 28 x 28, a quarter of the positions that they have in the network."""
     return [dataclasses.replace(c, N=batch, H=28, W=28) for c in RESNET_CASES if c.name in NAMES]
 
 
 def errors(
     step: Step, case: BlockCase, dtype: torch.dtype, mean: float, device: torch.device, seeds: int
 ) -> dict[str, float]:
-    """By tensor: the RMS of its error over that of the exact values, over all seeds. Gradients are compared under the
-    step's own ReLU masks; what is 0 but for fp64's own rounding (as a bias before a batch norm has it) is left out."""
+    """Return each tensor's relative error by name: the RMS of its error over the RMS of the exact values.
+
+    The mean square is taken over all seeds. Gradients are compared under the step's own ReLU masks. Gradients that are
+    0 but for rounding in fp64, such as that of a bias before a batch norm, are left out.
+
+    Args:
+        step: the step under test.
+        case, dtype: the block.
+        mean: added to the biases of the first two batch norms.
+        seeds: number of random blocks and inputs.
+    """
     squares: dict[str, float] = {}
     for seed in range(seeds):
         torch.manual_seed(seed)
@@ -52,13 +66,21 @@ def errors(
 
 
 def measure(case: BlockCase, dtype: str, data: str, device: torch.device, log: Log, seeds: int) -> None:
-    """A row of eager's, and one of ours: of the backend that is chosen, on a GPU of the one that is named."""
+    """Log a row for eager PyTorch and one for the fused block.
+
+    On a GPU the fused block runs by the named backend, on a CPU by the backend that is chosen automatically.
+
+    Args:
+        case, dtype: the block; dtype is a key of DTYPES.
+        data: a key of DATA.
+        seeds: number of random blocks and inputs.
+    """
     backend = "gpu" if device.type == "cuda" else None
-    ways: dict[str, Step] = {
+    steps: dict[str, Step] = {
         "eager channels_last": eager_results,
         f"replaced {backend}" if backend else "replaced": lambda *args: fused_results(*args, backend),
     }
-    for i, (provider, step) in enumerate(ways.items()):
+    for i, (provider, step) in enumerate(steps.items()):
         row = Row("accuracy", case.name, provider, "ok", i == 0, data, dtype=dtype, batch=case.N, size=case.H)
         if log.knows(row):
             continue
@@ -70,7 +92,7 @@ def measure(case: BlockCase, dtype: str, data: str, device: torch.device, log: L
             row.errors, row.rounds = errors(step, case, DTYPES[dtype], DATA[data], device, seeds), seeds
         except BackendUnavailable as error:
             row.status, row.reason = "unavailable", str(error)
-        except Exception as error:  # whatever it was, it is this provider's
+        except Exception as error:  # a provider's failure is its result, and must not end the section
             row.status, row.reason = "failed", f"{type(error).__name__}: {error}"[:300]
         log.row(row)
         log.begin(None)

@@ -1,4 +1,8 @@
-"""What is measured: convolutions with what is fused around them, residual blocks, whole models, training steps."""
+"""The cases of the benchmarks: convolutions with their epilogues, residual blocks, whole models, training steps.
+
+In signatures C is the number of input channels, K of output channels, R the height and width of the filter, and `size`
+the height and width of the input map.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +42,7 @@ class ConvAct(nn.Module):
 
 
 class ConvStats(nn.Module):
-    """c = conv(x), with its sum and its sum of squares per channel: what a batch norm in training takes its statistics
-    from."""
+    """c = conv(x), with its sum and its sum of squares per channel, from which a batch norm's statistics follow."""
 
     def __init__(self, C: int, K: int, R: int, stride: int) -> None:
         super().__init__()
@@ -52,7 +55,7 @@ class ConvStats(nn.Module):
 
 
 class ConvWgrad(nn.Module):
-    """The gradient of conv's weight, from x and dL/dconv."""
+    """The gradient of a convolution's weight, from x and dy, the gradient of the convolution's result."""
 
     def __init__(self, C: int, K: int, R: int, stride: int) -> None:
         super().__init__()
@@ -63,12 +66,18 @@ class ConvWgrad(nn.Module):
 
 
 def results_of(result: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """Return the results of a module as a list, also if there is one only."""
     return [result] if isinstance(result, Tensor) else list(result)
 
 
 class Prepared(NamedTuple):
-    """A case on a device. module: in the case's dtype, not to be changed. inputs: several sets, of which every call
-    takes the next. eager, exact: results for the first set (in training for `trial`), PyTorch's own and in fp64."""
+    """A case on a device.
+
+    module: in the case's dtype. Providers copy it and do not change it.
+    inputs: several sets of inputs; each call takes the next one.
+    trial: the inputs that results are checked on: the first set, in training of fewer images.
+    eager, exact: the results for `trial` by eager PyTorch and in fp64; empty if no references were requested.
+    """
 
     module: nn.Module
     inputs: list[tuple[Tensor, ...]]
@@ -79,9 +88,15 @@ class Prepared(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One thing to compute. make: the module, fp32, in evaluation mode. channels: of x. residual: sizes of a second
-    operand. needs: what it must move and compute at least, of each kernel of the plan that needs the least. terms: of
-    its longest sum."""
+    """One computation to measure.
+
+    section, name, dtype, batch, size: as in the rows of a results file (`analysis.results.Row`).
+    channels: channels of x.
+    make: returns the module, in fp32.
+    needs: the bytes and operations of each kernel of the plan that needs the least.
+    terms: the number of terms in the longest sum, for the rule of comparison.
+    residual: sizes of the second operand (a residual, or dy) without the batch, those of the result; None without one.
+    """
 
     section: str
     name: str
@@ -100,14 +115,16 @@ class Case:
 
     @property
     def need(self) -> traffic.Need:
+        """The bytes and operations of all kernels together."""
         return traffic.total(self.needs)
 
     def floor(self, facts: dict[str, Any]) -> float | None:
-        """Seconds it takes at least on a machine of these ceilings; None where they were not measured."""
+        """Return the least seconds at the ceilings in a machine's facts; None if they were not measured."""
         memory, matrix = facts.get("memory"), facts.get("matrix", {}).get(self.dtype)
         return sum(need.seconds(memory, matrix) for need in self.needs) if memory and matrix else None
 
     def row(self, provider: str, status: str, **rest: Any) -> Row:
+        """Return a row of the results file for this case."""
         return Row(
             self.section,
             self.name,
@@ -128,7 +145,7 @@ class Case:
         dtype = torch.float32 if self.training else DTYPES[self.dtype]
         x = torch.randn(batch, self.channels, self.size, self.size, device=device)
         if self.section in ("primitives", "blocks"):
-            x = torch.relu(x)  # what a block sees
+            x = torch.relu(x)  # a block's input is the result of a ReLU
         tensors = [x.to(dtype)]
         if self.residual is not None:
             tensors.append(torch.randn(batch, *self.residual, device=device).to(dtype))
@@ -138,22 +155,27 @@ class Case:
         return tuple(tensors)
 
     def prepare(self, device: torch.device, seed: int = 0, references: bool = True) -> Prepared:
-        """On the device, with random inputs: as many sets as no cache of it holds, at most 4. Without references there
-        is nothing to check."""
+        """Return the case on the device, with 2 to 4 sets of random inputs, so that no cache holds them all.
+
+        references: whether to compute the results by eager PyTorch and in fp64.
+        """
         torch.manual_seed(seed)
-        torch.backends.cudnn.benchmark = False  # a reference is computed once
+        # A reference is computed once, so trying cuDNN's algorithms would not pay.
+        torch.backends.cudnn.benchmark = False
         module = self.make().to(device)
         if not self.training:
             module = module.eval().to(DTYPES[self.dtype])
         sets = max(2, min(4, -(-(128 << 20) // max(1, self.need.bytes))))
         inputs = [self._inputs(device, self.batch) for _ in range(sets)]
-        # A step's gradients are compared on fewer images: in fp64 a whole batch's activations may not fit.
+        # The gradients of a step are compared on fewer images: in fp64 the activations of a whole batch may exceed
+        # memory.
         fewer = 32 if device.type == "cuda" else 8
         trial = self._inputs(device, fewer) if self.training and self.batch > fewer else inputs[0]
         eager, exact = ([self._computed(module, trial, double) for double in (False, True)]) if references else ([], [])
         return Prepared(module, inputs, trial, eager, exact)
 
     def _computed(self, module: nn.Module, inputs: tuple[Tensor, ...], double: bool) -> list[Tensor]:
+        """Return the results of eager PyTorch, in fp64 if `double`, else in the case's dtype."""
         module = copy.deepcopy(module).to(memory_format=torch.channels_last)
         if double:
             module.double()
@@ -163,13 +185,13 @@ class Case:
         with torch.no_grad():
             if isinstance(module, (ConvStats, ConvWgrad)) or not double:
                 return results_of(module(*inputs))
-            # In fp64 a few images at a time: their intermediates may not fit.
+            # In fp64 32 images at a time: the intermediate results of the whole batch may exceed memory.
             parts = zip(*(t.split(32) for t in inputs), strict=True)
             return [torch.cat([module(*part) for part in parts])]
 
 
 def loss_of(module: nn.Module, inputs: tuple[Tensor, ...], dtype: str) -> tuple[Tensor, Tensor]:
-    """(logits, loss), under autocast where the dtype is not the parameters'."""
+    """Return (logits, loss) for (images, labels), under autocast unless the dtype is fp32."""
     images, labels = inputs
     with torch.autocast(images.device.type, DTYPES[dtype], enabled=dtype != "fp32"):
         logits = module(images)
@@ -177,7 +199,7 @@ def loss_of(module: nn.Module, inputs: tuple[Tensor, ...], dtype: str) -> tuple[
 
 
 def trained(module: nn.Module, inputs: tuple[Tensor, ...], dtype: str) -> list[Tensor]:
-    """The logits of a step on these images and all its gradients, one behind the other."""
+    """Return [logits, all gradients concatenated] of a training step on (images, labels)."""
     module.train().zero_grad(set_to_none=True)
     logits, loss = loss_of(module, inputs, dtype)
     loss.backward()
@@ -186,62 +208,55 @@ def trained(module: nn.Module, inputs: tuple[Tensor, ...], dtype: str) -> list[T
     return [logits.detach(), torch.cat(gradients)]
 
 
+def _primitive(
+    C: int,
+    K: int,
+    R: int,
+    size: int,
+    stride: int,
+    dtype: str,
+    batch: int,
+    kind: str,
+    make: Callable[[], nn.Module],
+    terms: int,
+    operand: tuple[int, ...] | None = None,
+    residual: bool = False,
+) -> Case:
+    """Return a case on one convolution. kind: the end of its name. operand: sizes of a second operand."""
+    geometry = Geometry(stride, R // 2)
+    need = traffic.convolution((batch, C, size, size), (K, C, R, R), geometry, DTYPES[dtype].itemsize, residual)
+    name = f"{R}x{R} {C}->{K} {size}x{size}" + f"/{stride}" * (stride > 1) + kind
+    return Case("primitives", name, dtype, batch, size, C, make, (need,), terms, operand)
+
+
+def _output_size(R: int, size: int, stride: int) -> int:
+    return Geometry(stride, R // 2).output_size(size, R)
+
+
 def _convolution(C: int, K: int, R: int, size: int, stride: int, residual: bool, dtype: str, batch: int) -> Case:
-    out = Geometry(stride, R // 2).output_size(size, R)
-    return Case(
-        "primitives",
-        f"{R}x{R} {C}->{K} {size}x{size}" + f"/{stride}" * (stride > 1) + " + residual" * residual,
-        dtype,
-        batch,
-        size,
-        C,
-        functools.partial(_randomized, functools.partial(ConvAct, C, K, R, stride)),
-        (
-            traffic.convolution(
-                (batch, C, size, size), (K, C, R, R), Geometry(stride, R // 2), DTYPES[dtype].itemsize, residual
-            ),
-        ),
-        C * R * R,
-        (K, out, out) if residual else None,
-    )
+    make = functools.partial(_randomized, functools.partial(ConvAct, C, K, R, stride))
+    out = _output_size(R, size, stride)
+    kind, operand = (" + residual", (K, out, out)) if residual else ("", None)
+    return _primitive(C, K, R, size, stride, dtype, batch, kind, make, C * R * R, operand, residual)
 
 
 def _statistics(C: int, K: int, R: int, size: int, dtype: str, batch: int) -> Case:
-    return Case(
-        "primitives",
-        f"{R}x{R} {C}->{K} {size}x{size}, statistics",
-        dtype,
-        batch,
-        size,
-        C,
-        functools.partial(ConvStats, C, K, R, 1),
-        (traffic.convolution((batch, C, size, size), (K, C, R, R), Geometry(1, R // 2), DTYPES[dtype].itemsize),),
-        batch * size * size,
-    )
+    make = functools.partial(ConvStats, C, K, R, 1)
+    return _primitive(C, K, R, size, 1, dtype, batch, ", statistics", make, batch * size * size)
 
 
 def _weight_gradient(C: int, K: int, R: int, size: int, stride: int, dtype: str, batch: int) -> Case:
-    out = Geometry(stride, R // 2).output_size(size, R)
-    sizes, shape = (batch, C, size, size), (K, C, R, R)
-    return Case(
-        "primitives",
-        f"{R}x{R} {C}->{K} {size}x{size}" + f"/{stride}" * (stride > 1) + ", weight gradient",
-        dtype,
-        batch,
-        size,
-        C,
-        functools.partial(ConvWgrad, C, K, R, stride),
-        (traffic.convolution(sizes, shape, Geometry(stride, R // 2), DTYPES[dtype].itemsize),),
-        batch * out * out,
-        (K, out, out),
-    )
+    make = functools.partial(ConvWgrad, C, K, R, stride)
+    out = _output_size(R, size, stride)
+    kind, operand = ", weight gradient", (K, out, out)
+    return _primitive(C, K, R, size, stride, dtype, batch, kind, make, batch * out * out, operand)
 
 
 def _randomized(make: Callable[[], nn.Module]) -> nn.Module:
     return randomize_(make())
 
 
-# Of ResNet-50, one of each kind and map: C, K, R, map, stride, residual.
+# Convolutions of ResNet-50, one of each kind and map: C, K, R, size, stride, residual.
 CONVOLUTIONS = (
     (64, 64, 3, 56, 1, False),
     (64, 256, 1, 56, 1, True),
@@ -260,6 +275,7 @@ CONVOLUTIONS = (
 
 
 def primitives(dtype: str, batch: int, full: bool) -> Iterator[Case]:
+    """Yield convolutions; if `full` all of them, with statistics and weight gradients."""
     for shape in CONVOLUTIONS if full else CONVOLUTIONS[:3]:
         yield _convolution(*shape, dtype, batch)
     if full:
@@ -279,11 +295,12 @@ def _block(case: BlockCase, dtype: str, batch: int) -> Case:
     )
 
 
-# The ones where most of ResNet-18's and ResNet-50's time goes, of every kind of shortcut.
+# The blocks that take most of the time of ResNet-18 and ResNet-50, with both kinds of shortcut.
 FEW_BLOCKS = ("r18-layer1", "r50-layer1", "r50-layer2-down", "r50-layer3")
 
 
 def blocks(dtype: str, batch: int, full: bool) -> Iterator[Case]:
+    """Yield residual blocks; if `full` all of them, else FEW_BLOCKS."""
     for case in (*RESNET_CASES, RESNEXT_CASES[3]) if full else RESNET_CASES:
         if full or case.name in FEW_BLOCKS:
             yield _block(case, dtype, batch)
@@ -294,7 +311,7 @@ def _model(name: str) -> nn.Module:
 
 
 def model(section: str, name: str, dtype: str, batch: int, size: int = 224) -> Case:
-    """section: "inference" or "training"."""
+    """Return a whole model's case. section: "inference" or "training". name: torchvision's name of the model."""
     with torch.device("meta"):
         network = torchvision.models.get_model(name)
     plan = "block" if section == "inference" else "lazy"
@@ -304,6 +321,7 @@ def model(section: str, name: str, dtype: str, batch: int, size: int = 224) -> C
 
 
 def networks(section: str, models: Sequence[str], dtypes: Sequence[str], batches: Sequence[int]) -> Iterator[Case]:
+    """Yield the cases of all models in all dtypes with all batches."""
     for name in models:
         for dtype in dtypes:
             for batch in batches:

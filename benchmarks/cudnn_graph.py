@@ -1,6 +1,6 @@
-"""cuDNN's graph API: a network's convolutions, each with folded batch norm, residual and ReLU in one graph.
+"""A peer: cuDNN's graph API, with each convolution, its folded batch norm, residual and ReLU in one cuDNN graph.
 
-What a knowledgeable user of `nvidia-cudnn-frontend` would write; no GPU has run it yet.
+This is written as an experienced user of `nvidia-cudnn-frontend` would. No GPU has run it yet.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from .folding import folded
 
 
 def why_not() -> str | None:
+    """Return why cuDNN's graphs cannot run here, or None."""
     return None if importlib.util.find_spec("cudnn") else "nvidia-cudnn-frontend is not installed"
 
 
 def _names() -> dict[torch.dtype, Any]:
+    """Return cuDNN's data types by torch's."""
     import cudnn
 
     types = cudnn.data_type
@@ -29,8 +31,10 @@ def _names() -> dict[torch.dtype, Any]:
 
 
 class _Plan:
-    """conv(x, weight), then [+ bias] [+ residual] [relu] for operands of one size; statistics: also the sum and the sum
-    of squares per channel."""
+    """A built graph for operands of one size: y = [relu](conv(x, weight) [+ bias] [+ residual]).
+
+    statistics: also compute the convolution's sum and sum of squares per channel.
+    """
 
     def __init__(self, conv: nn.Conv2d, x: Tensor, handle: Any, relu: bool, residual: bool, statistics: bool) -> None:
         import cudnn
@@ -66,7 +70,7 @@ class _Plan:
             self.residual = tensor("residual", y)
             t = graph.add(a=t, b=self.residual)
         t = graph.relu(input=t) if relu else t
-        # Else the result would be NCHW.
+        # Without explicit strides the result would be NCHW.
         t.set_output(True).set_data_type(compute).set_dim(list(sizes)).set_stride(list(y.stride()))
         self.y = t
         graph.validate()
@@ -78,6 +82,7 @@ class _Plan:
         self.workspace = torch.empty(max(1, graph.get_workspace_size()), dtype=torch.uint8, device=x.device)
 
     def run(self, conv: nn.Conv2d, x: Tensor, residual: Tensor | None) -> list[Tensor]:
+        """Return [y], or [y, sum, sum of squares] with statistics. conv: gives weight and bias."""
         import cudnn
 
         y = torch.empty(self.sizes, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
@@ -94,6 +99,7 @@ class _Plan:
 
 
 def _geometry(conv: nn.Conv2d) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
+    """Return (stride, padding, dilation, groups)."""
     assert not isinstance(conv.padding, str)
     return conv.stride, conv.padding, conv.dilation, conv.groups
 
@@ -105,12 +111,12 @@ def _handle() -> Any:
     return cudnn.create_handle()
 
 
-# By all that a plan depends on: a network's convolutions are alike in groups.
+# Built graphs, by everything that a graph depends on. Convolutions of the same sizes share one.
 _plans: dict[tuple, _Plan] = {}
 
 
 class Fused(nn.Module):
-    """A convolution, with the bias that its batch norm was folded into, and what follows it."""
+    """A convolution whose batch norm is folded into weight and bias, with residual and ReLU, as one cuDNN graph."""
 
     def __init__(self, conv: nn.Conv2d, relu: bool, statistics: bool = False) -> None:
         super().__init__()
@@ -127,7 +133,7 @@ class Fused(nn.Module):
 
 
 class FusedBlock(nn.Module):
-    """A residual block of such."""
+    """A residual block whose convolutions are `Fused`."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -145,7 +151,7 @@ class FusedBlock(nn.Module):
 
 
 def fuse(module: nn.Module) -> nn.Module:
-    """A copy of the module, in inference, through cuDNN's graphs."""
+    """Return a copy of the module for inference whose convolutions run as cuDNN graphs."""
     copied = folded(module)
     if isinstance(copied, ConvStats):
         return Fused(copied.conv1, relu=False, statistics=True)
@@ -157,5 +163,5 @@ def fuse(module: nn.Module) -> nn.Module:
         for name, child in list(parent.named_children()):
             if isinstance(child, (resnet.BasicBlock, resnet.Bottleneck)):
                 setattr(parent, name, FusedBlock(child))
-    # The stem stays torch's: fused engines want channels in eights.
+    # The stem stays torch's: cuDNN's fused engines require channel counts that are multiples of 8.
     return copied

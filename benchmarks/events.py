@@ -1,11 +1,13 @@
-"""What a section's process tells while it works, one JSON object a line, so that nothing is lost when it is cut, hangs
-or takes its process with it:
+"""The events that a section's process writes while it works, one JSON object per line.
 
-    {"begin": row, "within": seconds}   from here on whatever ends the process is the row's doing (null: nobody's)
-    {"row": row}         a result
-    {"done": group}      everything there is to know of a group
-    {"facts": {...}}     of the machine
-    {"details": {...}}   of the section
+A section may be cut, hang, or crash with its process. What it wrote before is not lost:
+
+    {"begin": row, "within": seconds}   the row's measurement begins. If the process hangs or crashes now, the row is to
+                                        blame. null: nothing is being measured.
+    {"row": row}                        a result
+    {"done": group}                     all rows of the group (`Row.group`) are complete
+    {"facts": {...}}                    facts of the machine, for `Results.facts`
+    {"details": {...}}                  findings of the section, for `Section.details`
 """
 
 from __future__ import annotations
@@ -18,12 +20,12 @@ from typing import Any
 
 from resnet_kernels.analysis.results import Row
 
-# Stands for a provider where a case itself is being prepared.
+# The provider of a "begin" event while a case itself is being prepared.
 PREPARATION = "preparation"
 
 
 def read(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """What is told from the offset on, and the offset behind it. Whole lines only: the last may be cut."""
+    """Return the events from the offset on, and the offset after them. An unfinished last line is left for later."""
     if not path.exists():
         return [], offset
     with path.open("rb") as file:
@@ -34,7 +36,10 @@ def read(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
 
 
 class Log:
-    """Writes a section's events, and knows what an earlier process of the same section left behind."""
+    """Writes a section's events, and knows those of an earlier process of the same section.
+
+    budget: seconds that the section may take from now on.
+    """
 
     def __init__(self, path: Path, budget: float) -> None:
         self.path, self.deadline = path, time.monotonic() + budget
@@ -50,11 +55,11 @@ class Log:
                 self._done.add(tuple(event["done"]))
 
     def left(self) -> float:
-        """Seconds of the budget."""
+        """Return the seconds that are left of the budget."""
         return self.deadline - time.monotonic()
 
     def knows(self, row: Row) -> bool:
-        """Whether there is a result of the row's provider, or its group is done."""
+        """Return whether the log has a result of the row's provider and group, or the group is done."""
         return row.group in self._done or (row.group, row.provider) in self._known
 
     def _write(self, event: dict[str, Any]) -> None:
@@ -62,15 +67,20 @@ class Log:
             file.write(json.dumps(event) + "\n")
 
     def begin(self, row: Row | None, within: float | None = None) -> None:
-        """within: seconds after which it hangs; None: the suite's patience."""
+        """Record that a row's measurement begins; None: that nothing is being measured.
+
+        within: seconds without an event after which the suite regards the process as hung; None: its `--patience`.
+        """
         self._write({"begin": None if row is None else dataclasses.asdict(row), "within": within})
 
     def row(self, row: Row) -> None:
+        """Record a result."""
         self._write({"row": dataclasses.asdict(row)})
 
     def done(self, group: tuple) -> None:
+        """Record that all rows of a group are complete."""
         self._write({"done": group})
 
-    def tell(self, kind: str, found: dict[str, Any]) -> None:
-        """kind: "facts" or "details"."""
+    def add(self, kind: str, found: dict[str, Any]) -> None:
+        """Record facts of the machine (kind "facts") or findings of the section (kind "details")."""
         self._write({kind: found})

@@ -1,4 +1,4 @@
-"""Batch norms folded into the convolutions before them, as users do before inference."""
+"""Folds batch norms into the convolutions before them, as users of PyTorch do for inference."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 def folded(module: nn.Module) -> nn.Module:
-    """A copy in channels_last: conv1, bn1 and so on, and a downsample's two, folded in fp32 and rounded once."""
+    """Return a copy in channels_last whose batch norms are folded, in fp32, and rounded to the module's dtype once.
+
+    Folded are the pairs conv1 and bn1 to conv3 and bn3 of any submodule, and items 0 and 1 of a Sequential (the
+    projection of a block).
+    """
     dtype = next(module.parameters()).dtype
     copied = copy.deepcopy(module).float().eval()
     for parent in list(copied.modules()):

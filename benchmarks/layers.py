@@ -1,4 +1,4 @@
-"""Where the time of a forward goes: a model's stem, blocks and head, each timed as the model runs."""
+"""The time of each part of a model's forward: stem, blocks and head are timed while the whole model runs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _replaced(prepared: Prepared) -> nn.Module:
 
 
 def _frozen(prepared: Prepared) -> nn.Module:
-    """Block by block, so that each can be timed; a whole frozen model has no such seams."""
+    """Return the model with every block frozen by itself. A frozen model has no modules that could be timed."""
     module = _eager(prepared)
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
@@ -42,7 +42,8 @@ def _frozen(prepared: Prepared) -> nn.Module:
     return module
 
 
-WAYS: dict[str, tuple[bool, Callable[[Prepared], nn.Module]]] = {
+# By provider: whether it is a peer, and what makes its model.
+PROVIDERS: dict[str, tuple[bool, Callable[[Prepared], nn.Module]]] = {
     "eager channels_last": (True, _eager),
     "replaced": (False, _replaced),
     "frozen by block": (False, _frozen),
@@ -50,7 +51,7 @@ WAYS: dict[str, tuple[bool, Callable[[Prepared], nn.Module]]] = {
 
 
 class _Marks:
-    """Times at which parts begin and end, from hooks. On a GPU events, read afterwards."""
+    """Records when the parts of a model begin and end, by hooks. On a GPU these are events, which are read later."""
 
     def __init__(self, module: nn.Module, blocks: list[str], device: torch.device) -> None:
         self.device, self.marks = device, []
@@ -70,7 +71,7 @@ class _Marks:
             self.marks.append((name, time.perf_counter()))
 
     def take(self) -> dict[str, float]:
-        """Seconds of each part since the last time."""
+        """Return the seconds of each part since the last call."""
         synchronize(self.device)
         found: dict[str, float] = {}
         begun: dict[str, Any] = {}
@@ -86,25 +87,30 @@ class _Marks:
 
 @torch.no_grad()
 def measure(case: Case, device: torch.device, log: Log, rounds: int) -> None:
-    """case: a model's inference. Rows of section "layers", a part each."""
+    """Log one row of section "layers" per provider and part of a model.
+
+    Args:
+        case: a model's inference.
+        rounds: forwards of each model.
+    """
     if log.knows(dataclasses.replace(case.row("", "ok"), section="layers", part="head")):
         return
     prepared = case.prepare(device, references=False)
     torch.backends.cudnn.benchmark = True
     blocks = [name for name, m in prepared.module.named_modules() if isinstance(m, BLOCKS)]
-    ways = {}
-    for name, (peer, make) in WAYS.items():
+    models = {}
+    for name, (peer, make) in PROVIDERS.items():
         try:
-            ways[name] = make(prepared)
-            ways[name](*prepared.inputs[0])
-        except Exception as error:  # whatever it was, the others have nothing to do with it
+            models[name] = make(prepared)
+            models[name](*prepared.inputs[0])
+        except Exception as error:  # the failure of one provider must not end the others
             row = dataclasses.replace(case.row(name, "failed", peer=peer), section="layers")
             log.row(dataclasses.replace(row, reason=f"{type(error).__name__}: {error}"[:300]))
-            ways.pop(name, None)
-    marks = {name: _Marks(module, blocks, device) for name, module in ways.items()}
-    seconds: dict[str, dict[str, list[float]]] = {name: {} for name in ways}
+            models.pop(name, None)
+    marks = {name: _Marks(module, blocks, device) for name, module in models.items()}
+    seconds: dict[str, dict[str, list[float]]] = {name: {} for name in models}
     for i in range(rounds):
-        for name, module in ways.items():
+        for name, module in models.items():
             if i and log.left() <= 0:
                 break
             module(*prepared.inputs[i % len(prepared.inputs)])
@@ -117,7 +123,7 @@ def measure(case: Case, device: torch.device, log: Log, rounds: int) -> None:
         for part, values in parts.items():
             need, s = needs[part], sample(values)
             part_case = dataclasses.replace(case, section="layers", needs=(need,))
-            row = part_case.row(name, "ok", peer=WAYS[name][0], part=part, floor=part_case.floor(log.facts))
+            row = part_case.row(name, "ok", peer=PROVIDERS[name][0], part=part, floor=part_case.floor(log.facts))
             row.seconds, row.p20, row.p80, row.rounds = s
             log.row(row)
     log.done(dataclasses.replace(case.row("", "ok"), section="layers", part="head").group)

@@ -1,4 +1,8 @@
-"""What Nsight Compute reads of the kernels of a frozen ResNet-50: `python -m benchmarks.ncu` is what it profiles."""
+"""Profiles the kernels of a frozen ResNet-50 with Nsight Compute (ncu).
+
+`command` returns the ncu command line, `rows` reads its output. `python -m benchmarks.ncu` is the program that ncu
+runs.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,10 @@ import resnet_kernels as rk
 from resnet_kernels.analysis.results import Row
 from resnet_kernels.testing import randomize_
 
+# Images; kernels that ncu profiles; kernels that are reported.
 BATCH, KERNELS, SLOWEST = 256, 40, 8
 
-# Our names for ncu's metrics; of several that fit, whichever of the GPU's generation is there.
+# ncu's metrics by our name. Their names depend on the GPU's generation: the first one in the output counts.
 METRICS = {
     "seconds": ("gpu__time_duration.sum",),
     "dram_share": (
@@ -42,7 +47,11 @@ BYTES = {"byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "Tbyte": 1e12}
 
 
 def command(tool: str, out: Path) -> list[str]:
-    """Clocks are left as they are. Sections, not metrics by name: a name that a GPU does not know is an error."""
+    """Return the command that profiles this module and writes CSV to `out`. tool: path of ncu.
+
+    Clocks are left as they are. ncu is given sections and not names of metrics, because a name that the GPU does not
+    know would be an error.
+    """
     sections = ["SpeedOfLight", "MemoryWorkloadAnalysis", "ComputeWorkloadAnalysis", "Occupancy", "LaunchStats"]
     chosen = [word for section in sections for word in ("--section", section)]
     return [
@@ -52,8 +61,21 @@ def command(tool: str, out: Path) -> list[str]:
     ]
 
 
+def _metrics(values: dict[str, str], unit: dict[str, str]) -> dict[str, float]:
+    """Return one kernel's METRICS by our names, in seconds and bytes, from ncu's values and units by column."""
+    found = {}
+    for name, candidates in METRICS.items():
+        for metric in candidates:
+            value = values.get(metric, "").replace(",", "")
+            if value and value.replace(".", "", 1).replace("-", "", 1).isdigit():
+                units, key = (UNITS, unit[metric]) if name == "seconds" else (BYTES, unit[metric].split("/")[0])
+                found[name] = float(value) * units.get(key, 1.0)
+                break
+    return found
+
+
 def rows(text: str) -> list[Row]:
-    """The slowest kernels of ncu's CSV (`--page raw`: names, units, then a line a kernel)."""
+    """Return the slowest kernels in ncu's CSV (`--page raw`: a line of names, one of units, then one per kernel)."""
     lines = [line for line in text.splitlines() if line.startswith('"')]
     if len(lines) < 3:
         return []
@@ -62,18 +84,7 @@ def rows(text: str) -> list[Row]:
     found = []
     for i, fields in enumerate(kernels):
         values = dict(zip(header, fields, strict=False))
-        metrics = {}
-        for name, candidates in METRICS.items():
-            for metric in candidates:
-                value = values.get(metric, "").replace(",", "")
-                if value and value.replace(".", "", 1).replace("-", "", 1).isdigit():
-                    scale = (
-                        UNITS.get(unit[metric], 1.0)
-                        if name == "seconds"
-                        else BYTES.get(unit[metric].split("/")[0], 1.0)
-                    )
-                    metrics[name] = float(value) * scale
-                    break
+        metrics = _metrics(values, unit)
         name = values.get("Kernel Name", "?").split("(")[0]
         row = Row(
             "profile", "resnet50", "frozen triton", "ok", part=f"{i}: {name}", dtype="bf16", batch=BATCH, size=224
@@ -86,6 +97,7 @@ def rows(text: str) -> list[Row]:
 
 @torch.no_grad()
 def main() -> None:
+    """Run the frozen model twice, the second time for the profiler."""
     model = randomize_(torchvision.models.resnet50()).eval().to("cuda", torch.bfloat16)
     x = torch.randn(BATCH, 3, 224, 224, device="cuda", dtype=torch.bfloat16)
     with rk.use_backend("gpu"):

@@ -1,8 +1,8 @@
-"""Who computes a case: PyTorch and its rivals as a knowledgeable user would run them, and ours.
+"""The providers that compute a case: peers as an experienced user would run them, and this package's implementations.
 
-A provider is data: its name, whose it is, which sections it takes part in, why not here, and `build`, which gives a
-callable of the case's inputs per mode: "call", launched from Python, and "graph", one captured CUDA graph. Where a
-provider brings no graph of its own, `measure` captures its calls.
+Peers are PyTorch (eager, folded, torch.compile), timm, OpenVINO, ONNX Runtime and cuDNN's graphs. `build` of a provider
+returns one function of the case's inputs per mode: "call", launched from Python, and "graph", one captured CUDA graph.
+`measure` captures the calls of a provider that has no graph of its own.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from . import cudnn_graph
 from .cases import Case, ConvAct, ConvStats, ConvWgrad, Prepared, loss_of
 from .folding import folded
 
+# Sets of sections in which a provider takes part.
 INFERENCE = frozenset({"primitives", "blocks", "inference"})
 MODELS = frozenset({"blocks", "inference"})
 ALONE = frozenset({"inference"})
@@ -35,7 +36,7 @@ ALONE = frozenset({"inference"})
 
 @dataclasses.dataclass
 class Built:
-    """runs: by mode. module: of a training step, whose gradients are to be checked."""
+    """runs: the function of the inputs, by mode. module: the module of a training step, whose gradients are checked."""
 
     runs: dict[str, Callable[..., Any]]
     module: nn.Module | None = None
@@ -43,9 +44,17 @@ class Built:
 
 @dataclasses.dataclass(frozen=True)
 class Provider:
-    """contiguous: its inputs are NCHW; else channels_last. keeps_memory: between calls, so that a call's own cannot be
-    told. patience: seconds that building may take on a GPU machine
-    and on two CPU cores; not begun where fewer are left."""
+    """An implementation to measure.
+
+    peer: True for implementations other than this package's.
+    sections: those in which it takes part. devices: those on which it runs.
+    build: returns the functions to check and time.
+    why_not: returns why it cannot compute a case on this machine, or None.
+    contiguous: its inputs are NCHW; if False, channels_last.
+    keeps_memory: it holds memory between calls, so that the memory of a single call cannot be measured.
+    patience: seconds that building for a whole network may take on a GPU machine and on two CPU cores. It is not begun
+        if fewer are left.
+    """
 
     name: str
     peer: bool
@@ -61,9 +70,11 @@ class Provider:
         return self.name
 
     def patience_on(self, device: torch.device, section: str) -> float:
-        """Of a whole network, or of a convolution or block."""
+        """Return the seconds that building may take. Convolutions and blocks take less than whole networks."""
         seconds = self.patience[0 if device.type == "cuda" else 1]
-        return seconds if section in ("inference", "training") else 10.0 if seconds > 20 else min(seconds, 1.0)
+        if section in ("inference", "training"):
+            return seconds
+        return 10.0 if seconds > 20 else min(seconds, 1.0)
 
 
 def _copied(prepared: Prepared) -> nn.Module:
@@ -83,7 +94,7 @@ def _no_grad(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _step(module: nn.Module, case: Case) -> Built:
-    """A training step's forward and backward; gradients are made anew each time."""
+    """Return the forward and backward of a training step, which allocates its gradients anew each time."""
     module.train()
 
     def run(*inputs: Tensor) -> Tensor:
@@ -115,12 +126,12 @@ def _folded(prepared: Prepared, case: Case) -> Built:
 
 
 def _inductor(prepared: Prepared, case: Case, mode: str | None = None) -> Built:
-    # Whole, or an error: never eager again behind some limit.
+    # fullgraph: what cannot be compiled is an error. It must not fall back to eager.
     compiled = torch.compile(_nhwc(prepared), mode=mode, dynamic=False, fullgraph=True)
     if case.training:
         return _step(compiled, case)
 
-    # Freezing folds the batch norms and packs the weights, as freeze does. What is compiled now stays.
+    # Inductor's freezing folds batch norms and packs weights, as rk.freeze does. It is needed while compiling only.
     with torch._inductor.config.patch(freezing=True), torch.no_grad():
         compiled(*prepared.inputs[0])
     # max-autotune captures CUDA graphs by itself.
@@ -146,17 +157,19 @@ def _timm(prepared: Prepared, case: Case) -> Built:
 
 
 def _exported(prepared: Prepared, path: Path) -> None:
-    """ONNX, with batch norms folded, for the inputs' sizes."""
+    """Write the module, with batch norms folded, as ONNX for the inputs' sizes."""
     module = folded(prepared.module).to(memory_format=torch.contiguous_format)
     inputs = tuple(t.contiguous() for t in prepared.inputs[0])
     torch.onnx.export(module, inputs, path, dynamo=True, optimize=True, verbose=False)
 
 
 def _missing(package: str) -> Callable[[Prepared, Case], str | None]:
+    """Return the `why_not` of a peer in this Python package, which is measured in fp32 only."""
+
     def why_not(prepared: Prepared, case: Case) -> str | None:
         if importlib.util.find_spec(package) is None:
-            return f"{package} is not installed (pip install 'resnet_kernels[peers]')"
-        return None if case.dtype == "fp32" else f"expected fp32 here, got {case.dtype}"
+            return f"{package} is not installed (pip install -e '.[peers]')"
+        return None if case.dtype == "fp32" else f"{package} is measured in fp32 only, got {case.dtype}"
 
     return why_not
 
@@ -167,7 +180,7 @@ def _openvino(prepared: Prepared, case: Case) -> Built:
     with tempfile.TemporaryDirectory() as folder:
         _exported(prepared, Path(folder, "model.onnx"))
         model = openvino.Core().read_model(Path(folder, "model.onnx"))
-    # In the dtype asked for: by default OpenVINO may choose a narrower one.
+    # The dtype is given because by default OpenVINO may choose a narrower one.
     options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
     options["INFERENCE_PRECISION_HINT"] = "f32"
     compiled = openvino.Core().compile_model(model, "CPU", options)
@@ -199,7 +212,7 @@ def _onnxruntime(prepared: Prepared, case: Case) -> Built:
 
 def _cudnn_why_not(prepared: Prepared, case: Case) -> str | None:
     if isinstance(prepared.module, ConvWgrad):
-        return "a weight gradient alone: eager's is cuDNN's"
+        return "a weight gradient has nothing to fuse: eager PyTorch already runs cuDNN's"
     return cudnn_graph.why_not()
 
 
@@ -211,7 +224,7 @@ def _cudnn(prepared: Prepared, case: Case) -> Built:
 
 
 def _by(backend: str | None, function: Callable[..., Any]) -> Callable[..., Any]:
-    """With the backend named; None: automatic choice."""
+    """Return the function, run by the named backend; None: by the automatic choice."""
     if backend is None:
         return function
 
@@ -235,16 +248,16 @@ def _frozen(prepared: Prepared, case: Case, backend: str | None = None) -> Built
     with rk.use_backend(backend):
         if not prepared.inputs[0][0].is_cuda:
             return Built({"call": rk.freeze(prepared.module)})
-        ways = {"call": False, "graph": True}
-        return Built({mode: rk.freeze(prepared.module, cuda_graphs=graphs) for mode, graphs in ways.items()})
+        modes = {"call": False, "graph": True}
+        return Built({mode: rk.freeze(prepared.module, cuda_graphs=graphs) for mode, graphs in modes.items()})
 
 
 def _conv(prepared: Prepared, case: Case, backend: str) -> Built:
-    """A convolution by the contract, with its weight packed beforehand; its statistics; a weight gradient."""
+    """Return a primitive by a backend's contract: a convolution with packed weight, statistics or a weight gradient."""
     b, module = select.BY_NAME[backend], prepared.module
     if isinstance(module, ConvWgrad):
         kernel, of = tuple(module.conv1.weight.shape[2:]), _geometry(module.conv1)
-        # Rounded as PyTorch's is.
+        # Rounded to the dtype of x, as PyTorch's weight gradient is.
         return Built({"call": lambda x, dy: b.wgrad(Operand(dy), Operand(x), kernel, of)[0].to(x.dtype)})
     if isinstance(module, ConvStats):
         return Built({"call": _no_grad(functools.partial(_with_statistics, b, module.conv1))})
@@ -263,6 +276,7 @@ def _conv(prepared: Prepared, case: Case, backend: str) -> Built:
 
 
 def _with_statistics(b: Backend, conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return conv(x), its sum and its sum of squares per channel, from the backend's (rows, mean, M2)."""
     c, stats = b.conv([Product(Operand(x), conv.weight, _geometry(conv))], Epilogue(reduce="stats"))
     return c, stats.mean * stats.rows, stats.M2 + stats.rows * stats.mean.square()
 
@@ -273,6 +287,7 @@ def _geometry(conv: nn.Conv2d) -> Geometry:
 
 
 def _conv_why_not(prepared: Prepared, case: Case, backend: str) -> str | None:
+    """Return why the backend does not run the case's primitive, or None."""
     module = prepared.module
     x, *residual = prepared.inputs[0]
     product = Product(Operand(x), module.conv1.weight, _geometry(module.conv1))
@@ -286,18 +301,23 @@ def _conv_why_not(prepared: Prepared, case: Case, backend: str) -> str | None:
 
 
 def _block_why_not(prepared: Prepared, case: Case, backend: str) -> str | None:
-    """Why the backend does not run the case's blocks: what it says of a plain one in their dtype."""
+    """Return why the backend does not run the case's blocks, or None.
+
+    The answer is that for a 3x3 convolution with a residual in the case's dtype, which stands for all of them.
+    """
     x = prepared.inputs[0][0]
     needs, weights = frozenset({"conv", "residual"}), (((64, 64, 3, 3), Geometry(1, 1)),)
     return select.BY_NAME[backend].why_not(select.Call(x.device, x.dtype, needs, weights))
 
 
 def _of_backend(backend: str, devices: tuple[str, ...]) -> list[Provider]:
+    """Return the providers of a named backend: single convolutions, replaced blocks and frozen models."""
+
     def bind(function: Callable[..., Any]) -> Callable[..., Any]:
         return functools.partial(function, backend=backend)
 
     why = bind(_block_why_not)
-    # Where it is not what "replaced" is.
+    # Training by a named backend is measured only if the automatic choice ("replaced") may be another one.
     trained = {"training"} if backend in ("gpu", "gpu:triton", "gpu:sm90", "gpu:cuda") else set()
     return [
         Provider(backend, False, frozenset({"primitives"}), bind(_conv), devices, bind(_conv_why_not)),
@@ -310,7 +330,7 @@ def _everywhere() -> frozenset[str]:
     return INFERENCE | {"training"}
 
 
-# In the order of the tables; what takes long to build comes last among the peers, so that a cut leaves the others.
+# In the order of the tables.
 PROVIDERS: list[Provider] = [
     Provider("eager", True, _everywhere(), _eager, contiguous=True),
     Provider("eager channels_last", True, _everywhere(), _channels_last),
@@ -340,6 +360,6 @@ PROVIDERS: list[Provider] = [
 
 
 def providers_of(section: str, device: str, names: list[str] | None = None) -> list[Provider]:
-    """Those of the section on the device; of these names only, if names are given."""
+    """Return the providers that take part in a section on a device; if names are given, only those of these names."""
     found = [p for p in PROVIDERS if section in p.sections and device in p.devices]
     return found if names is None else [p for p in found if p.name in names]

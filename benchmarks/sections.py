@@ -1,8 +1,9 @@
-"""The sections that measure, each a process of its own: a kernel that crashes takes only that process along.
+"""The sections that measure. Each runs in a process of its own, so that a kernel that crashes ends only that process.
 
     python -m benchmarks.sections NAME --device cuda --events FILE --budget SECONDS
 
-`gpu_suite` starts them, and starts one again where it ended before its work was done.
+`gpu_suite` starts these processes. If one crashes or hangs, `gpu_suite` starts it again, and it continues after the row
+that was to blame.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import itertools
 import json
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ from .providers import providers_of
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the user may choose. None: what suits the device. full: every case, else the ones that tell most."""
+    """The user's choices. None: the default for the device. full: measure every case instead of the most important."""
 
     models: list[str] | None = None
     dtypes: list[str] | None = None
@@ -51,6 +53,8 @@ class Options:
 
 @dataclasses.dataclass
 class Context:
+    """The arguments of every section."""
+
     device: torch.device
     log: Log
     options: Options
@@ -60,6 +64,7 @@ class Context:
         return self.device.type == "cuda"
 
     def rounds(self, gpu: int, cpu: int) -> int:
+        """Return the user's number of rounds, or the default for the device."""
         return self.options.rounds or (gpu if self.gpu else cpu)
 
 
@@ -70,7 +75,10 @@ PACKAGES = ("torch", "torchvision", "triton", "nvidia-cudnn-frontend", "timm", "
 
 
 def static_facts(device: str, commit: str | None = None) -> dict[str, Any]:
-    """That nothing has to run for. commit: of this code; None: as git tells, where it is there."""
+    """Return the facts of the machine and the installation that need no measurement.
+
+    commit: the commit of this code. None: as `git describe` reports it; "unknown" without git.
+    """
     if commit is None:
         describe = ["git", "-C", str(Path(__file__).parent.parent), "describe", "--always", "--dirty", "--exclude", "*"]
         with contextlib.suppress(OSError):
@@ -91,7 +99,7 @@ def static_facts(device: str, commit: str | None = None) -> dict[str, Any]:
 
 
 def _smi(**fields: str) -> dict[str, str]:
-    """What nvidia-smi says of each field, by our names; or nothing."""
+    """Return nvidia-smi's values by our names, {our name: nvidia-smi's field}; empty if nvidia-smi does not run."""
     try:
         command = ["nvidia-smi", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader"]
         line = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.splitlines()[0]
@@ -101,20 +109,22 @@ def _smi(**fields: str) -> dict[str, str]:
 
 
 def _best_seconds(call: Callable[[], Any], device: torch.device, rounds: int) -> float:
+    """Return the 20th percentile of the call's time."""
     clock = Clock(device, queued=True)
     call()
     return sample([clock.seconds(call) for _ in range(rounds)]).p20
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes read and written a second by a large copy."""
+    """Return the bytes/s that a large copy reads and writes."""
     source = torch.empty(1 << (30 if device.type == "cuda" else 27), dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     return 2 * source.numel() / _best_seconds(lambda: target.copy_(source), device, 10)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of the better of a large product and a 3x3 convolution, of normal numbers."""
+    """Return the operations/s of a large matrix product or a 3x3 convolution, whichever is faster, on normal
+    numbers."""
     n, images = (8192, 256) if device.type == "cuda" else (1536, 4)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     x = torch.randn(images, 256, 28, 28, device=device).to(dtype, memory_format=torch.channels_last)
@@ -127,7 +137,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def fp8_rate(device: torch.device) -> float:
-    """Of a large product of e4m3 numbers. Raises where the GPU has none."""
+    """Return the operations/s of a large matrix product of e4m3 numbers. Raises RuntimeError if the GPU has none."""
     n = 8192
     a, b = (torch.randn(n, n, device=device).to(torch.float8_e4m3fn) for _ in range(2))
     one = torch.ones((), device=device)
@@ -139,7 +149,7 @@ def fp8_rate(device: torch.device) -> float:
 
 
 def facts(c: Context) -> None:
-    """The machine, and its ceilings as they are found: no clock is set."""
+    """Record the machine and measure its ceilings. The GPU's clocks are left as they are."""
     if c.gpu:
         p = torch.cuda.get_device_properties(c.device)
         found = {
@@ -151,69 +161,80 @@ def facts(c: Context) -> None:
                 driver="driver_version", clock_before="clocks.sm", most_clock="clocks.max.sm", power_limit="power.limit"
             ),
         }
-        c.log.tell("facts", found)
+        c.log.add("facts", found)
     with torch.no_grad():
-        c.log.tell("facts", {"memory": copy_rate(c.device)})
+        c.log.add("facts", {"memory": copy_rate(c.device)})
         matrix = {}
         for name, dtype in DTYPES.items():
-            # Emulated on a CPU without such instructions, a product would take minutes.
+            # On a CPU without 16-bit instructions they are emulated, and a product would take minutes.
             if c.gpu or name == "fp32" or torch.ops.mkldnn._is_mkldnn_bf16_supported() and name == "bf16":
                 matrix[name] = matrix_rate(c.device, dtype)
         if c.gpu:
             try:
                 matrix["fp8"] = fp8_rate(c.device)
             except RuntimeError as error:
-                c.log.tell("details", {"fp8": str(error).splitlines()[0]})
-        c.log.tell("facts", {"matrix": matrix})
+                c.log.add("details", {"fp8": str(error).splitlines()[0]})
+        c.log.add("facts", {"matrix": matrix})
     if c.gpu:
-        c.log.tell("facts", _smi(clock_after="clocks.sm", memory_clock_after="clocks.mem"))
+        c.log.add("facts", _smi(clock_after="clocks.sm", memory_clock_after="clocks.mem"))
 
 
 # Compilation ahead
 
 
-def ahead(c: Context, of_tuning: bool = False) -> None:
-    """Compile what the Triton backend will launch, and the tuner will try, on all cores, into Triton's cache."""
-    from resnet_kernels.backends.gpu.ahead import compile_all
-    from resnet_kernels.backends.gpu.launch import Native, arch_of
-    from resnet_kernels.backends.gpu.offline import specialize
+def _launches_ahead(c: Context, arch: int, tuning: bool) -> list[Any]:
+    """Return the launches of later sections, and with `tuning` those that the tuner will try; Launch objects."""
     from resnet_kernels.tuning import CANDIDATES
-    from resnet_kernels.tuning.launches import field, problems_of
+    from resnet_kernels.tuning.launches import candidates_of, problems_of
 
-    os.nice(10)  # what runs beside it is waited for
-    arch, made, tried = arch_of(c.device), [], []
+    found, candidates = [], []
     todo = list(_models(c, "inference"))
     for case in todo:
         with torch.device("meta"):
             model = torchvision.models.get_model(case.name).eval().to(DTYPES[case.dtype])
             images = torch.empty(case.batch, 3, case.size, case.size, dtype=DTYPES[case.dtype])
         launches = launches_of(model, images, arch)
-        made += launches
-        if of_tuning and case.name == todo[0].name:  # the tuner will hardly reach the others
+        found += launches
+        # The first model's only: the tuner will hardly reach the others.
+        if tuning and case.name == todo[0].name:
             problems = {problem.key: problem for problem in problems_of(launches)}
-            tried += [m for p in problems.values() for m in field(p, c.device, CANDIDATES).made.values()]
+            candidates = [m for p in problems.values() for m in candidates_of(p, c.device, CANDIDATES).made.values()]
     for case in cases.blocks(todo[0].dtype, 256, c.options.full):
         with torch.device("meta"):
             x = torch.empty(case.batch, case.channels, case.size, case.size, dtype=DTYPES[case.dtype])
-            made += launches_of(case.make().to(x.dtype), x.to(memory_format=torch.channels_last), arch)
+            found += launches_of(case.make().to(x.dtype), x.to(memory_format=torch.channels_last), arch)
     for case in _models(c, "training"):
         model = torchvision.models.get_model(case.name).to("meta", DTYPES[case.dtype])
         images = torch.empty(case.batch, 3, case.size, case.size, dtype=DTYPES[case.dtype], device="meta")
         launches = training_launches_of(model, images.to(memory_format=torch.channels_last), arch)
-        made += [m for m in launches if m.kernel is not None]
-    compiled_here = [m for m in [*made, *tried] if not isinstance(m, Native)]
-    made = list({str(specialize(m, arch)[0]): m for m in compiled_here}.values())
+        found += [m for m in launches if m.kernel is not None]  # None: computed by torch's library
+    return found + candidates
+
+
+def ahead(c: Context, tuning: bool = False) -> None:
+    """Compile the Triton kernels of later sections on all cores, into Triton's cache.
+
+    tuning: also compile the kernels that the tuner will try.
+    """
+    from resnet_kernels.backends.gpu.ahead import compile_all
+    from resnet_kernels.backends.gpu.launch import CudaLaunch, arch_of
+    from resnet_kernels.backends.gpu.offline import specialize
+
+    os.nice(10)  # the sections that run at the same time have priority
+    arch = arch_of(c.device)
+    by_triton = [m for m in _launches_ahead(c, arch, tuning) if not isinstance(m, CudaLaunch)]
+    distinct = list({str(specialize(m, arch)[0]): m for m in by_triton}.values())
     begun = time.monotonic()
-    compiled = compile_all(made, arch, max(1, (os.cpu_count() or 2) - 2))
-    bad = [f"{m.what}: {r}" for m, r in zip(made, compiled, strict=True) if isinstance(r, str)]
-    c.log.tell("details", {"launches": len(made), "failed": bad, "seconds": round(time.monotonic() - begun, 1)})
+    compiled = compile_all(distinct, arch, max(1, (os.cpu_count() or 2) - 2))
+    bad = [f"{m.what}: {r}" for m, r in zip(distinct, compiled, strict=True) if isinstance(r, str)]
+    c.log.add("details", {"launches": len(distinct), "failed": bad, "seconds": round(time.monotonic() - begun, 1)})
 
 
 # Tuning
 
 
 def tuning(c: Context) -> None:
-    """rk.tune, into the folder of tables that later sections read."""
+    """Run rk.tune on the models of the section "inference". Later sections read the tables that it writes."""
     todo = list(_models(c, "inference"))
     report = {}
     for i, case in enumerate(todo):
@@ -222,7 +243,7 @@ def tuning(c: Context) -> None:
             continue
         model = case.make().eval().to(c.device, DTYPES[case.dtype])
         x = torch.randn(case.batch, 3, case.size, case.size, device=c.device).to(DTYPES[case.dtype])
-        # The first gets half of what is left, and so on: it is the one that matters most.
+        # Each model gets half of the time left, because the first ones matter most; the last one gets all of it.
         budget = c.log.left() if i == len(todo) - 1 else c.log.left() / 2
         row = dataclasses.replace(case.row("tune", "ok"), section="tuning")
         found = rk.tune(
@@ -233,38 +254,40 @@ def tuning(c: Context) -> None:
         )
         c.log.begin(None)
         report[str(case)] = [*map(str, found.measured), f"{found.kept} known before, {found.left} left"]
-        c.log.tell("details", dict(report))
+        c.log.add("details", dict(report))
 
 
 # Measurements
 
 
-def _few(c: Context, section: str, full: dict[str, Any]) -> dict[str, Any]:
-    """The user's choice, else the section's."""
-    chosen = {name: getattr(c.options, name) for name in ("models", "dtypes", "batches")}
-    return {name: chosen[name] or default for name, default in full.items()}
+def _chosen(c: Context, defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return the user's models, dtypes and batches, or the defaults where the user chose none."""
+    return {name: getattr(c.options, name) or default for name, default in defaults.items()}
 
 
 def _models(c: Context, section: str) -> Iterable[Case]:
-    """In order of value: a cut leaves the first."""
+    """Yield the models of a section, the most important first, because a cut loses the last ones."""
     if c.gpu and section == "inference":
-        first = cases.networks(
-            section, **_few(c, section, {"models": ["resnet50"], "dtypes": ["bf16"], "batches": [256, 32, 1]})
-        )
+        defaults = {"models": ["resnet50"], "dtypes": ["bf16"], "batches": [256, 32, 1]}
+        first = cases.networks(section, **_chosen(c, defaults))
         rest = ["resnet18", "resnet101", "resnext50_32x4d"]
         more = cases.networks(section, rest, c.options.dtypes or ["bf16"], c.options.batches or [256, 32, 1])
         return [*first, *([] if c.options.models else more)]
     if c.gpu:
-        few = {"models": ["resnet50", "resnet18"], "dtypes": ["bf16"], "batches": [128]}
+        defaults = {"models": ["resnet50", "resnet18"], "dtypes": ["bf16"], "batches": [128]}
     elif section == "inference":
-        few = {"models": ["resnet50", "resnet18"], "dtypes": ["fp32"], "batches": [8]}
+        defaults = {"models": ["resnet50", "resnet18"], "dtypes": ["fp32"], "batches": [8]}
     else:
-        few = {"models": ["resnet18", "resnet50"], "dtypes": ["fp32"], "batches": [8]}
-    return cases.networks(section, **_few(c, section, few))
+        defaults = {"models": ["resnet18", "resnet50"], "dtypes": ["fp32"], "batches": [8]}
+    return cases.networks(section, **_chosen(c, defaults))
 
 
 def _measure(c: Context, todo: Iterable[Case], rounds: int, seconds: float, first: float = 0.5) -> None:
-    """first: the share of the time left that a case may take, for those before tell more than those behind."""
+    """Measure the cases in their order, the most important first.
+
+    seconds: the most seconds of timing per case. first: the share of the remaining time that a case may take; the last
+    one may take all of it.
+    """
     waiting = list(todo)
     while waiting:
         case, *waiting = waiting
@@ -277,18 +300,20 @@ def _measure(c: Context, todo: Iterable[Case], rounds: int, seconds: float, firs
         measure(case, c.device, providers, c.log, rounds, seconds, budget)
 
 
+def _dtypes_and_batches(c: Context) -> Iterator[tuple[str, int]]:
+    """Yield the dtypes and batches of convolutions and blocks."""
+    chosen = _chosen(c, {"dtypes": ["bf16"] if c.gpu else ["fp32"], "batches": [256 if c.gpu else 4]})
+    return itertools.product(chosen["dtypes"], chosen["batches"])
+
+
 def primitives(c: Context) -> None:
-    few = _few(c, "primitives", {"dtypes": ["bf16"] if c.gpu else ["fp32"], "batches": [256 if c.gpu else 4]})
-    for dtype in few["dtypes"]:
-        for batch in few["batches"]:
-            _measure(c, cases.primitives(dtype, batch, c.gpu or c.options.full), c.rounds(30, 8), 3.0)
+    for dtype, batch in _dtypes_and_batches(c):
+        _measure(c, cases.primitives(dtype, batch, c.gpu or c.options.full), c.rounds(30, 8), 3.0)
 
 
 def blocks(c: Context) -> None:
-    few = _few(c, "blocks", {"dtypes": ["bf16"] if c.gpu else ["fp32"], "batches": [256 if c.gpu else 4]})
-    for dtype in few["dtypes"]:
-        for batch in few["batches"]:
-            _measure(c, cases.blocks(dtype, batch, c.options.full), c.rounds(30, 8), 4.0 if c.gpu else 8.0)
+    for dtype, batch in _dtypes_and_batches(c):
+        _measure(c, cases.blocks(dtype, batch, c.options.full), c.rounds(30, 8), 4.0 if c.gpu else 8.0)
 
 
 def layers_of(c: Context) -> None:
@@ -298,7 +323,7 @@ def layers_of(c: Context) -> None:
 
 
 def inference(c: Context) -> None:
-    # On a GPU the first, ResNet-50 at batch 256, is compared with max-autotune, which compiles for a minute.
+    # On a GPU the first case, ResNet-50 at batch 256, gets more time, because max-autotune compiles for a minute.
     _measure(c, _models(c, "inference"), c.rounds(25, 6), 6.0 if c.gpu else 90.0, 0.7 if c.gpu else 0.5)
 
 
@@ -307,18 +332,19 @@ def training(c: Context) -> None:
 
 
 def accuracy_of(c: Context) -> None:
-    few = _few(c, "accuracy", {"dtypes": ["fp32", "bf16"], "batches": [4]})
-    for batch in few["batches"]:
+    chosen = _chosen(c, {"dtypes": ["fp32", "bf16"], "batches": [4]})
+    for batch in chosen["batches"]:
         for case in accuracy.cases(batch):
-            for dtype in few["dtypes"]:
+            for dtype in chosen["dtypes"]:
                 for data in accuracy.DATA:
                     accuracy.measure(case, dtype, data, c.device, c.log, c.rounds(5, 5))
 
 
+# The sections by name. "ahead" and "ahead of tuning" compile beside other sections.
 RUN: dict[str, Callable[[Context], None]] = {
     "facts": facts,
     "ahead": ahead,
-    "ahead of tuning": functools.partial(ahead, of_tuning=True),
+    "ahead of tuning": functools.partial(ahead, tuning=True),
     "tuning": tuning,
     "primitives": primitives,
     "blocks": blocks,
@@ -333,10 +359,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("section", choices=RUN)
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
-    parser.add_argument("--events", type=Path, required=True)
-    parser.add_argument("--budget", type=float, required=True)
-    parser.add_argument("--options", default="{}", help="as JSON")
-    parser.add_argument("--plugin", help="a module to import first: it may add to providers.PROVIDERS")
+    parser.add_argument("--events", type=Path, required=True, help="file to append events to (benchmarks/events.py)")
+    parser.add_argument("--budget", type=float, required=True, help="seconds")
+    parser.add_argument("--options", default="{}", help="the fields of Options, as JSON")
+    parser.add_argument("--plugin", help="a module to import first; it may add to benchmarks.providers.PROVIDERS")
     args = parser.parse_args()
     if args.plugin:
         importlib.import_module(args.plugin)

@@ -1,4 +1,4 @@
-"""A small case of every GPU kernel, checked: what compute-sanitizer watches."""
+"""Runs a small case of every GPU kernel and checks its result. compute-sanitizer runs this program."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ CASES = (
 
 @torch.no_grad()
 def main() -> None:
-    """Raises AssertionError where a result is wrong."""
+    """Run all cases. Raises AssertionError for a wrong result."""
     dtype = torch.bfloat16
     backends = ["gpu"] + ["gpu:cuda"] * (extension.load()[0] is not None)
     for backend in backends:
         for case in CASES:
-            # References on the CPU: every kernel on the GPU takes the sanitizer's time.
+            # The references run on the CPU, because the sanitizer slows down every kernel on the GPU.
             block, x = case.make().to(dtype), case.input(dtype)
             want, exact = block(x), copy.deepcopy(block).double()(x.double())
             ours = copy.deepcopy(block).cuda()
@@ -45,7 +45,7 @@ def main() -> None:
     pooled, _ = gpu.bn_pass(Operand(x), Epilogue(relu=True), Pool(3, 2, 1))
     assert torch.equal(pooled, torch.nn.functional.max_pool2d(torch.relu(x), 3, 2, 1))
     torch.cuda.synchronize()
-    print(f"{len(CASES)} blocks by {', '.join(backends)}, a network and pooling: right")
+    print(f"{len(CASES)} blocks by {', '.join(backends)}, a network and pooling: all results are right")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
-"""Convolutions, blocks, whole models and training steps, by every provider: `pytest benchmarks --benchmark-only`.
+"""Benchmarks of convolutions, blocks, whole models and training steps by every provider.
 
-`-k resnet50`, `-k frozen` and so on choose; `--full` is everything; `--benchmark-json`, `--benchmark-compare` and
-`--benchmark-group-by` do as always. A provider that cannot run here is skipped with its reason; a wrong result fails.
+    pytest benchmarks --benchmark-only
+
+`-k resnet50`, `-k frozen` and so on select benchmarks; `--full` runs every case, dtype and provider. pytest-benchmark's
+options, such as `--benchmark-json`, `--benchmark-compare` and `--benchmark-group-by`, work as usual. A provider that
+cannot run on this machine is skipped with its reason; a wrong result fails.
 """
 
 

@@ -1,8 +1,9 @@
-"""Trains a small ResNet on scikit-learn's digits, once by PyTorch and once by fused blocks, and draws both losses.
+"""Trains a small ResNet on scikit-learn's digits twice, by PyTorch and by fused blocks, and plots both losses.
 
     python examples/train_digits.py --steps 100 --out digits.png
 
-Both start from the same weights and take the same batches, turn by turn. Needs `pip install 'resnet_kernels[demo]'`.
+Both networks start from the same weights and take the same batches, in turn, so that their losses and times can be
+compared. Needs `pip install scikit-learn pillow matplotlib` (in a clone: `pip install -e '.[demo]'`).
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from torchvision.models import resnet
 import resnet_kernels as rk
 
 SIZE = 32
-# The first steps of a process are slower: memory is mapped, engines are chosen.
+# Steps that do not count for the time: the first ones map memory and choose engines.
 WARM_UP = 3
 
 
 @dataclasses.dataclass
 class Run:
-    """A model in training, and what is to be told of it."""
+    """A model in training, with the loss and time of each step and the accuracy on the test images."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -42,11 +43,13 @@ class Run:
 
     @classmethod
     def of(cls, model: nn.Module, steps: int, lr: float) -> Run:
+        """lr: the highest learning rate of the schedule."""
         optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=1e-4)
         return cls(model, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps))
 
     @property
     def step_time(self) -> float:
+        """The median seconds of a step."""
         return statistics.median(self.seconds[WARM_UP:] or self.seconds)
 
     def step(self, images: Tensor, labels: Tensor, autocast: torch.autocast) -> None:
@@ -58,7 +61,7 @@ class Run:
         loss.backward()
         self.optimizer.step()
         self.scheduler.step()
-        # Reading the loss waits for the device.
+        # Reading the loss waits for the device, so the time is that of the whole step.
         self.losses.append(loss.item())
         self.seconds.append(time.perf_counter() - start)
 
@@ -71,11 +74,16 @@ class Run:
 
 
 def digits(device: torch.device, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images (N, 3, 32, 32) and labels to train with, and a fifth of all to test with."""
+    """Return (training images (N, 3, 32, 32), training labels (N,), test images, test labels).
+
+    N is the number of images. A fifth of all images is for the test.
+    """
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("the digits are scikit-learn's: pip install 'resnet_kernels[demo]'") from error
+        raise ModuleNotFoundError(
+            "the digits are part of scikit-learn: pip install scikit-learn pillow matplotlib"
+        ) from error
     data = load_digits()
     images = torch.from_numpy(data.images).float()[:, None] / 16
     images = nn.functional.interpolate((images - 0.3) / 0.37, (SIZE, SIZE), mode="bilinear").expand(-1, 3, -1, -1)
@@ -87,14 +95,24 @@ def digits(device: torch.device, generator: torch.Generator) -> tuple[Tensor, Te
 
 
 def network() -> resnet.ResNet:
-    """The first half of a small ResNet: the digits need no more."""
+    """Return a ResNet of two bottlenecks: the first two stages, which suffice for the digits."""
     model = resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], num_classes=10)
     model.layer3, model.layer4 = nn.Identity(), nn.Identity()
     model.fc = nn.Linear(128 * resnet.Bottleneck.expansion, 10)
     return model
 
 
+def compared(eager: Run, fused: Run) -> str:
+    """Return the sentence that compares the times of a step."""
+    ratio = fused.step_time / eager.step_time
+    if 0.97 < ratio < 1.03:
+        return f"resnet_kernels is as fast as PyTorch here: its step takes {ratio:.2f} times as long."
+    verdict = "slower" if ratio > 1 else "faster"
+    return f"resnet_kernels is {verdict} than PyTorch here: its step takes {ratio:.2f} times as long."
+
+
 def draw(path: Path, runs: dict[str, Run], title: str) -> None:
+    """Write a plot of both losses as PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -102,7 +120,7 @@ def draw(path: Path, runs: dict[str, Run], title: str) -> None:
 
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for (name, run), color, width in zip(runs.items(), ("#9aa5b1", "#1f4e9c"), (4, 1.5), strict=True):
-        label = f"{name}: {run.accuracy:.2%} of the test images, {1e3 * run.step_time:.1f} ms a step"
+        label = f"{name}: {run.accuracy:.2%} of the test images, {1e3 * run.step_time:.1f} ms per step"
         axes.plot(range(1, len(run.losses) + 1), run.losses, label=label, color=color, linewidth=width)
     axes.set(xlabel="step", ylabel="loss of the batch", title=title, yscale="log")
     axes.spines[["top", "right"]].set_visible(False)
@@ -128,19 +146,19 @@ def train(args: argparse.Namespace, console: Console) -> None:
         task = progress.add_task("training", total=args.steps)
         for step in range(args.steps):
             batch = torch.randint(len(images), (args.batch,), generator=generator).to(device)
-            # Who is first changes: a step warms the caches for the next.
+            # The order alternates, because a step leaves the caches warm for the one after it.
             for run in list(runs.values())[:: 1 if step % 2 else -1]:
                 run.step(images[batch], labels[batch], autocast)
-            told = ", ".join(f"{name} {run.losses[-1]:.3f}" for name, run in runs.items())
-            progress.update(task, advance=1, description=f"loss: {told}")
+            losses = ", ".join(f"{name} {run.losses[-1]:.3f}" for name, run in runs.items())
+            progress.update(task, advance=1, description=f"loss: {losses}")
 
-    table = Table("", "last loss", "test accuracy", "ms a step (median)", title=f"{args.steps} steps of {args.batch}")
+    title = f"{args.steps} steps of {args.batch} images"
+    table = Table("", "last loss", "test accuracy", "ms per step (median)", title=title)
     for name, run in runs.items():
         run.test(test_images, test_labels, autocast)
         table.add_row(name, f"{run.losses[-1]:.4f}", f"{run.accuracy:.2%}", f"{1e3 * run.step_time:.1f}")
     console.print(table)
-    eager, fused = runs.values()
-    console.print(f"resnet_kernels takes {fused.step_time / eager.step_time:.2f} of PyTorch's time.", highlight=False)
+    console.print(compared(*runs.values()), highlight=False)
     draw(args.out, runs, f"ResNet of 2 bottlenecks on handwritten digits, {args.dtype}, {device}")
     console.print(f"Plot: {args.out}", highlight=False, soft_wrap=True)
 
@@ -153,10 +171,10 @@ def positive(text: str) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=positive, default=100)
-    parser.add_argument("--batch", type=positive, default=64)
-    parser.add_argument("--lr", type=float, default=0.05, help="the highest of the schedule (default: 0.05)")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
+    parser.add_argument("--steps", type=positive, default=100, help="default: 100")
+    parser.add_argument("--batch", type=positive, default=64, help="images per step (default: 64)")
+    parser.add_argument("--lr", type=float, default=0.05, help="highest learning rate of the schedule (default: 0.05)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16 uses autocast (default: fp32)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("digits.png"), help="file of the plot (default: digits.png)")

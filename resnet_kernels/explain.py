@@ -1,8 +1,9 @@
-"""explain: what runs each residual block of a call, and why nothing else does."""
+"""explain: which backend runs each residual block of a call, and why each other candidate does not."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,18 +18,19 @@ from .inference import FrozenModel, FrozenResNet, FrozenTrunk
 from .nn import DenseLayer, ResNet, densenet, fusable, gated
 from .nn import stem as stem_module
 from .nn.blocks import Fused
-from .ops import block_inference as block_op
-from .ops import residual_block
+from .ops import block_inference, residual_block
 
 PLAIN = "plain torch modules"
 
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """One block's: what runs it (a backend's name, or the plain chain), and for every candidate None or why not.
+    """What runs one block.
 
-    copies: whether the input is converted to channels_last first. kernels: where the backend tells, what it launches,
-    with the bytes that must move, the least time on an H200, and what was preferred and could not be taken.
+    chosen: the name of the backend, or "plain torch modules". why_plain: why it is the latter, or None. candidates: for
+    every backend None if it may be chosen, else why not. copies: whether the input is converted to channels_last first.
+    kernels: for the backend gpu, the launches with the bytes that they must move and their least time on an H200, and
+    the kernels that were preferred to them but could not run.
     """
 
     name: str
@@ -38,25 +40,34 @@ class Explanation:
     copies: bool
     kernels: tuple[str, ...] = ()
 
+    @property
+    def details(self) -> tuple[str, ...]:
+        """The lines that follow the first when the explanation is printed."""
+        lines = ["its input is converted to channels_last first"] if self.copies and not self.why_plain else []
+        lines += [f"{name}: {reason or 'can run it'}" for name, reason in self.candidates.items()]
+        return (*lines, *self.kernels)
+
     def __str__(self) -> str:
-        lines = [f"{self.name}: {self.chosen}" + (f" ({self.why_plain})" if self.why_plain else "")]
-        if self.copies and not self.why_plain:
-            lines.append("    its input is converted to channels_last first")
-        for name, reason in self.candidates.items():
-            lines.append(f"    {name}: {reason or 'can run it'}")
-        lines += [f"    {kernel}" for kernel in self.kernels]
-        return "\n".join(lines)
+        first = f"{self.name}: {self.chosen}" + (f" ({self.why_plain})" if self.why_plain else "")
+        return "\n".join([first, *(f"    {line}" for line in self.details)])
 
 
 class Explanations(list[Explanation]):
-    """In the order the blocks ran. Prints one after the other."""
+    """The explanations in the order in which the blocks ran. Printing them says once what consecutive blocks share."""
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self)) if self else "no fused residual block ran"
+        if not self:
+            return "no fused residual block ran"
+        lines = []
+        for (chosen, why_plain, details), same in itertools.groupby(self, lambda e: (e.chosen, e.why_plain, e.details)):
+            names = [e.name for e in same]
+            first = f"{', '.join(names)}: {chosen}" + (f" ({why_plain})" if why_plain else "")
+            lines += [first, *(f"    {line}" for line in details)]
+        return "\n".join(lines)
 
 
 def _kernels(backend: str, module: nn.Module, x: Tensor) -> tuple[str, ...]:
-    """What the Triton backend launches for a block or a frozen trunk."""
+    """Return the launches of the backend gpu for a block or a frozen trunk."""
     if backend != gpu.NAME:
         return ()
     lines = []
@@ -68,13 +79,26 @@ def _kernels(backend: str, module: nn.Module, x: Tensor) -> tuple[str, ...]:
 
 
 def _explain_call(name: str, call: Call, x: Tensor, reason: str | None, block: nn.Module | None = None) -> Explanation:
-    # All of a block's intermediates are ours, so channels_last: only its input can come otherwise.
+    # Intermediates of a block are always channels_last: only its input can have another layout.
     copies = not x.is_contiguous(memory_format=torch.channels_last)
     if reason is None and select.named() == select.EAGER:
         reason = "the backend 'eager' was named"
     chosen = PLAIN if reason else select.choose(call).NAME
     kernels = () if block is None else _kernels(chosen, block, x)
-    return Explanation(name, chosen, reason, select.reasons(call), copies, kernels)
+    candidates = select.reasons(call)
+    if chosen not in (PLAIN, *candidates):  # a family of the backend gpu, which was named
+        candidates = {chosen: None, **candidates}
+    return Explanation(name, chosen, reason, candidates, copies, kernels)
+
+
+def _explain_parts(
+    name: str, p: fusable.Parts, x: Tensor, reason: str | None, block: nn.Module | None = None
+) -> Explanation:
+    if fusable.trains(p):
+        return _explain_call(name, fusable.training_call(p, x), x, reason)
+    size = tuple(x.shape)
+    call = block_inference.call_of_block(x.device, x.dtype, p.shapes, p.geometries, p.shortcut, size)
+    return _explain_call(name, call, x, reason, block)
 
 
 def _explain_block(name: str, block: nn.Module, x: Tensor) -> Explanation:
@@ -82,37 +106,27 @@ def _explain_block(name: str, block: nn.Module, x: Tensor) -> Explanation:
     p = fusable.parts(block)
     if not isinstance(p, fusable.Parts) or not all(isinstance(c, nn.Conv2d) for c in p.convs):
         return Explanation(name, PLAIN, reason, {}, False)
-    if fusable.structure(block) is None and fusable.trains(p):
-        return _explain_call(name, fusable.training_call(p, x), x, reason)
-    weights = [tuple(c.weight.shape) for c in p.convs]
-    geometries = [fusable.geometry(c) for c in p.convs]
-    call = block_op.call_of_block(x.device, x.dtype, weights, geometries, p.shortcut, tuple(x.shape))
-    return _explain_call(name, call, x, reason, block)
+    return _explain_parts(name, p, x, reason, block)
 
 
 def _explain_gated(name: str, block: gated.Gated, x: Tensor) -> Explanation:
-    """By its chain: the backend of the block's end is chosen by itself."""
-    reason, pieces = gated.why_plain(block, x), block._pieces()
+    """Explain a gated block by its chain. The backend of the block's end is chosen separately."""
+    reason, pieces = gated.why_plain(block, x), block.decompose()
     if isinstance(pieces, str):
         return Explanation(name, PLAIN, reason, {}, False)
-    p = pieces.chain if pieces.whole is None else pieces.whole
-    if fusable.trains(p):
-        return _explain_call(name, fusable.training_call(p, x), x, reason)
-    weights, geometries = [tuple(c.weight.shape) for c in p.convs], [fusable.geometry(c) for c in p.convs]
-    call = block_op.call_of_block(x.device, x.dtype, weights, geometries, p.shortcut, tuple(x.shape))
-    return _explain_call(name, call, x, reason)
+    return _explain_parts(name, pieces.chain if pieces.whole is None else pieces.whole, x, reason)
 
 
 def _explain_dense(name: str, layer: DenseLayer, x: Tensor | list[Tensor]) -> Explanation:
     reason = densenet.why_plain(layer, x)
-    if densenet.structure(layer):
+    if densenet.why_unfused(layer):
         return Explanation(name, PLAIN, reason, {}, False)
     whole = densenet.concatenated(x)
     return _explain_call(name, fusable.training_call(densenet.parts(layer), whole), whole, reason)
 
 
 def _explain_stem(name: str, model: resnet.ResNet, x: Tensor) -> list[Explanation]:
-    """In training; in evaluation it is torch's modules."""
+    """Explain the stem in training. In evaluation it always runs as plain torch modules."""
     p = fusable.stem(model)
     if not (model.training if isinstance(p, str) else fusable.trains(p)):
         return []
@@ -123,7 +137,7 @@ def _explain_stem(name: str, model: resnet.ResNet, x: Tensor) -> list[Explanatio
 
 
 def _explain_trunk(name: str, trunk: FrozenTrunk, x: Tensor) -> list[Explanation]:
-    """Per step. The kernels stand with the first: one may end a block and begin the next."""
+    """Explain each step. The first holds the kernels of all: one kernel may end a block and begin the next."""
     chosen = trunk.backends(x.shape)
     kernels = _kernels(chosen[0].NAME, trunk, x) if len({backend.NAME for backend in chosen}) == 1 else ()
     return [
@@ -132,57 +146,73 @@ def _explain_trunk(name: str, trunk: FrozenTrunk, x: Tensor) -> list[Explanation
     ]
 
 
+def _explain_module(name: str, module: nn.Module, x: Any) -> list[Explanation]:
+    shown = name or type(module).__name__
+    if isinstance(module, FrozenResNet):
+        return _explain_trunk(f"{name}.trunk".removeprefix("."), module.trunk, x)
+    if isinstance(module, FrozenTrunk):
+        return _explain_trunk(name, module, x)
+    if isinstance(module, ResNet):
+        return _explain_stem(f"{name}.stem".removeprefix("."), module, x)
+    if isinstance(module, gated.Gated):
+        return [_explain_gated(shown, module, x)]
+    if isinstance(module, DenseLayer):
+        return [_explain_dense(shown, module, x)]
+    return [_explain_block(shown, module, x)]
+
+
+def _explain_op(*inputs: Any, **keywords: Any) -> Explanation:
+    block_inference.check(*inputs, **keywords)
+
+    def read(x: Tensor, weights: list[Tensor], scales: Any, shifts: Any, spec: Any) -> Explanation:
+        shapes = [tuple(w.shape) for w in weights]
+        geometries, size = spec.geometries(weights), tuple(x.shape)
+        call = block_inference.call_of_block(x.device, x.dtype, shapes, geometries, spec.shortcut, size)
+        return _explain_call("residual_block", call, x, None)
+
+    return read(*inputs, **keywords)
+
+
 def explain(module_or_op: Any, *inputs: Any, **keywords: Any) -> Explanations:
-    """Run the model (without gradients) or look at the op's arguments, and tell for every residual block of ours, and
-    for a stem in training, which backend runs it, why each other candidate does not, and what its input's layout costs.
+    """Explain which backend runs every fused residual block of a call, and a stem in training, and why.
+
+    A model is run without gradients; its buffers (running statistics) are restored afterwards. Of the op
+    `ops.residual_block` only the arguments are read.
 
     Args:
         module_or_op: a model with replaced blocks, a block, a frozen model, or `ops.residual_block`.
         inputs, keywords: what it would be called with.
     Returns:
-        Explanations, a list that prints well.
+        Explanations, a list that prints as text.
+    Raises:
+        TypeError: it is neither a module nor the op, or no input was given.
     """
     found = Explanations()
     if module_or_op is residual_block:
-        block_op.check(*inputs, **keywords)
-        x, weights, _, _, strides, dilations, groups = inputs[:7]
-        shortcut = keywords.get("shortcut", inputs[7] if len(inputs) > 7 else "identity")
-        geometries = [block_op.same_padding(*row) for row in zip(weights, strides, dilations, groups, strict=True)]
-        shapes = [tuple(w.shape) for w in weights]
-        call = block_op.call_of_block(x.device, x.dtype, shapes, geometries, shortcut, tuple(x.shape))
-        found.append(_explain_call("residual_block", call, x, None))
+        found.append(_explain_op(*inputs, **keywords))
         return found
     if not isinstance(module_or_op, nn.Module):
         raise TypeError(f"expected a module or ops.residual_block, got {type(module_or_op).__name__}")
+    if not inputs and not keywords:
+        raise TypeError("explain: expected the inputs of a call after the module, as in explain(model, images)")
 
     def before(name: str) -> Callable[[nn.Module, tuple], None]:
         def hook(module: nn.Module, args: tuple) -> None:
-            # Once, and gone before the module is looked at: it is no hook of the user's.
+            # The hook is removed before the module is examined: it is not the user's.
             hooks.pop(name).remove()
-            if isinstance(module, FrozenResNet):
-                found.extend(_explain_trunk(f"{name}.trunk".removeprefix("."), module.trunk, args[0]))
-            elif isinstance(module, FrozenTrunk):
-                found.extend(_explain_trunk(name, module, args[0]))
-            elif isinstance(module, ResNet):
-                found.extend(_explain_stem(f"{name}.stem".removeprefix("."), module, args[0]))
-            elif isinstance(module, gated.Gated):
-                found.append(_explain_gated(name or type(module).__name__, module, args[0]))
-            elif isinstance(module, DenseLayer):
-                found.append(_explain_dense(name or type(module).__name__, module, args[0]))
-            else:
-                found.append(_explain_block(name or type(module).__name__, module, args[0]))
+            found.extend(_explain_module(name, module, args[0]))
 
         return hook
 
     kinds = (Fused, DenseLayer, ResNet, FrozenTrunk, FrozenResNet)
-    # A frozen ResNet may run its trunk as part of a graph, past the trunk's hooks.
+    # A frozen ResNet may run its trunk as part of a graph, without the trunk's hooks.
     inside = {id(m.trunk) for m in module_or_op.modules() if isinstance(m, FrozenResNet)}
     hooks = {
         name: m.register_forward_pre_hook(before(name))
         for name, m in module_or_op.named_modules()
         if isinstance(m, kinds) and id(m) not in inside
     }
-    # In training mode the batch norms would take the call for a step.
+    # In training mode the call would update the running statistics.
     training = any(m.training for m in module_or_op.modules())
     buffers = [(b, b.clone()) for b in module_or_op.buffers()] if training else []
     try:

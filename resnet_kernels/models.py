@@ -1,15 +1,27 @@
-"""The networks of the residual papers, on the blocks of `resnet_kernels.nn`.
+"""The networks of the residual papers, built from the fused blocks of `resnet_kernels.nn`.
 
-    resnet18 ... resnet152, resnext50_32x4d ..., wide_resnet50_2 ...   for ImageNet, torchvision's by default; with the
-                      original stride, or other shortcuts
-    seresnet18 ... seresnet152, seresnext50_32x4d   with squeeze-and-excitation, timm's by their parameters
-    plain18, plain34  the same without shortcuts
-    cifar_resnet, cifar_plain   6n + 2 layers for small images, with and without shortcuts
-    cifar_preactivation, preactivation_resnet200   with pre-activation, up to 1001 layers
+For ImageNet. By default torchvision's networks; arguments choose the original stride or other shortcuts:
+
+    resnet18, resnet34, resnet50, resnet101, resnet152
+    resnext50_32x4d, resnext101_32x8d, resnext101_64x4d
+    wide_resnet50_2, wide_resnet101_2
+    seresnet18, seresnet34, seresnet50, seresnet101, seresnet152, seresnext50_32x4d
+                              with squeeze-and-excitation; the parameters of timm's networks
+    plain18, plain34          resnet18 and resnet34 without shortcuts
+    preactivation_resnet200   with pre-activation
+
+For small images such as CIFAR's:
+
+    cifar_resnet, cifar_plain   6n + 2 layers, with and without shortcuts
+    cifar_preactivation         with pre-activation, up to 1001 layers
+
+In this module N is the number of images, C channels, H and W height and width.
 
 Papers: He et al. 2015 (arXiv 1512.03385), He et al. 2016 (1603.05027), Xie et al. 2016 (1611.05431), Zagoruyko and
-Komodakis 2016 (1605.07146), Hu et al. 2018 (1709.01507), Huang et al. 2016 (1603.09382). Nothing here loads weights; a
-state dict of torchvision's, or of timm's with squeeze-and-excitation, fits its namesake.
+Komodakis 2016 (1605.07146), Hu et al. 2018 (1709.01507), Huang et al. 2016 (1603.09382).
+
+No function here loads weights. The state dict of torchvision's network of the same name fits; with
+squeeze-and-excitation timm's fits.
 """
 
 from __future__ import annotations
@@ -63,21 +75,24 @@ __all__ = [
     "wide_resnet101_2",
 ]
 
-# Blocks that may drop their branch, in place of those that may not.
+# Blocks with stochastic depth, by the block that each replaces.
 DROPPING: dict[type[nn.Module], type[nn.Module]] = {BasicBlock: GatedBasicBlock, Bottleneck: GatedBottleneck}
 
 
 def _drop_rates(drop_path: float, blocks: int) -> list[float]:
-    """Of the blocks, from 0 of the first to `drop_path` of the last, by their number (timm's; the paper's begin with
-    drop_path / blocks)."""
+    """Return the drop probability of each block: it rises linearly from 0 in the first to `drop_path` in the last.
+
+    timm has the same rule; the paper's begins with drop_path / blocks.
+    """
     if not 0 <= drop_path < 1:
-        raise ValueError(f"drop_path: expected a probability below 1, got {drop_path}")
+        raise ValueError(f"drop_path: expected a probability of at least 0 and below 1, got {drop_path}")
     return [drop_path * i / max(1, blocks - 1) for i in range(blocks)]
 
 
 class PlainBlock(nn.Module):
-    """y = relu(bn2(conv2(relu(bn1(conv1(x)))))): a basic block without its shortcut, of torch's modules.
+    """A basic block without its shortcut, made of torch's modules: y = relu(bn2(conv2(relu(bn1(conv1(x)))))).
 
+    Both convolutions are 3x3; the stride is on the first.
     x: (N, inplanes, H, W) -> (N, planes, ceil(H/stride), ceil(W/stride)).
     """
 
@@ -107,39 +122,53 @@ def _stage(
     drop_rates: Sequence[float] = (),
     **width: Any,
 ) -> nn.Sequential:
-    """Blocks one after the other, the first with the stride. shortcut: None for plain blocks. norm: a projection's.
-    drop_rates: one per block that may drop its branch, or none."""
-    # Every class of blocks has it; that they are modules does not say so.
+    """Return a stage: a run of consecutive blocks, of which the first has the stride.
+
+    Args:
+        block: the class of the blocks.
+        inplanes, planes: input channels of the first block; `planes` argument of all.
+        shortcut: as `make_shortcut` takes it; None for plain blocks.
+        norm: makes the batch norm of a projection; None for a projection without one.
+        drop_rates: the drop probability of each block, or empty without stochastic depth.
+        width: further arguments of the blocks.
+    """
+    # Every block class has `expansion`, but the type Callable does not say so.
     outputs = planes * block.expansion  # type: ignore[attr-defined]
-    made = []
+    stage = []
     for i in range(blocks):
         s = stride if i == 0 else 1
         if shortcut is None:
-            made.append(block(inplanes, planes, s))
+            stage.append(block(inplanes, planes, s))
         else:
             options = {**width, "drop_path": drop_rates[i]} if drop_rates else width
-            made.append(block(inplanes, planes, s, make_shortcut(shortcut, inplanes, outputs, s, norm), **options))
+            stage.append(block(inplanes, planes, s, make_shortcut(shortcut, inplanes, outputs, s, norm), **options))
         inplanes = outputs
-    return nn.Sequential(*made)
+    return nn.Sequential(*stage)
 
 
 class ImageNetResNet(ResNet):
-    """torchvision's ResNet with other shortcuts or strides.
+    """torchvision's ResNet, with a choice of shortcuts and strides.
 
-    y = fc(avgpool(layer4(...layer1(maxpool(relu(bn1(conv1(x)))))))), conv1 7x7/2, stages of 64, 128, 256, 512 planes.
-    The attributes and state dict of `torchvision.models.ResNet` (with option A without projections, with C with more).
+    y = fc(avgpool(layer4(layer3(layer2(layer1(maxpool(relu(bn1(conv1(x)))))))))); conv1 is 7x7 with stride 2, and the
+    stages have 64, 128, 256 and 512 planes. Attributes and state dict are those of `torchvision.models.ResNet`, except
+    that shortcut "A" has no projections and "C" has more of them.
 
     Args:
         block: `nn.BasicBlock`, `nn.Bottleneck`, `nn.SEBasicBlock`, `nn.SEBottleneck` or `PlainBlock`.
         layers: blocks per stage.
-        shortcut: "A" zero padding, "B" projection where the shape changes (torchvision's), "C" projection always.
-        original_stride: a bottleneck's stride stands on its first 1x1, as in the paper, and not on its 3x3, as in
-            torchvision and everywhere since ("v1.5").
-        drop_path: stochastic depth: in training the branch of an image is dropped with a probability that grows from 0
-            in the first block to this in the last (`nn.GatedBasicBlock`), as timm's drop_path_rate has it. No effect
-            on parameters or evaluation. Not of plain blocks.
-        groups, width_per_group: of ResNeXt and wide ResNets, as torchvision has them.
+        num_classes: outputs of the classifier `fc`.
+        shortcut: "A" zero padding; "B" a projection where the shape changes, as in torchvision; "C" a projection
+        always.
+        original_stride: put a bottleneck's stride on its first 1x1 convolution, as in the paper, and not on its 3x3, as
+            in torchvision and most later code ("ResNet v1.5").
+        drop_path: stochastic depth. In training the residual branch of an image is dropped with a probability that
+            rises from 0 in the first block to `drop_path` in the last (`nn.GatedBasicBlock`), like timm's
+            drop_path_rate. It changes neither parameters nor evaluation, and is not available with plain blocks.
+        groups, width_per_group: as in torchvision, for ResNeXt and wide ResNets.
+        options: further arguments of `torchvision.models.ResNet`.
     x: (N, 3, H, W) -> (N, num_classes).
+    Raises:
+        ValueError: an unknown shortcut, a drop_path outside [0, 1) or with plain blocks, or dilation.
     """
 
     def __init__(
@@ -154,7 +183,7 @@ class ImageNetResNet(ResNet):
     ) -> None:
         self.shortcut, self.original_stride = shortcut, original_stride
         if drop_path and block is PlainBlock:
-            raise ValueError("drop_path: expected blocks with shortcuts, got plain ones")
+            raise ValueError("drop_path: expected blocks with shortcuts, got plain blocks")
         self._drop_rates = _drop_rates(drop_path, sum(layers)) if drop_path else []
         block = DROPPING.get(block, block) if drop_path else block
         if shortcut not in ("A", "B", "C"):
@@ -163,10 +192,13 @@ class ImageNetResNet(ResNet):
 
     def _make_layer(self, block: Any, planes: int, blocks: int, stride: int = 1, dilate: bool = False) -> nn.Sequential:
         if dilate:
-            raise ValueError("expected no dilation; torchvision's constructor takes it, with rk.nn's blocks")
+            raise ValueError(
+                "replace_stride_with_dilation: expected no dilation, got a dilated stage; "
+                "torchvision.models.resnet.ResNet(rk.nn.Bottleneck, ...) supports it"
+            )
         width = {} if block is PlainBlock else {"groups": self.groups, "base_width": self.base_width}
         shortcut = None if block is PlainBlock else self.shortcut
-        # torchvision's constructor, which has no types, sets it.
+        # torchvision's constructor, which is not typed, sets `inplanes`.
         inplanes: int = self.inplanes  # type: ignore[has-type]
         rates, self._drop_rates = self._drop_rates[:blocks], self._drop_rates[blocks:]
         stage = _stage(block, inplanes, planes, blocks, stride, shortcut, self._norm_layer, rates, **width)
@@ -179,14 +211,19 @@ class ImageNetResNet(ResNet):
 
 
 def _imagenet(block: type[nn.Module], layers: Sequence[int], **defaults: Any) -> Callable[..., ImageNetResNet]:
+    """Return a constructor of an `ImageNetResNet` of these blocks; `defaults` are defaults of its arguments."""
+
     def make(num_classes: int = 1000, **options: Any) -> ImageNetResNet:
         return ImageNetResNet(block, layers, num_classes, **{**defaults, **options})
 
     kinds: dict[type, str] = {PlainBlock: "plain", Bottleneck: "bottleneck"}
     kinds |= {SEBasicBlock: "SE basic", SEBottleneck: "SE bottleneck"}
     kind = kinds.get(block, "basic")
-    of = "".join(f", {name}={value}" for name, value in defaults.items())
-    make.__doc__ = f"An `ImageNetResNet` of {kind} blocks {tuple(layers)}{of}; options as its arguments."
+    settings = "".join(f", {name}={value}" for name, value in defaults.items())
+    make.__doc__ = (
+        f"Return an `ImageNetResNet` of {kind} blocks, {tuple(layers)} per stage{settings}. "
+        "Options are the arguments of `ImageNetResNet`."
+    )
     return make
 
 
@@ -211,23 +248,33 @@ plain34 = _imagenet(PlainBlock, (3, 4, 6, 3))
 
 
 def _initialize(model: nn.Module) -> None:
-    """He et al. 2015 (arXiv 1502.01852), as torchvision does it."""
+    """Initialize the convolutions as He et al. 2015 (arXiv 1502.01852) do, in torchvision's variant (fan-out)."""
     for m in model.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
 
 def _head(x: Tensor, fc: nn.Linear) -> Tensor:
+    """Return fc(avgpool(x))."""
     return fc(torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1))
 
 
 class CifarResNet(nn.Module):
-    """The paper's networks for small images: y = fc(avgpool(layer3(layer2(layer1(relu(bn1(conv1(x)))))))), conv1 3x3,
-    stages of n basic blocks with 16, 32 and 64 channels on maps of 1, 1/2 and 1/4 of the size, 6n + 2 layers.
+    """The network for small images of He et al. 2015, section 4.2, with 6n + 2 layers.
 
-    depth: 6n + 2. shortcut: "A" (the paper's), "B", "C", or None for the plain network. width: of the first stage.
-    drop_path: stochastic depth, as of `ImageNetResNet`; the paper's 110 layers have 0.5.
-    x: (N, in_channels, H, W) -> (N, num_classes). Raises ValueError for another depth.
+    y = fc(avgpool(layer3(layer2(layer1(relu(bn1(conv1(x)))))))); conv1 is 3x3. Each of the three stages has n basic
+    blocks; they have 16, 32 and 64 channels (for the default width), on maps of 1, 1/2 and 1/4 of the image's size.
+
+    Args:
+        depth: the number of layers, 6n + 2.
+        num_classes: outputs of the classifier `fc`.
+        shortcut: "A" (the paper's), "B" or "C", as for `ImageNetResNet`; None for the plain network.
+        in_channels: channels of the images.
+        width: channels of the first stage.
+        drop_path: stochastic depth, as for `ImageNetResNet`. Huang et al. 2016 use 0.5 with 110 layers.
+    x: (N, in_channels, H, W) -> (N, num_classes).
+    Raises:
+        ValueError: another depth, or a drop_path outside [0, 1) or without shortcuts.
     """
 
     def __init__(
@@ -241,9 +288,9 @@ class CifarResNet(nn.Module):
     ) -> None:
         super().__init__()
         if drop_path and shortcut is None:
-            raise ValueError("drop_path: expected blocks with shortcuts, got plain ones")
+            raise ValueError("drop_path: expected blocks with shortcuts, got plain blocks")
         if depth < 8 or depth % 6 != 2:
-            raise ValueError(f"depth: expected 6n + 2, from 8 on, got {depth}")
+            raise ValueError(f"depth: expected 6n + 2, at least 8, got {depth}")
         n, block = depth // 6, PlainBlock if shortcut is None else GatedBasicBlock if drop_path else BasicBlock
         rates = _drop_rates(drop_path, 3 * n) if drop_path else []
         self.conv1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
@@ -263,9 +310,15 @@ class CifarResNet(nn.Module):
 class PreactivationResNet(nn.Module):
     """A network of pre-activation blocks: y = fc(avgpool(relu(bn(stages(stem(x)))))).
 
-    block: `nn.PreactivationBasicBlock` or `nn.PreactivationBottleneck`. layers, planes: blocks and planes per stage,
-    all but the first with stride 2. stem: what makes `stem_channels` of the image. shortcut: as of `make_shortcut`; a
-    projection has no batch norm. x: (N, C, H, W) -> (N, num_classes).
+    Args:
+        block: `nn.PreactivationBasicBlock` or `nn.PreactivationBottleneck`.
+        layers, planes: blocks, and planes of the blocks, per stage. All stages but the first have stride 2.
+        stem: a module that maps the image to `stem_channels` channels.
+        num_classes: outputs of the classifier `fc`.
+        shortcut: "A", "B" or "C", as for `nn.make_shortcut`. A projection has no batch norm.
+    x: (N, C, H, W) -> (N, num_classes).
+    Raises:
+        ValueError: `layers` and `planes` differ in length.
     """
 
     def __init__(
@@ -280,7 +333,7 @@ class PreactivationResNet(nn.Module):
     ) -> None:
         super().__init__()
         if len(layers) != len(planes):
-            raise ValueError(f"expected as many numbers of planes as stages, got {len(planes)} for {len(layers)}")
+            raise ValueError(f"planes: expected one number per stage, {len(layers)} in all, got {len(planes)}")
         self.stem = stem
         stages, channels = [], stem_channels
         for i, (n, p) in enumerate(zip(layers, planes, strict=True)):
@@ -297,12 +350,12 @@ class PreactivationResNet(nn.Module):
 
 
 def cifar_resnet(depth: int, num_classes: int = 10, **options: Any) -> CifarResNet:
-    """`CifarResNet` of 20, 32, 44, 56, 110, 1202, or any other 6n + 2 layers."""
+    """Return a `CifarResNet` of 20, 32, 44, 56, 110, 1202, or any other 6n + 2 layers."""
     return CifarResNet(depth, num_classes, **options)
 
 
 def cifar_plain(depth: int, num_classes: int = 10, **options: Any) -> CifarResNet:
-    """The same without shortcuts."""
+    """Return a `CifarResNet` of 6n + 2 layers without shortcuts."""
     return CifarResNet(depth, num_classes, shortcut=None, **options)
 
 
@@ -314,17 +367,26 @@ def cifar_preactivation(
     in_channels: int = 3,
     width: int = 16,
 ) -> PreactivationResNet:
-    """The networks of "Identity Mappings" for small images: 6n + 2 layers of basic blocks, or 9n + 2 of bottlenecks.
+    """Return a network for small images of He et al. 2016 ("Identity Mappings"), with pre-activation blocks.
 
-    bottleneck: None for what the paper has, bottlenecks from 164 layers on where the depth allows it. shortcut: None
-    for the paper's, A of basic blocks, B of bottlenecks. Raises ValueError for another depth.
+    Args:
+        depth: the number of layers: 6n + 2 with basic blocks, 9n + 2 with bottlenecks.
+        num_classes: outputs of the classifier.
+        bottleneck: whether the blocks are bottlenecks. None: the paper's choice, bottlenecks from 164 layers on if the
+            depth is 9n + 2.
+        shortcut: "A", "B" or "C", as for `nn.make_shortcut`. None: the paper's choice, "A" for basic blocks, "B" for
+            bottlenecks.
+        in_channels: channels of the images.
+        width: planes of the first stage.
+    Raises:
+        ValueError: another depth.
     """
     if bottleneck is None:
         bottleneck = depth >= 164 and depth % 9 == 2
     layers = 9 if bottleneck else 6
     if depth < layers + 2 or depth % layers != 2:
         blocks = "bottlenecks" if bottleneck else "basic blocks"
-        raise ValueError(f"depth: expected {layers}n + 2 of {blocks}, got {depth}")
+        raise ValueError(f"depth: expected {layers}n + 2 for {blocks}, got {depth}")
     block = PreactivationBottleneck if bottleneck else PreactivationBasicBlock
     stem = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
     planes = (width, 2 * width, 4 * width)
@@ -333,7 +395,7 @@ def cifar_preactivation(
 
 
 def preactivation_resnet200(num_classes: int = 1000) -> PreactivationResNet:
-    """ResNet-200 for ImageNet of "Identity Mappings": bottlenecks (3, 24, 36, 3)."""
+    """Return ResNet-200 for ImageNet of He et al. 2016: pre-activation bottlenecks, (3, 24, 36, 3) per stage."""
     stem = nn.Sequential(
         nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
     )

@@ -1,8 +1,8 @@
-"""Swapping torchvision's and timm's residual blocks, ResNets and DenseNets' layers in a model for ours, and back."""
+"""Replacing the residual blocks, ResNets and DenseNet layers of torchvision and timm in a model by fused ones, and
+back."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import importlib
@@ -12,45 +12,45 @@ import torch
 from torch import nn
 from torchvision.models import densenet, resnet
 
-from .nn import BasicBlock, Bottleneck, DenseLayer, ResNet, gated
+from .nn import BasicBlock, Bottleneck, DenseLayer, ResNet
 from .nn import densenet as dense
 from .nn.blocks import Fused
-from .nn.fusable import structure
-from .nn.gated import Gated
+from .nn.fusable import why_unfused
+from .nn.gated import Anatomy, Gated
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A class of blocks and ours in its place.
+    """A class of blocks, and the fused class that takes its place.
 
-    note: why a block of ours runs as the plain chain for now, or None. refused: why it never could run fused, so that
-    it stays what it was, or None.
+    why_unfused: returns why a block of the fused class runs as plain modules for now, or None. why_left: returns why a
+    block could never run fused, so that its class stays, or None.
     """
 
     original: type[nn.Module]
     fused: type[nn.Module]
-    note: Callable[..., str | None] = structure
-    refused: Callable[..., str | None] = lambda block: None
+    why_unfused: Callable[..., str | None] = why_unfused
+    why_left: Callable[..., str | None] = lambda block: None
 
 
 KINDS = (
     Kind(resnet.BasicBlock, BasicBlock),
     Kind(resnet.Bottleneck, Bottleneck),
-    Kind(densenet._DenseLayer, DenseLayer, dense.note),
+    Kind(densenet._DenseLayer, DenseLayer, dense.why_unfused_in_training),
 )
 
-# On a convolution whose weight was laid out anew, for restore_blocks to lay it out as it was.
-_RELAID = "_resnet_kernels_relaid"
+# Marks a convolution whose weight was converted to channels_last, for `restore_blocks` to convert it back.
+_CONVERTED = "_resnet_kernels_converted"
 
 
 @dataclasses.dataclass(frozen=True)
 class ReplacementReport:
-    """What `replace_blocks` did. Printing it gives a summary and every block left alone with its reason.
+    """What `replace_blocks` did. Printing it gives a summary, and every block that was left alone with its reason.
 
-    replaced: names of the blocks now ours.
-    stems: names of the ResNets whose stem is one op in training now.
-    skipped: name -> why the block was left as it was.
-    notes: name -> why a replaced block runs as the plain chain for now (it is checked at every call).
+    replaced: the names of the blocks that were replaced.
+    stems: the names of the ResNets whose stem can now train as one op.
+    skipped: name -> why the block was left alone.
+    notes: name -> why a replaced block runs as plain modules for now (this is decided again at every call).
     """
 
     replaced: tuple[str, ...]
@@ -60,75 +60,73 @@ class ReplacementReport:
 
     def __str__(self) -> str:
         lines = [f"{len(self.replaced)} residual blocks replaced, {len(self.skipped)} left alone"]
-        lines += [f"  {name or 'the model'}: its stem trains as one op" for name in self.stems]
+        lines += [f"  {name or 'the model'}: its stem can train as one op" for name in self.stems]
         lines += [f"  {name}: left alone: {reason}" for name, reason in self.skipped.items()]
         lines += [f"  {name}: replaced, unfused for now: {reason}" for name, reason in self.notes.items()]
         return "\n".join(lines)
 
 
-# timm's blocks with a shortcut that are none of these.
+# Modules of timm with residual blocks that are not supported.
 OTHERS = tuple(f"timm.models.{name}" for name in ("res2net", "resnest", "senet", "legacy_senet", "sknet", "resnetv2"))
 
 
 @functools.cache
-def _of_timm() -> tuple[Kind, ...]:
+def _timm_kinds() -> tuple[Kind, ...]:
     ours = importlib.import_module(".nn.timm_blocks", __package__)
-    kinds = (ours.BasicBlock, ours.Bottleneck, ours.PreActBasic, ours.PreActBottleneck)
-    return tuple(Kind(fused.__bases__[-1], fused, gated.structure, gated.refused) for fused in kinds)
+    fused = (ours.BasicBlock, ours.Bottleneck, ours.PreActBasic, ours.PreActBottleneck)
+    return tuple(Kind(cls.__bases__[-1], cls, cls.ANATOMY.why_unfused, cls.ANATOMY.why_not_decomposed) for cls in fused)
 
 
 def kinds_in(model: nn.Module) -> tuple[Kind, ...]:
-    """Those that the model may hold. timm is imported for a model with classes of its."""
+    """Return the kinds that the model may hold. timm is imported only for a model with classes of timm."""
     timm = any(c.__module__.partition(".")[0] == "timm" for m in model.modules() for c in type(m).__mro__)
-    return (*KINDS, *_of_timm()) if timm else KINDS
+    return (*KINDS, *_timm_kinds()) if timm else KINDS
 
 
 def _kind_of(block: nn.Module, kinds: tuple[Kind, ...]) -> Kind | str | None:
-    """The kind whose class takes the block's place, why the block is left as it is, or None: it is no block."""
+    """Return the block's kind, or why the block is left alone, or None if the module is no residual block."""
     kind = next((k for k in kinds if isinstance(block, k.original)), None)
     if kind is None:
         other = type(block).__module__ in OTHERS and hasattr(block, "downsample")
-        return f"{type(block).__name__} is of a kind that is not known here" if other else None
+        return f"blocks of the class {type(block).__name__} are not supported" if other else None
     if type(block) is kind.fused or type(block).forward is Fused.forward:
         return "it is fused already"
     if type(block) is not kind.original:
         return f"{type(block).__module__}.{type(block).__qualname__} is a subclass and may compute something else"
     if "forward" in block.__dict__:
         return "its forward was overridden on the instance"
-    return kind
+    return kind.why_left(block) or kind
 
 
-def as_gated(block: nn.Module, kinds: tuple[Kind, ...]) -> Gated | None:
-    """The block, or a shallow copy of it, seen as one of ours that is taken apart; None for another."""
+def anatomy_of(block: nn.Module, kinds: tuple[Kind, ...]) -> Anatomy | None:
+    """Return how to decompose a block that is, or can be replaced by, a gated block; None for another module."""
     if isinstance(block, Gated):
-        return block
+        return block.ANATOMY
     kind = next((k for k in kinds if type(block) is k.original), None)
     if kind is None or not issubclass(kind.fused, Gated) or "forward" in block.__dict__:
         return None
-    view = copy.copy(block)
-    view.__class__ = kind.fused
-    assert isinstance(view, Gated)
-    return view
+    return kind.fused.ANATOMY
 
 
 def replace_blocks(model: nn.Module, channels_last: bool = False) -> ReplacementReport:
-    """Make torchvision's and timm's BasicBlocks and Bottlenecks, timm's PreActBasics and PreActBottlenecks, and
-    torchvision's DenseNet layers in the model those of `resnet_kernels.nn`, and torchvision's ResNets ones whose stem
-    trains as one op, in place.
+    """Replace the residual blocks of a model by fused ones, in place.
 
-    Only their class changes: names, parameters, buffers, hooks, optimizers' references and the state dict stay.
-    A block whose inner modules cannot be fused as they stand is replaced too, since that is decided again at every
-    call, and noted.
-    Training: before DDP, FSDP or torch.compile take the model; examples/train_imagenet.py is a whole script.
+    Replaced are torchvision's BasicBlock and Bottleneck, timm's BasicBlock, Bottleneck, PreActBasic and
+    PreActBottleneck, and torchvision's DenseNet layers; torchvision's ResNet becomes one whose stem trains as one op.
+    Only the class of a
+    module changes: names, parameters, buffers, hooks, the optimizer's references and the state dict stay. A block whose
+    inner modules cannot be fused as they are now is replaced too and noted, since this is decided at every call.
+    For training call it before DDP, FSDP or torch.compile take the model; examples/train_imagenet.py is a complete
+    script.
 
     Args:
         model: any module; itself a block, or with blocks anywhere below.
-        channels_last: also lay out the model's convolution weights so, in place, and with them whatever runs unfused
-            (the stem in evaluation, for one). Faster; but code that takes views of the weights, as torch's pruning
-            does, may fail.
+        channels_last: also convert the model's convolution weights to channels_last in place. This is faster where
+            modules run unfused (the stem in evaluation, for example), but code that takes views of the weights, as
+            torch's pruning does, may fail.
     Returns:
         ReplacementReport
-    Numerics: see `ops.residual_block`.
+    Numerics: see `ops.residual_block` and `ops.residual_block_training`.
     """
     replaced, skipped, notes, stems = [], {}, {}, []
     kinds = kinds_in(model)
@@ -142,32 +140,27 @@ def replace_blocks(model: nn.Module, channels_last: bool = False) -> Replacement
         if not isinstance(kind, Kind):
             continue
         block.__class__ = kind.fused
-        refused = kind.refused(block)
-        if refused:
-            block.__class__ = kind.original
-            skipped[name] = refused
-            continue
         replaced.append(name)
-        note = kind.note(block)
+        note = kind.why_unfused(block)
         if note:
             notes[name] = note
     if replaced and channels_last:
         for conv in _convolutions(model):
             if not conv.weight.is_contiguous(memory_format=torch.channels_last):
                 conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last)
-                conv.__dict__[_RELAID] = True
+                conv.__dict__[_CONVERTED] = True
     return ReplacementReport(tuple(replaced), skipped, notes, tuple(stems))
 
 
 def _convolutions(model: nn.Module) -> Iterator[nn.Conv2d]:
-    """Those whose weight is a plain parameter: one computed by a parametrization has no layout to keep."""
+    """Yield the convolutions whose weight is a parameter. The weight of a parametrization has no layout to convert."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and type(module._parameters.get("weight")) is nn.Parameter:
             yield module
 
 
 def restore_blocks(model: nn.Module) -> tuple[str, ...]:
-    """Undo `replace_blocks`: class and weight layout as they were. Returns the names of the blocks restored."""
+    """Undo `replace_blocks`: restore classes and weight layouts. Returns the names of the restored blocks."""
     restored = []
     originals = {kind.fused: kind.original for kind in kinds_in(model)}
     for name, block in model.named_modules():
@@ -178,6 +171,6 @@ def restore_blocks(model: nn.Module) -> tuple[str, ...]:
         block.__class__ = originals[type(block)]
         restored.append(name)
     for conv in _convolutions(model):
-        if conv.__dict__.pop(_RELAID, False):
+        if conv.__dict__.pop(_CONVERTED, False):
             conv.weight.data = conv.weight.data.contiguous()
     return tuple(restored)

@@ -1,5 +1,8 @@
-"""CUDA kernels without a GPU: their sources, compiled by the host's compiler with tests/emulation in place of what only
-nvcc knows, run on the CPU, a block after the other."""
+"""Builds the CUDA kernels for the CPU, so that tests run them without a GPU.
+
+The kernels' sources are compiled by the host's C++ compiler. Headers of tests/emulation replace those that hold PTX and
+launches; a kernel's blocks run one after another, the threads of a block as fibers.
+"""
 
 import ctypes
 import functools
@@ -17,19 +20,19 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-# Kept from run to run; a file's name tells what it was made of.
+# Libraries are kept from run to run, named by a digest of their flags and sources.
 BUILT = ROOT / "build" / "emulation"
 FLAGS = [
     *("-std=c++20", "-O2", "-fPIC", "-w", "-Wno-psabi", "-fno-strict-aliasing", f"-I{HERE / 'emulation'}"),
-    # The library for GPUs, where it is loaded too, has functions of the same names: no static of theirs is shared.
+    # The GPU library, which may be loaded too, has functions of the same names: do not share their static variables.
     "-fno-gnu-unique",
-    # Packages' headers ask for one that only the toolkit has.
+    # CUDA headers from packages include <nv/target>, which only the toolkit has.
     f"-idirafter{HERE / 'emulation/host'}",
 ]
 
 
 def cuda_headers() -> list[Path] | None:
-    """Of the toolkit, or of the packages that torch and Triton bring along."""
+    """Return CUDA's include folders, from the toolkit or from packages of torch and Triton; None if there are none."""
     nvcc = shutil.which("nvcc")
     if nvcc:
         dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
@@ -54,7 +57,7 @@ def build(sources: Sequence[Path], made: Path, compiler: str, flags: Sequence[st
 
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
         list(pool.map(compile, sources, objects))
-    # What is emulated of CUDA's runtime is ours, whatever else is loaded.
+    # -Bsymbolic: calls of the CUDA runtime bind to the emulated functions, whatever else is loaded.
     scratch = made.with_suffix(f".{os.getpid()}")
     subprocess.run([compiler, "-shared", "-Wl,-Bsymbolic", "-o", scratch, *objects], check=True)
     scratch.replace(made)
@@ -64,17 +67,20 @@ def build(sources: Sequence[Path], made: Path, compiler: str, flags: Sequence[st
 
 @functools.cache
 def library(sources: Sequence[Path]) -> ctypes.CDLL:
-    """The sources, a tuple of files, as one library. Skips the test where there is no compiler, or no CUDA headers."""
+    """Build the sources, a tuple of files, into one library and load it.
+
+    Skips the test if there is no C++ compiler or no CUDA headers.
+    """
     compiler, headers = shutil.which("c++") or shutil.which("g++"), cuda_headers()
     if compiler is None or headers is None:
-        pytest.skip("kernels are emulated with a C++ compiler and CUDA's headers; one of them is not here")
+        pytest.skip("emulating the kernels needs a C++ compiler and CUDA's headers; one of them is missing")
     digest = hashlib.sha256(repr((FLAGS, headers)).encode())
     folders = dict.fromkeys([HERE / "emulation", HERE / "emulation/cuda", *(source.parent for source in sources)])
     for file in (file for folder in folders for file in sorted(folder.glob("*.*"))):
         digest.update(file.read_bytes())
     made = BUILT / f"{digest.hexdigest()[:16]}.so"
     BUILT.mkdir(parents=True, exist_ok=True)
-    # Of processes side by side one builds it, and the others wait.
+    # Of several test processes one builds the library while the others wait.
     with filelock.FileLock(made.with_suffix(".lock")):
         if not made.is_file():
             build(sources, made, compiler, [*FLAGS, *(f"-I{folder}" for folder in (ROOT / "csrc", *headers))])
@@ -82,11 +88,11 @@ def library(sources: Sequence[Path]) -> ctypes.CDLL:
 
 
 def cuda() -> ctypes.CDLL:
-    """The kernels of the backend `cuda`."""
+    """Return the emulated library of the backend `cuda`."""
     return library(tuple(sorted((ROOT / "csrc/cuda").glob("*.cu"))))
 
 
 def sm90() -> ctypes.CDLL:
-    """The kernels for Hopper."""
+    """Return the emulated library of the sm_90a kernels."""
     folders = (ROOT / "csrc/cuda/sm90", HERE / "emulation/cuda/sm90")
     return library(tuple(file for folder in folders for file in sorted([*folder.glob("*.cu"), *folder.glob("*.cpp")])))

@@ -1,4 +1,5 @@
-// csrc/cuda/sm90/index.h and statistics.h against brute force, on the host. Exit code 0: all is as it should be.
+// Checks csrc/cuda/sm90/index.h and statistics.h against brute force, on the host. Exit code 0 if everything agrees;
+// else it prints what differs.
 #include "cuda/sm90/index.h"
 
 #include <algorithm>
@@ -19,7 +20,7 @@ void expect(bool right, const char* what) {
 
 template <int kStages>
 void ring() {
-  // A counter of steps, and what a ring must make of it.
+  // The ring's slot and phase against a plain counter of steps.
   for (int jump = 0; jump < 3 * kStages; ++jump) {
     Ring<kStages> at;
     int step = 0;
@@ -34,7 +35,7 @@ void ring() {
 int main() {
   ring<1>(), ring<3>(), ring<5>(), ring<8>();
 
-  // The swizzle: 16-byte chunks of 8 rows fill 1024 bytes, and one chunk of 8 rows all 32 banks.
+  // The swizzle: the 16-byte chunks of 8 rows fill 1024 bytes, and the same chunk of 8 rows covers all 32 banks.
   std::set<uint32_t> places;
   for (int row = 0; row < 16; ++row)
     for (int chunk = 0; chunk < 8; ++chunk) {
@@ -50,7 +51,7 @@ int main() {
     expect(banks.size() == 8, "swizzled: banks");
   }
 
-  // Accumulators: 128 threads have each of 64 x 64 once.
+  // Accumulators: together, 128 threads hold each element of 64 x 64 exactly once.
   std::vector<int> had(64 * 64);
   for (unsigned t = 0; t < 128; ++t)
     for (int half = 0; half < 2; ++half)
@@ -58,21 +59,21 @@ int main() {
         for (int odd = 0; odd < 2; ++odd)
           ++had[accumulator_row(t, half) * 64 + 8 * i + static_cast<int>(accumulator_column(t)) + odd];
   for (int n : had) expect(n == 1, "accumulators");
-  // Operands from registers want a thread's rows and columns where the accumulators have them.
-  expect(accumulator_row(37, 0) == 17 && accumulator_row(37, 1) == 25 && accumulator_column(37) == 2, "operand");
+  // A register operand has the accumulators' rows and columns.
+  expect(accumulator_row(37, 0) == 17 && accumulator_row(37, 1) == 25 && accumulator_column(37) == 2, "register operand");
 
-  // The tail of 128 channels: both halves of a tile, whatever the map's width, fit their buffers, and each tap of each
-  // position sees its neighbour in what was brought; what a product reads beyond lies in the same memory.
+  // The tail of 128 channels: whatever the map's width, both halves of a tile fit their buffers, and each tap of each
+  // position reads its neighbour in the halo; what a wgmma reads beyond it is inside the same buffer.
   for (int W = 1; W <= kWideColumns; ++W) {
     const int pitch = wide_pitch(W), rows = wide_rows(W);
-    expect(rows >= 1 && rows * pitch <= kWidePositions && (2 * rows + 2) * pitch <= kWideHalo, "wide tail: sizes");
+    expect(rows >= 1 && rows * pitch <= kWidePositions && (2 * rows + 2) * pitch <= kWideHalo, "wide tail: a tile exceeds its buffers");
     for (int half = 0; half < 2; ++half)
       for (int tap = 0; tap < 9; ++tap) {
         const int begins = half * rows * pitch + tap_column(0, tap, pitch);
-        expect(begins + kWidePositions <= kWideHalo, "wide tail: what a product reads");
+        expect(begins + kWidePositions <= kWideHalo, "wide tail: a product reads outside the halo");
         for (int row = 0; row < rows; ++row)
           for (int column = 0; column < W; ++column) {
-            // Brought from row -1 and column -1 of the tile on.
+            // The halo begins at row -1 and column -1 of the tile.
             const int seen = begins + row * pitch + column;
             expect(seen / pitch - 1 == half * rows + row + tap / 3 - 1 && seen % pitch - 1 == column + tap % 3 - 1,
                    "wide tail: neighbours");
@@ -80,20 +81,20 @@ int main() {
       }
   }
 
-  // A whole bottleneck: over strips rows of a follow each other through the ring.
+  // The whole bottleneck: rows of a take the ring's slots in order, across strips.
   int step = 0;
   for (int pairs : {1, 3, 2}) {
     const int begun = step;
     for (int row = -1; row <= 2 * pairs; ++row, ++step) {
       const RowOfA at(begun, row);
-      expect(at.slot == step % kRowsOfA && at.phase == static_cast<uint32_t>(step / kRowsOfA % 2), "rows of a");
+      expect(at.slot == step % kRowsOfA && at.phase == static_cast<uint32_t>(step / kRowsOfA % 2), "ring of rows of a");
     }
   }
-  // Strips of even rows, as many as pay: of 256 images none is cut for 132 multiprocessors, of one, and of few, they are.
+  // Strips have even numbers of rows. On 132 multiprocessors 256 images are not cut; one image, and few images, are.
   expect(rows_of_strip(256, 56, 132) == 56 && rows_of_strip(1, 56, 132) == 2 && rows_of_strip(1, 1, 1) == 2, "strips");
   expect(rows_of_strip(33, 56, 132) == 14 && rows_of_strip(2, 5, 1) == 6, "strips");
 
-  // Positions count over columns, rows, images.
+  // Positions: columns vary fastest, then rows, then images.
   int m = 0;
   for (int n = 0; n < 3; ++n)
     for (int i = 0; i < 5; ++i)
@@ -102,13 +103,13 @@ int main() {
         expect(at.n == n && at.i == i && at.q == q, "position");
       }
 
-  // Taps: input rows r, columns s - 1 of an output column, in rows of W + 2 columns from column -1.
+  // Taps: input row r and column s - 1 of an output column, in rows of W + 2 columns from column -1.
   const int W = 9, pitch = W + 2;
   for (int row = 0; row < 2; ++row)
     for (int tap = 0; tap < 9; ++tap)
       for (int q = 0; q < W; ++q)
         expect(tap_column(row, tap, pitch) + q == (row + tap / 3) * pitch + (q + tap % 3 - 1) - -1, "tap");
-  // Statistics: rows of four warps before the last position; merged, those of all.
+  // Statistics: the rows that each warp owns before the last position.
   for (int parts = 1; parts <= 2; ++parts)
     for (int left = 1; left <= 200; ++left)
       for (int warp = 0; warp < 4; ++warp) {
@@ -121,7 +122,8 @@ int main() {
             }
         expect(rows_of_warp(left, warp, parts) == static_cast<int>(rows.size()), "rows of a warp");
       }
-  // Eight lanes' statistics merged by halves, of one row each: lanes that lack theirs, a channel that is NaN.
+  // The statistics of eight lanes with one row each, merged by halves: with rows missing in some lanes, and a channel
+  // that holds NaN.
   for (int missing = 0; missing < 8; ++missing) {
     auto value = [](int channel, int row) { return channel == 5 ? std::nanf("") : 100 + std::sin(31.f * channel + row); };
     float mean[32][16], M2[32][16] = {}, rows[32];

@@ -17,8 +17,10 @@ from resnet_kernels.backends import gpu
 from resnet_kernels.backends.contract import Affine, Epilogue, Geometry, Normalized, Operand, Pool, Pooled
 from resnet_kernels.backends.gpu import launch, offline
 from resnet_kernels.backends.gpu.inference import dispatch
-from resnet_kernels.backends.gpu.training import finalize, gates, outer, reductions
+from resnet_kernels.backends.gpu.training import finalize, gates, reductions, wgrad
 from resnet_kernels.ops import chain_training
+from resnet_kernels.ops.chain_backward import Backward
+from resnet_kernels.ops.spec import BlockSpec, NormSpec, TrainingPlan
 
 NHWC = torch.channels_last
 # The unit of matrix products of each architecture, as PTX names its instructions.
@@ -85,24 +87,14 @@ def launches_of_block_training(case, dtype, arch):
         vectors = [torch.empty(w.shape[0]) for w in weights]
         unused = [torch.empty(0) for _ in weights]
         n = len(convs)
-        geometry = [[c.stride[0] for c in convs], [c.dilation[0] for c in convs], [c.groups for c in convs]]
-        plan = chain_training.Plan(
-            *geometry,
-            [1e-5] * n,
-            [True] * n,
-            [""] * n,
-            shortcut,
-            relu=True,
-            preactivation=False,
-            stored=[],
-            pool=[],
-            backend="gpu",
-        )
+        fields = zip(*((c.stride[0], c.dilation[0], c.groups) for c in convs), strict=True)
+        spec, batch = BlockSpec(*fields, shortcut), [True] * n
         shapes = [w.shape for w in weights]
-        plan = plan._replace(stored=chain_training.stored_outputs(x.shape, shapes, plan, plan.geometries(weights)))
+        stored = chain_training.stored_outputs(x.shape, shapes, spec, batch, spec.geometries(weights))
+        plan = TrainingPlan(spec, (NormSpec(1e-5, True, ""),) * n, stored, "gpu")
         kept = chain_training.Forward(gpu, x, weights, vectors, vectors, unused, unused, plan).run()
         every = [True] * n
-        chain_training.Backward(gpu, x, weights, kept, plan, True, every, every).run(torch.empty_like(kept.y))
+        Backward(gpu, x, weights, kept, plan, True, every, every).run(torch.empty_like(kept.y))
     return launches
 
 
@@ -130,10 +122,10 @@ def launches_of_reductions(dtype, arch):
             if dtype == torch.float32:
                 h = dataclasses.replace(h, centre=j)
             for x_of in (h, Operand(h.tensor), strided):
-                G, sg = outer.wgrad(g, x_of, (1, 1), Geometry(), sums=True)
-            outer.wgrad(dc, x, (1, 1), Geometry())
-            m = outer.moments(dataclasses.replace(h, centre=None))
-            outer.moments(strided)
+                G, sg = wgrad.wgrad(g, x_of, (1, 1), Geometry(), sums=True)
+            wgrad.wgrad(dc, x, (1, 1), Geometry())
+            m = wgrad.moments(dataclasses.replace(h, centre=None))
+            wgrad.moments(strided)
             reductions.bn_pass(Operand(x.tensor, (k, k)), Epilogue(residual=x, relu=True, reduce="mask"))
             reductions.bn_pass(x, Epilogue(residual=Operand(x.tensor, (k, k)), relu=True))
             reductions.reduce(g, Normalized(x.tensor, k, k))

@@ -9,6 +9,7 @@ from torch import nn
 
 import resnet_kernels as rk
 from resnet_kernels.nn.fusable import why_plain
+from resnet_kernels.ops import BlockSpec
 from resnet_kernels.testing import ODD_CASES, RESNET_CASES, RESNEXT_CASES, assert_matches
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -160,9 +161,8 @@ def test_gradcheck_and_second_derivatives(size):
     flat = [t.double().requires_grad_() for a in args for t in (a if isinstance(a, list) else [a])]
 
     def op(x, *rest):
-        return rk.ops.residual_block(
-            x, list(rest[:3]), list(rest[3:6]), list(rest[6:]), [2, 1, 2], [1, 1, 1], [2, 1, 1], "projection"
-        )
+        spec = BlockSpec((2, 1, 2), (1, 1, 1), (2, 1, 1), "projection")
+        return rk.ops.residual_block(x, list(rest[:3]), list(rest[3:6]), list(rest[6:]), spec)
 
     torch.autograd.gradcheck(op, flat)
     torch.autograd.gradgradcheck(op, flat)
@@ -228,15 +228,10 @@ def test_opcheck(shortcut, device):
     affine = [[torch.randn(w.shape[0]) for w in weights] for _ in range(2)]
     tensors = [torch.randn(2, 8, 7, 7).contiguous(memory_format=torch.channels_last), weights, *affine]
     tensors = torch.utils._pytree.tree_map(lambda t: t.to(device).requires_grad_(), tensors)
-    args = (
-        *tensors,
-        [stride] + [1] * (n - 1 - (shortcut == "projection")) + [stride] * (shortcut == "projection"),
-        [1] * n,
-        [1] * n,
-        shortcut,
-        shortcut != "none",
-    )
-    torch.library.opcheck(torch.ops.resnet_kernels.residual_block.default, args)
+    projected = shortcut == "projection"
+    strides = (stride, *[1] * (n - 1 - projected), *[stride] * projected)
+    spec = BlockSpec(strides, (1,) * n, (1,) * n, shortcut, relu=shortcut != "none")
+    torch.library.opcheck(torch.ops.resnet_kernels.residual_block.default, (*tensors, *spec.flat()))
 
 
 BAD = {
@@ -249,11 +244,15 @@ BAD = {
     "channels": (dict(x=torch.randn(2, 6, 5, 5)), ValueError, "does not fit 6 channels"),
     "mixed-dtype": (dict(x=torch.randn(2, 4, 5, 5).double()), TypeError, "expected torch.float64 .* got torch.float32"),
     "mixed-device": (dict(x=torch.randn(2, 4, 5, 5, device="meta")), ValueError, "expected it on meta, as x, got cpu"),
-    "shortcut": (dict(shortcut="id"), ValueError, "expected one of identity, projection, zero_pad, none, got 'id'"),
-    "lengths": (dict(strides=[1]), ValueError, "expected one weight, stride, dilation"),
+    "shortcut": (
+        dict(spec=dict(shortcut="id")),
+        ValueError,
+        "expected one of identity, projection, zero_pad, none, got 'id'",
+    ),
+    "lengths": (dict(spec=dict(strides=(1,))), ValueError, "expected one weight, stride, dilation"),
     "even": (dict(weights=[torch.randn(4, 4, 2, 2)] * 2), ValueError, "with R odd, got"),
     "scale": (dict(scales=[torch.ones(3)] * 2), ValueError, r"expected \(4,\), got \(3,\)"),
-    "identity": (dict(strides=[2, 1]), ValueError, r"identity needs y of x's sizes"),
+    "identity": (dict(spec=dict(strides=(2, 1))), ValueError, r"identity needs y of x's sizes"),
     "half-scale": (dict(scales=[torch.ones(4).half()] * 2), TypeError, "expected torch.float32 .* got torch.float16"),
 }
 
@@ -265,13 +264,14 @@ def test_the_op_names_what_is_wrong(change, error, says):
         weights=[torch.randn(4, 4, 3, 3)] * 2,
         scales=[torch.ones(4)] * 2,
         shifts=[torch.ones(4)] * 2,
-        strides=[1, 1],
-        dilations=[1, 1],
-        groups=[1, 1],
+        spec=BlockSpec((1, 1), (1, 1), (1, 1)),
     )
     rk.ops.residual_block(**good)
+    bad = good | change
+    if isinstance(bad["spec"], dict):
+        bad["spec"] = dataclasses.replace(good["spec"], **bad["spec"])
     with pytest.raises(error, match=says):
-        rk.ops.residual_block(**good | change)
+        rk.ops.residual_block(**bad)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torchvision.models import densenet
 import resnet_kernels as rk
 from resnet_kernels.nn.densenet import why_plain
 from resnet_kernels.ops import chain_training
+from resnet_kernels.ops.spec import BlockSpec, NormSpec, TrainingPlan
 from resnet_kernels.testing import GivenReLU, RecordedReLU, assert_matches, randomize_
 
 NHWC = torch.channels_last
@@ -53,8 +54,8 @@ def step(layer, maps, dy, masks=None):
     y = layer(maps)
     if not relus:
         node = y.grad_fn
-        plan = chain_training.Plan(*node.plan)
-        kept = chain_training.Kept.of(node.saved_tensors[1 + node.count :], plan)
+        plan = TrainingPlan.of(node.plan)
+        kept = chain_training.Saved.of(node.saved_tensors[1 + node.count :], plan)
         operands = torch.cat(maps, 1).detach(), kept.c[1]
         tables = [table.double()[:2, :, None, None] for table in kept.tables]
         masks = [~((a * u.double() + b).float() <= 0) for u, (a, b) in zip(operands, tables, strict=True)]
@@ -128,10 +129,9 @@ def test_opcheck():
     weights = [torch.randn(6, 8, 1, 1, requires_grad=True), torch.randn(4, 6, 3, 3, requires_grad=True)]
     gammas, betas = ([torch.randn(C, requires_grad=True) for C in (8, 6)] for _ in range(2))
     empty = [torch.empty(0)] * 2
-    ones = [1, 1]
-    plan = chain_training.Plan(
-        ones, ones, ones, [1e-5] * 2, [True] * 2, [""] * 2, "none", False, True, [False] * 2, [], "cpu"
-    )  # fmt: skip
+    ones = (1, 1)
+    spec = BlockSpec(ones, ones, ones, "none", relu=False, preactivation=True)
+    plan = TrainingPlan(spec, (NormSpec(1e-5, True, ""),) * 2, (False, False), "cpu").flat()
     op = torch.ops.resnet_kernels.residual_block_training.default
     torch.library.opcheck(op, (x, weights, gammas, betas, empty, empty, *plan))
 

@@ -19,7 +19,7 @@ from torchvision.models import resnet
 
 import resnet_kernels as rk
 from resnet_kernels.nn.fusable import parts, why_plain
-from resnet_kernels.ops.chain_training import pays_by_moments
+from resnet_kernels.ops.chain_training import moments_pay
 from resnet_kernels.testing import BlockCase, randomize_
 
 WORLD = 2
@@ -125,7 +125,7 @@ def test_the_cases_go_by_moments_on_all_on_some_and_on_no_process():
         p = parts(case.make())
         rows = images * -(-case.H // case.stride) * -(-case.W // case.stride)
         pointwise = [conv for conv in p.convs[len(p.convs) // 2 :] if conv.kernel_size == (1, 1)]
-        return any(pays_by_moments(rows, conv.in_channels, conv.out_channels) for conv in pointwise)
+        return any(moments_pay(rows, conv.in_channels, conv.out_channels) for conv in pointwise)
 
     found = {name: [by_moments(case, n) for n in split(case, "uneven")] for name, case in CASES.items()}
     assert all(found[name] == [True, name != "mixed"] for name in MOMENTS)

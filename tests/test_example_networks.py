@@ -1,4 +1,4 @@
-"""The example networks: small real runs, and a step of each beside that of plain torch modules."""
+"""The example networks: short runs of the scripts, and a step of each compared with that of torch's modules."""
 
 import copy
 import runpy
@@ -35,18 +35,18 @@ def test_a_run(name, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     assert load(name)["main"]() == 0
     text = capsys.readouterr().out
-    assert "of 359 digits not seen" in text and f"Plot: {plot}" in text
+    assert "of 359 unseen digits" in text and f"Plot: {plot}" in text
     assert plot.read_bytes().startswith(b"\x89PNG") and plot.stat().st_size > 20_000
 
 
-def test_errors_are_a_sentence_and_a_code(monkeypatch, tmp_path, capsys):
+def test_errors_are_a_sentence_and_an_exit_code(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["unet", "--out", str(tmp_path)])
     assert load("unet")["main"]() == 2
     error = " ".join(capsys.readouterr().err.split())
     assert error == f"unet.py: out: expected a file, got {tmp_path}, which is a folder"
 
 
-NETWORKS = {  # what makes it, its input, how many of its blocks are fused
+NETWORKS = {  # a constructor, the sizes of the input, the number of fused blocks
     "unet": (lambda m: m["UNet"]((8, 16)), (2, 1, 16, 24), 4),
     "hourglass": (lambda m: m["StackedHourglass"](3, stacks=2, depth=2, channels=16), (2, 1, 16, 16), 17),
     "simple_baseline": (lambda m: m["SimpleBaseline"](3, channels=8), (3, 3, 64, 64), 4),
@@ -54,12 +54,11 @@ NETWORKS = {  # what makes it, its input, how many of its blocks are fused
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_step_is_that_of_plain_modules(name):
-    """In fp64, where both agree to the last digits."""
+def test_a_step_matches_torchs_modules(name):
+    """In fp64, where the fused algebra and torch's modules agree to the last digits."""
     make, sizes, count = NETWORKS[name]
     model, x = make(load(name)).double().train(), torch.randn(sizes).double()
-    ran = [m for m in model.modules() if isinstance(m, Fused)]
-    assert len(ran) == count
+    assert sum(isinstance(m, Fused) for m in model.modules()) == count
     found = []
     for backend in ("eager", "reference"):
         own = copy.deepcopy(model)
@@ -85,7 +84,7 @@ def test_key_points_by_hand():
     picture = torch.zeros(1, 1, 8, 8)
     picture[0, 0, 2, 3:6] = 1
     picture[0, 0, 3:7, 4] = 1
-    # Columns 3, 4 five times, 5; rows 2 three times, 3, 4, 5, 6.
+    # Ink by column: 3 once, 4 five times, 5 once; by row: 2 three times, 3 to 6 once each.
     want = [[4, 24 / 7], [4, 2], [4, 6], [3, 2], [5, 2]]
     points = common.key_points(picture)
     torch.testing.assert_close(points[0], torch.tensor(want))

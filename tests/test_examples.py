@@ -1,4 +1,4 @@
-"""The training examples: small real runs of the scripts."""
+"""The training examples: short runs of the scripts."""
 
 import contextlib
 import json
@@ -20,13 +20,13 @@ pytest.importorskip("sklearn")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 CLASSES = ("0", "1", "2")
-# Per process of two; 24 images of 32 x 32 are 3 steps an epoch.
+# Images per step in each of two processes. The 24 images of 32 x 32 make 3 steps per epoch.
 BATCH, STEPS = 4, 3
 pytestmark = pytest.mark.skipif(not EXAMPLES.is_dir(), reason="the examples are in the repository only")
 
 
 def start(*arguments, processes=1, **rest):
-    """train_imagenet.py in a session of its own, by torchrun where there are several processes."""
+    """Start train_imagenet.py in a process group of its own; with several processes, by torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     common = ["--model", "resnet18", "--size", "32", "--workers", "1", "--device", "cpu", "--log-every", "1"]
     command = [sys.executable, *launcher, EXAMPLES / "train_imagenet.py", *common, *arguments]
@@ -42,7 +42,7 @@ def start(*arguments, processes=1, **rest):
 
 
 def main(monkeypatch, script, *arguments):
-    """The script's exit code, in this process."""
+    """Run the script in this process and return its exit code."""
     monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     threads = torch.get_num_threads()
@@ -56,7 +56,7 @@ def main(monkeypatch, script, *arguments):
 
 
 def finish(process, code=0):
-    """What it wrote."""
+    """Wait for the process, check its exit code and return its output."""
     try:
         text, _ = process.communicate(timeout=120)
     finally:
@@ -76,7 +76,7 @@ def losses(out):
 
 
 def interrupt(process, out, number, steps):
-    """Sends the signal once so many steps are logged."""
+    """Send the signal once so many steps are logged."""
     deadline = time.monotonic() + 100
     while len(logged(out)) < steps and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -101,7 +101,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
-    """Two epochs of two processes without a break: (folder, what was written)."""
+    """Train two epochs by two processes without interruption; return (folder, output)."""
     out = tmp_path_factory.mktemp("whole")
     text = finish(start(data, "--batch", BATCH, "--epochs", 2, "--sync-bn", "--out", out, processes=2))
     return out, text
@@ -118,13 +118,13 @@ def test_two_processes_train(whole):
     assert [epoch for epoch, _ in found] == ["1", "2"]
     rows = logged(out)
     assert [(row["epoch"], row["step"]) for row in rows] == [(e, s) for e in (1, 2) for s in (1, 2, 3)]
-    # The rate rises in the first five epochs.
+    # The learning rate rises in the first five epochs.
     assert [row["lr"] for row in rows] == sorted(row["lr"] for row in rows)
     assert not list(out.glob("*.part"))
 
 
 @needs_gloo
-def test_a_checkpoint_is_torchvisions_model(whole):
+def test_a_checkpoint_loads_into_torchvisions_model(whole):
     state = torch.load(whole[0] / "checkpoint.pt", weights_only=True)
     assert (state["epoch"], state["step"], state["about"]["classes"]) == (2, 0, list(CLASSES))
     model = torchvision.models.resnet18(num_classes=3)
@@ -136,22 +136,22 @@ def test_a_checkpoint_is_torchvisions_model(whole):
 
 
 @needs_gloo
-def test_an_interrupted_run_goes_on_as_if_nothing_had_been(data, whole, tmp_path):
+def test_an_interrupted_run_resumes_with_the_same_results(data, whole, tmp_path):
     arguments = (data, "--batch", BATCH, "--epochs", 2, "--sync-bn", "--out", tmp_path)
     process = start(*arguments, processes=2)
     interrupt(process, tmp_path, signal.SIGINT, 1)
-    # torchrun's own exit code, whatever its processes end with.
+    # torchrun exits with 1, regardless of its processes' exit codes.
     text = finish(process, code=1)
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     done = len(logged(tmp_path))
     assert state["epoch"] * STEPS + state["step"] == done and 0 < done < 2 * STEPS
-    assert f"SIGINT in epoch {state['epoch'] + 1} after step {state['step']}: go on with --resume" in text
+    assert f"SIGINT in epoch {state['epoch'] + 1} after step {state['step']}; continue with --resume" in text
     text = finish(start(*arguments, "--resume", tmp_path / "checkpoint.pt", processes=2))
     assert f"at epoch {state['epoch'] + 1}, step {state['step'] + 1}" in text
     assert losses(tmp_path) == losses(whole[0])
 
 
-def test_one_process_ends_with_the_signals_code(data, tmp_path):
+def test_one_process_exits_with_the_signals_code(data, tmp_path):
     process = start(data, "--batch", 2 * BATCH, "--epochs", 50, "--amp", "bf16", "--out", tmp_path)
     interrupt(process, tmp_path, signal.SIGTERM, 2)
     assert "SIGTERM in epoch" in finish(process, code=143)
@@ -159,7 +159,7 @@ def test_one_process_ends_with_the_signals_code(data, tmp_path):
     assert state["epoch"] * STEPS + state["step"] == len(logged(tmp_path))
 
 
-def test_errors_are_a_sentence_and_a_code(data, whole, tmp_path, monkeypatch, capsys):
+def test_errors_are_a_sentence_and_an_exit_code(data, whole, tmp_path, monkeypatch, capsys):
     empty = tmp_path / "empty"
     for name in ("train/cat", "val/cat"):
         (empty / name).mkdir(parents=True)
@@ -169,8 +169,8 @@ def test_errors_are_a_sentence_and_a_code(data, whole, tmp_path, monkeypatch, ca
         (tmp_path / "nowhere",): "data: expected a folder with train/ and val/, got .*nowhere, which has no train/",
         (empty,): "data: expected a folder of images per class in .*train.* cat",
         (data, "--model", "vgg11"): "model: expected one of resnet101, .* got 'vgg11'",
-        (data, "--batch", "25"): "train: expected at least 25 images, one batch, got 24",
-        (data, "--resume", tmp_path / "none.pt"): "resume: expected a checkpoint, got .*none.pt, which is no file",
+        (data, "--batch", "25"): "train: expected at least 25 images for one step, got 24",
+        (data, "--resume", tmp_path / "none.pt"): "resume: expected a checkpoint, got .*none.pt, which is not a file",
         (data, "--resume", tmp_path / "bytes.pt"): "resume: expected a checkpoint of this script, got .*bytes.pt",
         (data, "--model", "resnet34", "--resume", checkpoint): "another model: expected resnet34, got resnet18",
     }
@@ -188,6 +188,7 @@ def test_digits(dtype, tmp_path, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "2 residual blocks replaced" in text
+    assert re.search(r"resnet_kernels is (slower than|faster than|as fast as) PyTorch here", text)
     rows = re.findall(r"(PyTorch|resnet_kernels) +│ +([\d.]+) +│ +([\d.]+)% +│ +([\d.]+) ", text)
     assert [row[0] for row in rows] == ["PyTorch", "resnet_kernels"]
     assert abs(float(rows[0][1]) - float(rows[1][1])) < 0.2, "the loss after the same four batches"

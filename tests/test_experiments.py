@@ -1,4 +1,4 @@
-"""examples/experiments: each experiment as a tiny run, what it writes, resuming, and its errors."""
+"""examples/experiments: tiny runs of each experiment, the files they write, resuming, and error messages."""
 
 import csv
 import importlib
@@ -21,7 +21,7 @@ FOLDER = Path(__file__).parents[1] / "examples" / "experiments"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the examples are in the repository only")
 
 TINY = ("--batch", 16, "--steps", 2, "--epochs", 2, "--size", 4, "--device", "cpu")
-# Options, the rows of the CSV, and what the verdict and the networks' lines say.
+# By experiment: options, the number of rows of the CSV, and parts of the printed sentences.
 EXPERIMENTS = {
     "degradation": (
         ("--depths", 8, 14, "--seeds", 2),
@@ -31,8 +31,8 @@ EXPERIMENTS = {
     "shortcuts": (("--depths", 8, "--seeds", 1), 4 * 2, ["every shortcut is", "C, 8 layers: 3 blocks by"]),
     "gradient_flow": (("--depths", 8, 14, "--seeds", 1), 2 * 2 * (7 + 13), ["At 14 layers and initialisation"]),
     "layer_responses": (("--depths", 8, 14, "--seeds", 1), 2 * (7 + 13), ["Residual networks respond"]),
-    # The whole network, 4 blocks one by one, 4 numbers of blocks with 5 draws of 2 kinds.
-    "lesions": (("--depths", 14), 2 * (1 + 4 + 4 * 5 * 2), ["A block costs"]),
+    # The whole network, 4 blocks deleted one at a time, and 4 numbers of blocks with 5 draws of 2 kinds.
+    "lesions": (("--depths", 14), 2 * (1 + 4 + 4 * 5 * 2), ["A deleted block costs"]),
     "preactivation": (("--depths", 8, "--seeds", 1), 2 * 2, ["8 layers: pre-activation learns", "3 blocks by"]),
     "thousand_layers": (
         ("--depths", 14, 11),
@@ -46,7 +46,7 @@ EXPERIMENTS = {
 
 @pytest.fixture(scope="module")
 def modules():
-    """The experiments by name, and what they share."""
+    """The experiments' modules and the modules that they share, by name."""
     names = ["data", "plots", "shared", *EXPERIMENTS]
     sys.path.insert(0, str(FOLDER))
     try:
@@ -73,11 +73,11 @@ def run(modules, monkeypatch, name, *options):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_writes_its_rows_a_plot_and_a_verdict(name, device, modules, monkeypatch, tmp_path, capsys):
-    options, count, said = EXPERIMENTS[name]
+    options, count, sentences = EXPERIMENTS[name]
     monkeypatch.setattr(modules["ode"], "STEPS", {"Euler": [1, 2, 4, 8], "Runge-Kutta 4": [1, 2]})
     assert run(modules, monkeypatch, name, *TINY, *options, "--device", device, "--out", tmp_path) == 0
     text = " ".join(capsys.readouterr().out.split())
-    for sentence in said:
+    for sentence in sentences:
         assert sentence in text
     with (tmp_path / f"{name}.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -92,7 +92,7 @@ def test_an_experiment_writes_its_rows_a_plot_and_a_verdict(name, device, module
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_been(modules, monkeypatch, tmp_path, capsys):
+def test_a_killed_run_resumes_with_the_same_results(modules, monkeypatch, tmp_path, capsys):
     options = (*TINY, "--epochs", 4, "--depths", 8, "--seeds", 2)
     assert run(modules, monkeypatch, "degradation", *options, "--out", tmp_path / "whole") == 0
     out = tmp_path / "killed"
@@ -101,7 +101,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(modules, monkeypatch, tmp_p
     process = subprocess.Popen(list(map(str, command)), env=environment, stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 100
-        # Of the second run, so that one is done.
+        # Wait until the first run's rows are written, so that the second one is interrupted.
         while time.monotonic() < deadline and process.poll() is None:
             if (out / "degradation.csv").exists():
                 break
@@ -119,8 +119,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(modules, monkeypatch, tmp_p
 
 
 @pytest.mark.parametrize("saves", [1, 3])
-def test_a_run_goes_on_within(saves, modules, monkeypatch, tmp_path):
-    """Stopped right after an epoch, of the first run or the second, with measurements at the beginning and the end."""
+def test_an_interrupted_run_resumes_with_the_same_results(saves, modules, monkeypatch, tmp_path):
+    """Interrupted right after an epoch of the first or the second run, which measures at the beginning and the end."""
     options = (*TINY, "--depths", 8, "--seeds", 1)
     assert run(modules, monkeypatch, "gradient_flow", *options, "--out", tmp_path / "whole") == 0
     checkpoint = modules["shared"].Checkpoint
@@ -139,7 +139,7 @@ def test_a_run_goes_on_within(saves, modules, monkeypatch, tmp_path):
     assert (tmp_path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_errors_are_a_sentence_and_a_code(modules, monkeypatch, tmp_path, capsys):
+def test_errors_are_a_sentence_and_an_exit_code(modules, monkeypatch, tmp_path, capsys):
     (tmp_path / "bytes").mkdir()
     (tmp_path / "bytes" / "degradation.pt").write_bytes(b"no checkpoint")
     (tmp_path / "cifar" / "cifar-10-batches-py").mkdir(parents=True)
@@ -152,10 +152,10 @@ def test_errors_are_a_sentence_and_a_code(modules, monkeypatch, tmp_path, capsys
             "--data",
             tmp_path / "none",
         ): "data: expected a folder with cifar-10-batches-py/ (CIFAR-10, unpacked), or with",
-        ("--data", tmp_path / "cifar"): "data: expected CIFAR-10, whole, in",
+        ("--data", tmp_path / "cifar"): "data: expected the complete CIFAR-10 in",
         ("--data", tmp_path / "folder"): "data: expected a folder of images per class in train/ and val/",
         ("--batch", 1000): "batch: expected at most the 1438 training images in 2 steps, got 1000",
-        ("--depths", 9): "depth: expected 6n + 2, from 8 on, got 9",
+        ("--depths", 9): "depth: expected 6n + 2, at least 8, got 9",
         ("--depths", 18): "depths: 18 is ImageNet's network",
         ("--out", tmp_path / "bytes"): "bytes/degradation.pt, which cannot be read",
         ("--out", tmp_path / "done", "--lr", 0.5): "of a run with other settings, lr: expected 0.5, got 0.02",
@@ -170,7 +170,7 @@ def test_errors_are_a_sentence_and_a_code(modules, monkeypatch, tmp_path, capsys
 
 
 def test_cifar_is_read_and_augmented(modules, monkeypatch, tmp_path):
-    """Files as CIFAR-10's, few images: torchvision's check of the real ones' sums is off."""
+    """Files in CIFAR-10's format with few images; torchvision's check of the real files' checksums is turned off."""
     folder, random = tmp_path / "cifar-10-batches-py", np.random.default_rng(0)
     folder.mkdir()
     for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
@@ -187,7 +187,7 @@ def test_cifar_is_read_and_augmented(modules, monkeypatch, tmp_path):
     assert args.lr == 0.1
 
 
-def test_crops_and_flips_are_of_the_image_in_zeros(modules):
+def test_crops_and_flips_come_from_the_zero_padded_image(modules):
     x = torch.rand(4, 1, 5, 5)
     labels = torch.arange(4)
     images = modules["data"].InMemory((x, labels), (x, labels), batch=4, padding=2)
@@ -210,7 +210,7 @@ def test_crops_and_flips_are_of_the_image_in_zeros(modules):
 
 
 def test_a_folder_of_images(modules, monkeypatch, tmp_path, capsys):
-    """Small images of a network of its own twice, the same both times; and ImageNet's network."""
+    """Two runs of a network for small images write the same rows; a network for ImageNet runs too."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -240,8 +240,8 @@ def test_the_papers_rates(kind, depth, share, expected, modules, monkeypatch):
     assert shared.rate(args, depth, int(share * 64_000), 64_000) == pytest.approx(expected)
 
 
-def test_gates_that_are_open_or_closed_are_known_blocks(modules):
-    """g = 0: the identity, so x, which no ReLU changes again. g = 1: the residual function alone."""
+def test_fully_open_and_closed_gates_give_known_blocks(modules):
+    """With g = 0 a highway block is the identity (x is non-negative); with g = 1 it is the residual function alone."""
     import resnet_kernels as rk
 
     block = rk.nn.BasicBlock(8, 8).eval()
@@ -260,7 +260,7 @@ def test_gates_that_are_open_or_closed_are_known_blocks(modules):
         torch.testing.assert_close(gated(x), expected)
 
 
-def test_lesions_put_everything_back(modules):
+def test_lesions_restore_the_model(modules):
     import resnet_kernels as rk
 
     model = rk.models.cifar_resnet(14, in_channels=1)
@@ -268,5 +268,5 @@ def test_lesions_put_everything_back(modules):
     images = modules["data"].load(type("Arguments", (), {"data": None, "size": 8, "batch": 64, "steps": None}))
     rows = modules["lesions"].lesions(model, images, 1)
     assert {name: id(m) for name, m in model.named_modules()} == before
-    # Of six blocks two change the shape.
+    # Two of the six blocks change the shape of their input, so four can be deleted.
     assert [row["amount"] for row in rows if row["study"] == "delete the block"] == [1, 2, 3, 4]

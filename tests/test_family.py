@@ -1,4 +1,4 @@
-"""resnet_kernels.models: sizes as the papers have them, results as of plain modules, torchvision's state dicts."""
+"""resnet_kernels.models: the papers' sizes, the results of torch's own modules, torchvision's state dicts."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from resnet_kernels import models
 from resnet_kernels.nn.blocks import Fused
 
 TORCHVISION = [name for name in models.__all__ if hasattr(torchvision.models, name)]
-# Millions of parameters, as the papers' tables and texts round them.
+# A constructor and the network's millions of parameters, as the papers' tables and texts round them.
 PARAMETERS = {
     "resnet50": (lambda: models.resnet50(), 25.6),
     "resnet152": (lambda: models.resnet152(), 60.2),
@@ -40,15 +40,16 @@ def parameters(model):
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_parameters_are_the_papers(name):
+def test_parameter_counts_are_those_of_the_papers(name):
     make, millions = PARAMETERS[name]
     with torch.device("meta"):
         count = parameters(make()) / 1e6
+    # Half a unit of the last digit that the paper gives.
     assert abs(count - millions) <= 0.5 * 10 ** -len(str(millions).split(".")[1]) + 0.005
 
 
 @pytest.mark.parametrize("name", TORCHVISION)
-def test_torchvisions_state_dicts_fit_their_namesakes(name):
+def test_torchvisions_state_dicts_fit_the_networks_of_the_same_name(name):
     with torch.device("meta"):
         ours, theirs = getattr(models, name)(), getattr(torchvision.models, name)()
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
@@ -66,7 +67,7 @@ def test_stochastic_depth_grows_with_the_block_and_has_no_parameters():
 
 
 def convolutions(model):
-    """Weighted layers on the way through: convolutions without projections, and the last."""
+    """Return the number of layers as the papers count them: convolutions other than projections, and the classifier."""
     projections = sum(isinstance(m, nn.Conv2d) for n, m in model.named_modules() if "downsample" in n)
     return sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in model.modules()) - projections
 
@@ -93,9 +94,9 @@ def test_depths_of_preactivation(depth, bottleneck):
     assert hasattr(model.stages[0][0], "conv3") == (bottleneck is not False)
 
 
-# 10^9 multiply-adds of an image of 224, as table 1 of the paper rounds them.
+# 10^9 multiply-adds for an image of 224 x 224, as table 1 of He et al. 2015 rounds them.
 @pytest.mark.parametrize("depth, billions", [(18, 1.8), (34, 3.6), (50, 3.8), (101, 7.6), (152, 11.3)])
-def test_operations_are_the_papers_with_the_original_stride(depth, billions):
+def test_operations_are_those_of_the_paper_with_the_original_stride(depth, billions):
     with torch.device("meta"):
         model = getattr(models, f"resnet{depth}")(original_stride=True).eval()
         image = torch.empty(1, 3, 224, 224)
@@ -125,8 +126,11 @@ MADE = {
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_a_step_and_an_evaluation_are_those_of_plain_modules(name):
-    """In fp64, where the fused algebra and torch's chain agree to its last digits: the kernels have their own tests."""
+def test_a_step_and_an_evaluation_match_torchs_modules(name):
+    """In fp64 the fused algebra (backend "reference") and torch's modules ("eager") agree to the last digits.
+
+    The kernels have their own tests.
+    """
     torch.manual_seed(0)
     model = MADE[name]().double()
     images, labels = torch.randn(4, 3, 40, 40).double(), torch.randint(0, 5, (4,))
@@ -134,10 +138,10 @@ def test_a_step_and_an_evaluation_are_those_of_plain_modules(name):
     for backend in ("eager", "reference"):
         model.zero_grad()
         statistics = {k: v.clone() for k, v in model.state_dict().items()}
-        # Named, a backend must run every block; plain blocks have none.
+        # A named backend must run every block, and plain networks have no block that a backend could run.
         with rk.use_backend(None if plain and backend == "reference" else backend):
             model.train()
-            torch.manual_seed(1)  # of what is dropped
+            torch.manual_seed(1)  # stochastic depth drops the same branches by each backend
             F.cross_entropy(model(images), labels).backward()
             model.eval()
             with torch.no_grad():
@@ -150,17 +154,17 @@ def test_a_step_and_an_evaluation_are_those_of_plain_modules(name):
     assert blocks == (0 if plain else len(rk.explain(model, images)))
 
 
-def test_options_that_do_not_exist_are_named():
-    with pytest.raises(ValueError, match="expected 6n \\+ 2, from 8 on, got 21"):
+def test_errors_name_the_wrong_option():
+    with pytest.raises(ValueError, match="expected 6n \\+ 2, at least 8, got 21"):
         models.cifar_resnet(21)
-    with pytest.raises(ValueError, match="expected 9n \\+ 2 of bottlenecks, got 111"):
+    with pytest.raises(ValueError, match="expected 9n \\+ 2 for bottlenecks, got 111"):
         models.cifar_preactivation(111, bottleneck=True)
     with pytest.raises(ValueError, match="shortcut: expected 'A', 'B' or 'C', got 'D'"):
         models.resnet18(shortcut="D")
     for make in (models.plain18, lambda drop_path: models.cifar_plain(20, drop_path=drop_path)):
-        with pytest.raises(ValueError, match="drop_path: expected blocks with shortcuts, got plain ones"):
+        with pytest.raises(ValueError, match="drop_path: expected blocks with shortcuts, got plain blocks"):
             make(drop_path=0.1)
-    with pytest.raises(ValueError, match="drop_path: expected a probability below 1, got 1.5"):
+    with pytest.raises(ValueError, match="drop_path: expected a probability of at least 0 and below 1, got 1.5"):
         models.resnet50(drop_path=1.5)
     with pytest.raises(ValueError, match="expected no dilation"):
         models.resnet50(replace_stride_with_dilation=[False, False, True])

@@ -16,6 +16,7 @@ from resnet_kernels.backends.contract import BackendUnavailable
 from resnet_kernels.inference import FrozenGated
 from resnet_kernels.nn import gated
 from resnet_kernels.nn.gated import why_plain
+from resnet_kernels.ops import BlockSpec
 from resnet_kernels.testing import assert_matches, calibrate_, randomize_
 
 NHWC = torch.channels_last
@@ -214,7 +215,7 @@ def test_kernels_compile_clean(dtype, arch):
 def test_a_chain_without_a_shortcut(relu):
     x = draw(2, 8, 6, 5)
     weights, vectors = [torch.randn(16, 8, 1, 1), torch.randn(16, 16, 3, 3)], [torch.randn(16) for _ in range(4)]
-    ones = [1, 1]
+    ones = (1, 1)
 
     def plainly(x, w1, w2, a1, a2, b1, b2):
         h = F.conv2d(x, w1) * a1[:, None, None] + b1[:, None, None]
@@ -222,7 +223,7 @@ def test_a_chain_without_a_shortcut(relu):
         return torch.relu(y) if relu else y
 
     def ours(x, w1, w2, a1, a2, b1, b2):
-        return rk.ops.residual_block(x, [w1, w2], [a1, a2], [b1, b2], ones, ones, ones, "none", relu)
+        return rk.ops.residual_block(x, [w1, w2], [a1, a2], [b1, b2], BlockSpec(ones, ones, ones, "none", relu))
 
     inputs = [x, *weights, *vectors]
     doubles = [t.double().requires_grad_() for t in inputs]
@@ -236,7 +237,7 @@ def test_a_chain_without_a_shortcut(relu):
 def test_only_a_chain_without_a_shortcut_may_end_without_a_relu():
     w, a = [torch.randn(4, 4, 1, 1)], [torch.randn(4)]
     with pytest.raises(ValueError, match="relu: expected True with shortcut 'identity'"):
-        rk.ops.residual_block(draw(1, 4, 2, 2), w, a, a, [1], [1], [1], "identity", False)
+        rk.ops.residual_block(draw(1, 4, 2, 2), w, a, a, BlockSpec((1,), (1,), (1,), "identity", False))
 
 
 # Blocks. As in test_where_used, ReLUs are decided: one that flips moves gradients by more than all rounding does.
@@ -312,7 +313,7 @@ def test_the_plain_chain_drops_what_the_fused_one_drops():
                 torch.manual_seed(11)
                 found.append(scale(x))
         torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
-    drop = gated.kept_images(x.new_empty(20000, 1, 1, 1), 0.25, True)
+    drop = gated.drop_gate(x.new_empty(20000, 1, 1, 1), 0.25, True)
     assert set(drop.unique().tolist()) == {0.0, float(1 / torch.tensor(0.75))} and abs(float(drop.mean()) - 1) < 0.05
 
 

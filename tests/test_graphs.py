@@ -81,7 +81,7 @@ def test_one_graph_for_each_size_and_a_bounded_number(remembered, monkeypatch):
         torch.testing.assert_close(frozen(inputs[0].contiguous(memory_format=NHWC).double()), want[0])
     assert remembered == [(1, 3, 32, 32), (2, 3, 32, 32), (1, 3, 40, 32)]
     assert Stream.waited == 6, "each replay but the first waits for the one before"
-    monkeypatch.setattr(Graphs, "KEPT", 2)
+    monkeypatch.setattr(Graphs, "MAX_GRAPHS", 2)
     twice(frozen, torch.randn(3, 3, 32, 32))
     assert len(frozen.net.graphs) == 2
     frozen(inputs[0])
@@ -313,7 +313,7 @@ def test_memory_of_graphs_is_bounded_on_a_gpu(on_gpu):
     for n in range(1, 25):
         twice(frozen, torch.randn(n, 3, 64, 64, device="cuda"))
         held.append(torch.cuda.memory_allocated())
-    assert len(frozen.net.graphs) == graphs.Graphs.KEPT
+    assert len(frozen.net.graphs) == graphs.Graphs.MAX_GRAPHS
     del frozen
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() < held[-1]

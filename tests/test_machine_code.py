@@ -53,7 +53,7 @@ def triton_digests():
             launches += offline_launches.launches_of_reductions(dtype, ARCH)
             launches += offline_launches.launches_of_gates(dtype, ARCH)
     digests = {}
-    compiled = [made for made in launches if not isinstance(made, (launch.Native, launch.Library))]
+    compiled = [made for made in launches if not isinstance(made, (launch.CudaLaunch, launch.Library))]
     for made, c in offline_launches.read(compiled, ARCH):
         digests.setdefault(made.name, set()).add(c.machine_code)
     return {name: sorted(codes) for name, codes in sorted(digests.items())}

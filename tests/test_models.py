@@ -129,7 +129,7 @@ def test_frozen_forgets_old_sizes(model):
     for size in range(32, 32 * 8, 32):
         x = torch.randn(1, 3, size, 32)
         close(frozen(x), reference(model, x))
-    assert len(trunk._packed) == trunk.KEPT * len(trunk.steps)
+    assert len(trunk._packed) == trunk.MAX_SIZES * len(trunk.steps)
 
 
 def test_refresh_follows_the_source(model):

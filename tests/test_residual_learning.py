@@ -28,7 +28,10 @@ def close(got, want, **tolerance):
 
 @pytest.fixture
 def tail():
-    """h (M, J), W (K, J), gamma, beta, and g, the gradient by the batch norm's result."""
+    """Return h (M, J), W (K, J), gamma (K,), beta (K,) and g (M, K), the gradient of the batch norm's result.
+
+    M: rows (positions). J: inner channels of a bottleneck. K: output channels.
+    """
     M, J, K = 200, 12, 20
     h = torch.relu(torch.randn(M, J, dtype=torch.float64) + torch.rand(J, dtype=torch.float64))
     weight, g = torch.randn(K, J, dtype=torch.float64), torch.randn(M, K, dtype=torch.float64) + 0.2
@@ -36,6 +39,7 @@ def tail():
 
 
 def moments(h):
+    """Return the mean (J,) of the rows and the second moments about it (J, J), not divided by their number."""
     mu = h.mean(0)
     return mu, (h - mu).T @ (h - mu)
 
@@ -52,7 +56,7 @@ def test_mean_and_variance_of_a_product_follow_from_the_moments_of_its_operand(t
 
 
 def test_the_gradient_through_a_batch_norm_by_moments_needs_no_product(tail):
-    """Every line of the document's derivation against autograd."""
+    """Every line of the document's derivation is compared with autograd."""
     h, weight, gamma, beta, g = tail
     leaves = [t.clone().requires_grad_() for t in (h, weight, gamma, beta)]
     z = F.batch_norm(leaves[0] @ leaves[1].T, None, None, *leaves[2:], training=True, eps=EPS)
@@ -78,7 +82,7 @@ def test_the_gradient_through_a_batch_norm_by_moments_needs_no_product(tail):
 
 
 def residuals(blocks, x):
-    """The result, and what each block adds, by a hook on its last convolution."""
+    """Return the result of the blocks and what each block adds, recorded by a hook on its last convolution."""
     found = []
     hooks = [b.conv2.register_forward_hook(lambda _, __, y: found.append(y)) for b in blocks]
     y = blocks(x)
@@ -95,7 +99,7 @@ def chain():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_preactivation_networks_are_sums(training, chain):
-    """x_L = x_l + sum of F(x_i): the fused blocks against what the plain ones add."""
+    """x_L = x_l + sum of F(x_i), with x_L from the fused blocks and F(x_i) from torch's modules."""
     blocks, x = chain
     blocks.train(training)
     _, added = residuals(copy.deepcopy(blocks), x)
@@ -105,7 +109,7 @@ def test_preactivation_networks_are_sums(training, chain):
     close(y, x + sum(added))
 
 
-def test_their_gradient_is_the_last_one_and_a_sum(chain):
+def test_gradients_of_preactivation_networks_are_sums(chain):
     """dE/dx_l = dE/dx_L + (d/dx_l sum F)^T dE/dx_L."""
     blocks, x = chain
     g = torch.randn_like(x)
@@ -117,8 +121,8 @@ def test_their_gradient_is_the_last_one_and_a_sum(chain):
     assert through_sum.abs().max() > 0.1
 
 
-def test_the_original_blocks_are_no_sums():
-    """The ReLU behind the addition: what was negative is lost."""
+def test_original_blocks_are_not_sums():
+    """The ReLU after the addition removes negative values, so that with F = 0 the result is relu(x) and not x."""
     block = rk.nn.BasicBlock(4, 4).double().eval()
     x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
     nn.init.zeros_(block.conv2.weight)
@@ -126,7 +130,7 @@ def test_the_original_blocks_are_no_sums():
 
 
 def test_a_scaled_shortcut_scales_by_its_power():
-    """x_L = lambda^L x_0 + ..., and with F = 0 the gradient is lambda^L."""
+    """With shortcuts scaled by lambda, x_L = lambda^L x_0 + ...; with F = 0 the gradient is lambda^L."""
     x = torch.randn(3, dtype=torch.float64, requires_grad=True)
     y = x
     for _ in range(10):
@@ -135,8 +139,10 @@ def test_a_scaled_shortcut_scales_by_its_power():
 
 
 def test_a_product_of_sums_is_a_sum_over_all_paths(chain):
-    """(I + J_n) ... (I + J_1) = the sum over the 2^n subsets: the Jacobian of the network, of which a deleted block
-    leaves the half without it."""
+    """The network's Jacobian (I + J_n) ... (I + J_1) is a sum over the 2^n subsets of blocks.
+
+    J_i is the Jacobian of what block i adds. Deleting a block leaves the half of the terms that do not contain it.
+    """
     blocks, x = chain
     x = x.detach()[:1, :, :3, :3].contiguous()
     blocks = blocks[:3].eval()
@@ -159,11 +165,12 @@ def test_a_product_of_sums_is_a_sum_over_all_paths(chain):
 
 
 def jacobian_of(function, x):
+    """Return the Jacobian as a matrix, computed through torch's modules."""
     with rk.use_backend("eager"):
         return torch.autograd.functional.jacobian(function, x).reshape(x.numel(), x.numel())
 
 
-def test_a_bottleneck_costs_what_two_narrow_layers_do():
+def test_a_bottleneck_has_about_as_many_weights_as_two_narrow_layers():
     def weights(block):
         return sum(p.numel() for p in block.parameters() if p.dim() == 4)
 
@@ -186,8 +193,11 @@ def ode(monkeypatch):
 @in_the_repository
 @pytest.mark.parametrize("method, order, steps", [("Euler", 1, (64, 128, 256)), ("Runge-Kutta 4", 4, (8, 16, 32))])
 def test_the_orders_of_the_methods(method, order, steps, ode):
-    """For dx/dt = A x, whose x(1) is exp(A) x, and a smooth nonlinear field by SciPy's solver; with steps small enough
-    for the order, and errors far above the solver's."""
+    """The observed orders for dx/dt = A x and dx/dt = tanh(A x).
+
+    For the first x(1) is exp(A) x, for the second it is computed by SciPy's solver. The steps are small enough to show
+    the order, and the errors are far above the solver's.
+    """
     matrix = torch.randn(6, 6, dtype=torch.float64) / 6**0.5
     x = torch.randn(6, dtype=torch.float64)
     linear, smooth = (lambda t: matrix @ t), (lambda t: torch.tanh(matrix @ t))
@@ -197,8 +207,8 @@ def test_the_orders_of_the_methods(method, order, steps, ode):
 
 
 @in_the_repository
-def test_eulers_error_keeps_its_bound(ode):
-    """h/2 max |x''| (e^L - 1) / L, with L the Lipschitz constant."""
+def test_eulers_error_is_below_its_bound(ode):
+    """The error is below h/2 max |x''| (e^L - 1) / L, with L the Lipschitz constant."""
     matrix = torch.randn(6, 6, dtype=torch.float64) / 6**0.5
     x = torch.randn(6, dtype=torch.float64)
     L = torch.linalg.matrix_norm(matrix, 2).item()
@@ -211,7 +221,8 @@ def test_eulers_error_keeps_its_bound(ode):
 
 
 @in_the_repository
-def test_the_document_names_what_there_is():
+def test_links_figures_and_names_in_the_document_exist():
+    """Its links, figures and names of this package exist."""
     text = DOC.read_text()
     linked = re.findall(r"\]\(([^)#]+)", text)
     assert len(linked) > 20

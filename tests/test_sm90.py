@@ -627,10 +627,10 @@ def test_what_no_whole_block_is_for_is_told():
     assert "strides, dilations and groups of 1" in launchers.why_not_bottleneck(shapes, dilated, "identity", 56)
     assert "(128, 256, 1, 1)" in launchers.why_not_bottleneck(((128, 256, 1, 1),), geometries, "identity", 56)
     for (J, K, ahead, columns), says in {
-        (96, 256, 64, 56): "64, 128 channels inside, got 96",
-        (64, 320, 64, 56): "expected 256 channels outside, got 320",
-        (128, 96, 128, 28): "expected multiples of 64 channels outside, got 96",
-        (128, 512, 256, 28): "expected 128 channels ahead, got 256",
+        (96, 256, 64, 56): "64, 128 inner channels, got 96",
+        (64, 320, 64, 56): "expected 256 outer channels, got 320",
+        (128, 96, 128, 28): "expected multiples of 64 outer channels, got 96",
+        (128, 512, 256, 28): "expected 128 output channels of the next convolution, got 256",
         (128, 512, 128, 29): "at most 28 columns, got 29",
     }.items():
         assert says in launchers.why_not_tail(J, K, ahead, columns)
@@ -742,10 +742,10 @@ def test_the_tail_of_128_channels_runs_where_it_is_named_alone(monkeypatch):
     from resnet_kernels.backends.gpu.inference import dispatch, hopper
 
     of_128 = [m for m in launched(monkeypatch, 256) if m.name == "pair" and m.problem.first.weight.shape[0] == 128]
-    ways = [[choice.kernel for choice in dispatch.candidates(m.problem)] for m in of_128]
+    ways = [[choice.kernel for choice in dispatch.candidates_to_measure(m.problem)] for m in of_128]
     # The last is followed by 256 channels, which do not fit.
-    assert [hopper.TAIL in found for found in ways] == [True, True, False] and {found[0] for found in ways} == {
-        hopper.PAIR
+    assert [hopper.SM90_TAIL in found for found in ways] == [True, True, False] and {found[0] for found in ways} == {
+        hopper.SM90_PAIR
     }
     with monkeypatch.context() as m:
         m.setattr(hopper, "PROVED_TAILS", (64, 128))
@@ -760,22 +760,29 @@ def test_the_tail_of_128_channels_runs_where_it_is_named_alone(monkeypatch):
 def test_whole_bottlenecks_run_where_a_table_says_so(monkeypatch):
     from resnet_kernels.backends.gpu.inference import dispatch, hopper
 
-    there = [m.within for m in launched(monkeypatch, 256) if isinstance(m.within, hopper.Whole)]
+    there = [m.within for m in launched(monkeypatch, 256) if isinstance(m.within, hopper.WholeBottleneck)]
     # The first stage's first block, which projects, and its second. Of the third the first convolution is in the tail.
     assert len(there) == 2 and [w.last.second is None for w in there] == [False, True]
-    ways = [[choice.kernel for choice in dispatch.candidates(whole)] for whole in there]
-    assert ways == [[dispatch.SEPARATE, hopper.WHOLE], [dispatch.SEPARATE, dispatch.IN_A_ROW, hopper.WHOLE]]
+    ways = [[choice.kernel for choice in dispatch.candidates_to_measure(whole)] for whole in there]
+    assert ways == [
+        [dispatch.SEPARATE, hopper.SM90_BOTTLENECK],
+        [dispatch.SEPARATE, dispatch.CONSECUTIVE_TAILS, hopper.SM90_BOTTLENECK],
+    ]
 
     def launched_by(kernel, config):
         row = {"kernel": kernel, "config": config}
         with monkeypatch.context() as m:
             m.setattr(
-                dispatch, "measured_choice", lambda device, problem: row if isinstance(problem, hopper.Whole) else None
+                dispatch,
+                "measured_choice",
+                lambda device, problem: row if isinstance(problem, hopper.WholeBottleneck) else None,
             )
             return launched(m, 256)
 
-    assert [m.name for m in launched_by(dispatch.IN_A_ROW, None)] == [m.name for m in launched(monkeypatch, 256)]
-    now = launched_by(hopper.WHOLE, dataclasses.asdict(hopper.WHOLE_CONFIG))
+    assert [m.name for m in launched_by(dispatch.CONSECUTIVE_TAILS, None)] == [
+        m.name for m in launched(monkeypatch, 256)
+    ]
+    now = launched_by(hopper.SM90_BOTTLENECK, dataclasses.asdict(hopper.SM90_BOTTLENECK_CONFIG))
     names = [m.name for m in now]
     assert names.count("bottleneck") == 3 and names.count("tail") == 0 and names.count("pair") == 3 + 4
     first, second, third = (m.work for m in now if m.name == "bottleneck")

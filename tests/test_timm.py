@@ -122,7 +122,7 @@ def test_a_training_step_and_an_evaluation(name, poisoned):
         assert all(e.why_plain is None for e in rk.explain(ours, images)) and len(rk.explain(ours, images)) == len(
             blocks(model)
         )
-        whole = [b._pieces().whole is not None for b in ours.modules() if isinstance(b, gated.Gated)]
+        whole = [b.decompose().whole is not None for b in ours.modules() if isinstance(b, gated.Gated)]
         assert sum(whole) == MODELS[name][2]
         got, theirs, exact = (
             step(ours, images),
@@ -287,6 +287,6 @@ def test_synchronized_batch_norms_of_a_preactivation_are_known():
     x = torch.randn(4, 64, 8, 8)
     rk.replace_blocks(model)
     for mine, theirs in zip(ours.stages[0].blocks, model.stages[0].blocks, strict=True):
-        assert mine._why_plain(x) is None
+        assert mine.why_plain(x) is None
         torch.testing.assert_close(mine(x), theirs(x))
         x = theirs(x)

@@ -1,4 +1,9 @@
-"""Bytes and operations of plans, against counts by hand. U is what the smallest map of a block has, in elements."""
+"""The bytes and operations of plans, compared with counts by hand, with PyTorch and with recorded launches.
+
+The counts by hand are in units of U, the number of elements in the smallest tensor of a block. The comments name the
+kernels in their order, separated by semicolons or commas, with the tensors that each reads and writes; the sums beside
+them have one term per kernel. The names of tensors are those of `analysis/traffic.py`.
+"""
 
 import copy
 
@@ -22,6 +27,7 @@ N = 2
 
 
 def on_meta(name, **options):
+    """Return torchvision's model without memory for its parameters."""
     with torch.device("meta"):
         return torchvision.models.get_model(name, **options)
 
@@ -31,16 +37,17 @@ def projection(channels, out, stride):
 
 
 def bytes_of(block, x_sizes, itemsize=BF16):
+    """Return the bytes of a block by plan."""
     return {plan: traffic.block(block, x_sizes, itemsize, plan).bytes for plan in PLANS}
 
 
-# 1x1 256 -> 64, 3x3 64 -> 64, 1x1 64 -> 256.
+# The elements of the weights of a bottleneck: 1x1 256 -> 64, 3x3 64 -> 64, 1x1 64 -> 256.
 WEIGHTS = 256 * 64 + 64 * 64 * 9 + 64 * 256
 
 
 @pytest.mark.parametrize("itemsize", [BF16, FP32])
 def test_a_bottleneck(itemsize):
-    """256 -> 64 -> 256 on 56x56: c1 and c2 are one U each, x and y four."""
+    """A bottleneck of 256 -> 64 -> 256 channels on 56x56: c1 and c2 have U elements each, x and y four U."""
     U, M = N * 64 * 56 * 56, N * 56 * 56
     block, sizes = resnet.Bottleneck(256, 64), (N, 256, 56, 56)
     mask = 4 * U // 8
@@ -63,7 +70,7 @@ def test_a_bottleneck(itemsize):
         + (4 + 1) + (4 + 1 + 1) + 3 + 2 + 2 + 2 + 2 + (1 + 1 + 4) + (1 + 1 + 4 + 4)
     )  # fmt: skip
     assert (eager, lazy, materialised) == (138, 51, 58)
-    # The mask is written once, and read with dy in dW3, dh2 and dx. cov is written in fp32, B is read.
+    # Beside those: the mask is written once, and read with dy in dW3, dh2 and dx; cov is written in fp32, and B read.
     beside = 4 * mask + 64 * 64 * (4 + itemsize)
     assert bytes_of(block, sizes, itemsize) == {
         "convolution": itemsize * (((4 + 1) + (1 + 1) + (1 + 4 + 4)) * U + WEIGHTS),
@@ -77,14 +84,14 @@ def test_a_bottleneck(itemsize):
     forward, extra = 2 * M * WEIGHTS, 2 * (2 * M * 64 * 64)
     flops = [traffic.block(block, sizes, itemsize, plan).flops for plan in PLANS]
     assert flops == [forward, forward, forward, 3 * forward, 3 * forward + extra, 3 * forward + extra]
-    # x c1 h1 c2 h2 c3 y; x c1 c2 and the mask.
+    # Saved by eager: x c1 h1 c2 h2 c3 y. By the other plans: x c1 c2 and the mask.
     assert traffic.saved(block, sizes, itemsize, "eager") == itemsize * (4 + 1 + 1 + 1 + 1 + 4 + 4) * U
     for plan in ("lazy", "materialised"):
         assert traffic.saved(block, sizes, itemsize, plan) == itemsize * (4 + 1 + 1) * U + mask
 
 
 def test_a_bottleneck_with_a_strided_projection():
-    """256 -> 128 -> 512 from 56x56 to 28x28: x 8 U, c1 4, c2 1, y 4, and the projection reaches 2 of x."""
+    """256 -> 128 -> 512 channels from 56x56 to 28x28: x has 8 U, c1 4, c2 1, y 4; the projection reads 2 U of x."""
     U = N * 128 * 28 * 28
     block = resnet.Bottleneck(256, 128, 2, projection(256, 512, 2))
     weights = 256 * 128 + 128 * 128 * 9 + 128 * 512 + 256 * 512
@@ -104,8 +111,9 @@ def test_a_bottleneck_with_a_strided_projection():
         # dx: gh1 c1 dy xs dx
         + (4 + 4 + 4 + 2 + 8)
     )  # fmt: skip
-    # More: h1 from c1, twice; statistics of c2; dc2 from gh2 and c2; sums of dh1 and c1; of xs its gradient by itself,
-    # written and read, for xs. Less: dW2 and dh1 read dc2 for gh2 and c2, and dh1 no c1.
+    # More than lazy: h1 from c1, twice; statistics of c2; dc2 from gh2 and c2; sums of dh1 and c1; the gradient of xs,
+    # which is written and read, in place of xs. Less than lazy: dW2 and dh1 read dc2 in place of gh2 and c2, and dh1
+    # does not read c1.
     materialised = lazy + 2 * (4 + 4) + 1 + 3 + (4 + 4) + 2 * 2 - 2 - 4
     mask = 4 * U // 8
     # The mask is written, and read in dW3, dWs, dh2 and dx.
@@ -120,13 +128,13 @@ def test_a_bottleneck_with_a_strided_projection():
         "lazy": 2 * (98 * U + 3 * weights) + beside,
         "materialised": 2 * (124 * U + 3 * weights) + beside,
     }
-    # x c1 h1 c2 h2 c3 cs y; x c1 c2 and the mask.
+    # Saved by eager: x c1 h1 c2 h2 c3 cs y. By lazy: x c1 c2 and the mask.
     assert traffic.saved(block, sizes, BF16, "eager") == 2 * (8 + 4 + 4 + 1 + 1 + 4 + 4 + 4) * U
     assert traffic.saved(block, sizes, BF16, "lazy") == 2 * (8 + 4 + 1) * U + mask
 
 
 def test_a_basic_block():
-    """64 on 56x56: everything is one U."""
+    """64 channels on 56x56: every tensor has U elements."""
     U, weights = N * 64 * 56 * 56, 2 * 64 * 64 * 9
     block, sizes = resnet.BasicBlock(64, 64), (N, 64, 56, 56)
     # conv1, bn1, relu1, conv2, bn2, add, relu; relu, bn2, two gradients, relu1, bn1, two gradients, add.
@@ -141,9 +149,9 @@ def test_a_basic_block():
         "tail": 2 * ((2 + 3) * U + weights),
         "block": 2 * (2 * U + weights),
         "eager": 2 * (eager * U + 3 * weights),
-        # Written; sums, dW2, dh1 and dx.
+        # The mask is written, and read in sums, dW2, dh1 and dx.
         "lazy": 2 * (lazy * U + 3 * weights) + 5 * U // 8,
-        # Written; sums, dc2 and dx.
+        # The mask is written, and read in sums, dc2 and dx.
         "materialised": 2 * (materialised * U + 3 * weights) + 4 * U // 8,
     }
     assert traffic.saved(block, sizes, BF16, "eager") == 2 * (1 + 1 + 1 + 1 + 1) * U  # x c1 h1 c2 y
@@ -151,15 +159,16 @@ def test_a_basic_block():
 
 
 def test_the_shortcuts_of_a_basic_block():
-    """64 -> 128 from 56x56 to 28x28: x 4 U, c1, c2 and y 2, what the shortcut takes of x one."""
+    """64 -> 128 channels from 56x56 to 28x28: x has 4 U, c1, c2 and y 2; the shortcut reads 1 U of x."""
     U, sizes = N * 64 * 28 * 28, (N, 64, 56, 56)
     chain = 64 * 128 * 9 + 128 * 128 * 9
-    # conv1, conv2, c2 ? y; sums: dy c2 ?. dW2: dy c2 c1. dh1: dy c2 c1 gh1. dW1: gh1 c1 x. dx: gh1 c1 ? dx.
+    # Without the shortcut's tensors. conv1, conv2, c2 y; sums: dy c2. dW2: dy c2 c1. dh1: dy c2 c1 gh1. dW1: gh1 c1 x.
+    # dx: gh1 c1 dx.
     lazy = (4 + 2) + (2 + 2) + (2 + 2) + (2 + 2) + 3 * 2 + 4 * 2 + (2 + 2 + 4) + (2 + 2 + 4)
 
     projected = bytes_of(resnet.BasicBlock(64, 128, 2, projection(64, 128, 2)), sizes)
     weights = chain + 64 * 128
-    # The projection, and cs as residual, for sums, for dWs with dy and xs, for dx with dy.
+    # More with a projection: its kernel; cs read as residual and for the sums; dWs: dy cs xs. dx: dy cs.
     more = (1 + 2) + 2 + 2 + (2 + 2 + 1) + (2 + 2)
     assert projected["convolution"] == 2 * (((4 + 2) + (1 + 2) + (2 + 2 + 2)) * U + weights)
     assert projected["tail"] == 2 * (((4 + 2) + (2 + 1 + 2)) * U + weights)
@@ -172,14 +181,14 @@ def test_the_shortcuts_of_a_basic_block():
         # dc1: dh1 c1 dc1. dW1: dc1 x. dx1: dc1 dx1. dx: dx1 gs dx
         + (2 + 2 + 2) + (2 + 4) + (2 + 4) + (4 + 1 + 4)
     )  # fmt: skip
-    # The mask: written; dWs, gs, sums and dc2. cov of 64 channels, and what is made of it.
+    # The mask is written, and read in dWs, gs, sums and dc2. covs of 64 channels is written, and Bs read.
     beside = 5 * 2 * U // 8 + 64 * 64 * (4 + BF16)
     assert projected["materialised"] == 2 * (materialised * U + 3 * weights) + beside
 
     block = ours.BasicBlock(64, 128, 2, ours.ZeroPadShortcut(64, 128, 2))
     padded = bytes_of(block, sizes)
     assert padded["convolution"] == padded["tail"] == 2 * (((4 + 2) + (2 + 1 + 2)) * U + chain)
-    # As residual; for dx half of the channels of dy and mask.
+    # More with zero padding: r is read as residual, and for dx half of the channels of dy and mask.
     assert padded["lazy"] == 2 * ((lazy + 1 + 1) * U + 3 * chain) + 4 * 2 * U // 8 + U // 8
     eager = (
         # conv1, bn1, relu1, conv2, bn2; the padded shortcut made of its part of x; add, relu
@@ -197,7 +206,7 @@ def test_a_convolution():
     # x, the weight, the residual and y
     assert needed.bytes == 4 * (positions * 64 + 256 * 64 + 2 * positions * 256)
     assert needed.flops == 2 * positions * 256 * 64
-    # Groups, odd maps and a stride: 3x3 reaches all, 1x1 every second row and column.
+    # Groups, odd maps and a stride of 2: a 3x3 filter reads all of x, a 1x1 filter every second row and column.
     needed = traffic.convolution((1, 64, 7, 9), (128, 2, 3, 3), Geometry(2, 1, 1, 32), BF16)
     assert needed == Need(2 * (64 * 7 * 9 + 128 * 2 * 9 + 128 * 4 * 5), 2 * 128 * 4 * 5 * 2 * 9)
     needed = traffic.convolution((1, 64, 7, 9), (128, 64, 1, 1), Geometry(2), BF16)
@@ -216,9 +225,9 @@ def test_rows_that_a_filter_reaches(size, kernel, g):
 
 
 def test_stem_and_head():
-    """64 channels on 112x112, pooled to 56x56."""
+    """The stem makes 64 channels on 112x112, pooled to 56x56."""
     x, c, y, weight = N * 3 * 224 * 224, N * 64 * 112 * 112, N * 64 * 56 * 56, 64 * 3 * 7 * 7
-    # 2048 channels on 7x7, their means, 1000 classes with biases.
+    # The head: 2048 channels on 7x7, their means, 1000 classes with biases.
     last, p, z, classifier = N * 2048 * 7 * 7, N * 2048, N * 1000, 2048 * 1000 + 1000
     model = on_meta("resnet50")
 
@@ -230,7 +239,7 @@ def test_stem_and_head():
     head = 2 * ((last + p) + (p + classifier + z))
     for plan in INFERENCE:
         assert of(plan) == (Need(2 * (x + weight + y), flops), Need(head, head_flops))
-    # Gradients: z p -> classifier, z classifier -> p, p -> last.
+    # The head's gradients: dW reads z and p, dp reads z and the classifier, dx reads dp.
     head += 2 * ((z + p + classifier) + (z + classifier + p) + (p + last))
     # conv, bn, relu, pool and its 64-bit indices; pool, relu, bn, weight gradient.
     eager = 2 * ((x + weight + c) + 3 * c + 2 * c + (c + y)) + 8 * y
@@ -255,7 +264,7 @@ def test_a_stem_without_a_pool():
 
 
 def per_image(model, plan, itemsize=BF16, size=224):
-    """Bytes that an image more takes, by part: without weights, whatever the batch."""
+    """Return the bytes that one more image takes, by part. Weights, which do not depend on the batch, drop out."""
     two, one = (traffic.parts(model, (n, 3, size, size), itemsize, plan) for n in (2, 1))
     return {name: two[name].bytes - one[name].bytes for name in one}
 
@@ -265,12 +274,16 @@ def blocks_of(found):
 
 
 def test_resnet50_by_its_stages():
-    """In U, what a bottleneck's c2 has. A stage's first block takes other counts: x 2 U times a quarter in the first
-    stage, and as in the test of a projection above in the others."""
+    """Counts in U, the elements of a bottleneck's c2 in each stage.
+
+    The first blocks of the stages have other counts: in layer1 x has 1 U, in the others the counts are those of
+    `test_a_bottleneck_with_a_strided_projection`.
+    """
     U = [64 * 56 * 56, 128 * 28 * 28, 256 * 14 * 14, 512 * 7 * 7]
     identities = [2, 3, 5, 2]
     model = on_meta("resnet50")
-    # layer1.0: x, xs, c1 and c2 are 1 U, y is 4. conv1, conv2, projection, conv3; conv1, tail; x and y.
+    # layer1.0: x, xs, c1 and c2 have 1 U, y has 4. Kernels of "convolution": conv1, conv2, projection, conv3; of
+    # "tail": conv1, tail; "block" reads x and writes y.
     first = {"convolution": 2 + 2 + 5 + 9, "tail": 2 + 6, "block": 5}
     strided = {"convolution": 32, "tail": 22, "block": 12}
     identity = {"convolution": 16, "tail": 14, "block": 8}
@@ -280,9 +293,9 @@ def test_resnet50_by_its_stages():
         assert blocks_of(per_image(model, plan)) == 2 * count
 
 
-# The figures of this project's design, rounded to a megabyte, hence 2 %; "materialised" is of what was built. For
-# inference and for "eager" they are of the blocks alone; the stem adds 0.7 MB to those for inference, and 32 MB to
-# "eager".
+# Megabytes per image from this project's design, rounded to a megabyte, hence the tolerance of 2 %. "materialised" is
+# the plan that the package runs. The numbers for inference and for "eager" are those of the blocks alone; the stem adds
+# 0.7 MB for inference and 32 MB for "eager".
 @pytest.mark.parametrize(
     "plan, expected",
     [("convolution", 51), ("tail", 39), ("block", 22), ("eager", 438), ("lazy", 170), ("materialised", 200)],
@@ -294,92 +307,92 @@ def test_totals_of_resnet50(plan, expected):
 
 
 def recorded(module, *sizes):
-    """A training step's launches on sm_90 in bf16."""
+    """Return the launches of a training step on sm_90 in bf16."""
     pytest.importorskip("triton")
     return training_launches_of(module.to(torch.bfloat16), torch.empty(sizes, dtype=torch.bfloat16, device="meta"), 90)
 
 
 def test_what_resnet50_moves_in_a_training_step():
-    """The plan, and what it neglects: partial sums, cov and what is made of it (5 MB an image)."""
+    """The launches move the plan's bytes and those it neglects: partial sums, cov and what follows (5 MB an image)."""
     batch, model = 256, on_meta("resnet50")
     replace_blocks(model)
     launches = recorded(model, batch, 3, 224, 224)
     moved = sum(m.work.bytes for m in launches)
     plan = traffic.total(traffic.parts(model, (batch, 3, 224, 224), BF16, "materialised").values())
     assert [n / batch / 1e6 for n in (plan.bytes, moved)] == pytest.approx([199.7, 205.3], abs=0.1)
-    # Moments are symmetric: one half of them is made.
+    # Moments are symmetric, so only one half of them is computed.
     done, expected = sum(m.work.flops for m in launches), plan.flops
     assert 0.98 * expected <= done <= expected
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_convolutions_of_a_librarys_in_a_training_step(name):
+def test_library_convolutions_of_a_training_step(name):
     block = on_meta(name).layer2[0]
     sizes = {"resnet18": [(64, 56, 2), (128, 28, 1)], "resnet50": [(128, 56, 2)]}[name]
     needs = [traffic.convolution((N, C, H, H), (128, C, 3, 3), Geometry(s, 1), BF16) for C, H, s in sizes]
     made = [m.work for m in recorded(block, N, block.conv1.in_channels, 56, 56) if m.name == "library"]
-    # Each forward, for its weight and for its operand.
+    # Each convolution counts three times: forward, weight gradient and data gradient.
     assert sorted(Need(w.bytes, w.flops) for w in made) == sorted(3 * needs)
 
 
-def test_blocks_that_are_not_counted_in_training():
+def test_errors_name_blocks_that_are_not_counted_in_training():
     with pytest.raises(TypeError, match="expected a torchvision ResNet, BasicBlock or Bottleneck, got Conv2d"):
         recorded(nn.Conv2d(1, 1, 1), 1, 1, 8, 8)
     with pytest.raises(ValueError, match="downsample: expected"):
         recorded(resnet.BasicBlock(8, 8, downsample=nn.AvgPool2d(1)), 1, 8, 4, 4)
 
 
-def test_what_resnet50_keeps_for_the_backward():
-    """Each activation once, though one block's result is the next one's input."""
+def test_what_resnet50_saves_for_the_backward():
+    """A block's result, which is the next block's input, is saved once."""
     model, maps = on_meta("resnet50"), [56 * 56, 28 * 28, 14 * 14, 7 * 7]
     blocks, channels = [3, 4, 6, 3], [64, 128, 256, 512]
-    # c1 of a stage's first block is on the map of the stage before.
+    # c1 of a stage's first block has the map size of the stage before.
     c1 = sum(
         c * (m * n + (before - m)) for c, m, n, before in zip(channels, maps, blocks, [maps[0], *maps], strict=False)
     )
     c2 = sum(c * m * n for c, m, n in zip(channels, maps, blocks, strict=True))
     y, cs, last = 4 * c2, 4 * sum(c * m for c, m in zip(channels, maps, strict=True)), 2048 * 7 * 7
     image, c0, pooled, p = 3 * 224 * 224, 64 * 112 * 112, 64 * 56 * 56, 2048
-    # image, c and h of the stem, the first block's x and its indices; c1 h1 c2 h2 c3 cs y; what the classifier takes.
+    # image, c and h of the stem, the first block's x and its indices; c1 h1 c2 h2 c3 cs y; the classifier's input.
     eager = 2 * (image + 2 * c0 + pooled + 2 * c1 + 2 * c2 + y + cs + y + p) + 8 * pooled
-    # image, c of the stem, the first block's x; c1 c2, y as the next one's x, its mask.
+    # image, c of the stem, the first block's x; c1 c2, y as the next block's x, its mask.
     lazy = 2 * (image + c0 + pooled + c1 + c2 + (y - last) + p) + y // 8
-    # And which elements its maxima were.
+    # And the positions of the maxima, one byte each.
     materialised = lazy + pooled
     for plan, expected in zip(TRAINING, (eager, lazy, materialised), strict=True):
         assert traffic.saved(model, (N, 3, 224, 224), BF16, plan) == N * expected
-    # The design's 38 and 18 MB are those of the blocks.
+    # The design's 38 and 18 MB count the blocks only.
     assert 2 * (2 * c1 + 2 * c2 + y + cs + y) / 1e6 == pytest.approx(38, rel=0.02)
     assert (2 * (c1 + c2 + y) + y // 8) / 1e6 == pytest.approx(18, rel=0.02)
 
 
 def trained(name):
-    """A model without memory in training, and its images."""
+    """Return a model on the meta device in training mode, and its images."""
     model = on_meta(name).to(torch.bfloat16, memory_format=torch.channels_last)
     x = torch.empty(N, 3, 224, 224, dtype=torch.bfloat16, device="meta")
     return model.train(), x.contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_eager_keeps_what_pytorch_keeps(name):
+def test_eager_saves_what_pytorch_saves(name):
     model, x = trained(name)
     parameters = {t.untyped_storage()._cdata for t in model.parameters()}
-    kept = {}
+    saved = {}
 
     def pack(t):
         storage = t.untyped_storage()
-        # The rest are vectors per channel.
+        # Tensors of one dimension are vectors per channel, which the plans do not count.
         if t.dim() > 1 and storage._cdata not in parameters:
-            kept[storage._cdata] = storage
+            saved[storage._cdata] = storage
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         model(x)
-    assert sum(s.nbytes() for s in kept.values()) == traffic.saved(model, x.shape, BF16, "eager")
+    assert sum(s.nbytes() for s in saved.values()) == traffic.saved(model, x.shape, BF16, "eager")
 
 
 class Moved(TorchDispatchMode):
-    """Bytes of what PyTorch's ops on maps and weights take and give, by kind of op."""
+    """Counts the bytes of the maps and weights that PyTorch's ops read and write, by kind of op."""
 
     KINDS = ("convolution", "batch_norm", "relu", "threshold", "add_", "add")
 
@@ -395,9 +408,9 @@ class Moved(TorchDispatchMode):
             self.bytes[kind] += self.of(args) + self.of(result)
             backward = "backward" in name
             if kind == "batch_norm":
-                self.bytes[kind] += self.of(args[: 1 + backward])  # two passes over c, or g and c
+                self.bytes[kind] += self.of(args[: 1 + backward])  # c, or g and c, is read a second time
             elif kind == "convolution" and backward:
-                # dc for each gradient; the weight is for x's only.
+                # dc is read for each of the two gradients, the weight for the data gradient only.
                 self.bytes[kind] += self.of(args[0]) if args[-1][0] else -self.of(args[2])
         return result
 
@@ -421,7 +434,7 @@ def test_eager_moves_what_pytorch_moves(name):
     for block in model.modules():
         if isinstance(block, (resnet.BasicBlock, resnet.Bottleneck)) and block.stride == 2:
             side = 56 // (block.conv1.in_channels // (64 * block.expansion))
-            # The op gets all of x, of which every fourth element is read: forward, and for the weight's gradient.
+            # The projection's op gets all of x but reads every fourth element: forward, and for the weight's gradient.
             unreached += 2 * BF16 * (N * block.conv1.in_channels * side * side) * 3 // 4
     assert counted == {
         "bn": moved.bytes["batch_norm"],
@@ -431,7 +444,7 @@ def test_eager_moves_what_pytorch_moves(name):
     }
 
 
-# Multiply-adds of an image that torchvision publishes with its weights, in thousand millions.
+# 10^9 multiply-adds per image, as torchvision publishes them with its weights.
 @pytest.mark.parametrize(
     "name, macs",
     [
@@ -463,9 +476,9 @@ def test_batch_and_itemsize():
     weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 or name == "fc.bias")
     squares = sum(b.conv2.in_channels**2 for b in model.modules() if isinstance(b, resnet.Bottleneck))
     squares += sum(c**2 for c in (64, 256, 512, 1024))
-    # Weights are read twice in training, but the stem's once; gradients are written.
+    # In training weights are read twice (the stem's once), and their gradients are written.
     training = 3 * weights - model.conv1.weight.numel()
-    # y of a block, and how often its mask is written or read.
+    # By stage: the elements of y, and how often its mask is written or read in all blocks.
     masks = [(256 * 16 * 16, 5 + 2 * 4), (512 * 8 * 8, 5 + 3 * 4), (1024 * 4 * 4, 5 + 5 * 4), (2048 * 2 * 2, 5 + 2 * 4)]
     bits = sum(y * count for y, count in masks) // 8
     for plan in PLANS:
@@ -478,18 +491,18 @@ def test_batch_and_itemsize():
             assert double == 0
         elif plan == "eager":
             assert one.bytes - image == 2 * training
-            assert double == 2 * 8 * 64 * 16 * 16, "indices, written and read, are as long in each"
+            assert double == 2 * 8 * 64 * 16 * 16, "indices, written and read, take 8 bytes in each dtype"
         else:
             assert one.bytes - image == 2 * training + (4 + 2) * squares
             winners = 3 * 64 * 16 * 16 * (plan == "materialised")
-            assert double == bits + winners + 4 * squares, "masks are bits, winners bytes, cov is fp32, in each"
+            assert double == bits + winners + 4 * squares, "masks are bits, winners bytes, cov is fp32 in each dtype"
 
 
 def test_dilation_replaces_strides():
     with torch.device("meta"):
         model = torchvision.models.resnet50(replace_stride_with_dilation=[False, True, True])
     found = traffic.parts(model, (1, 3, 224, 224), BF16, "block")
-    # 2048 channels on 28x28, not 7x7, and the three weights.
+    # x and y of 2048 channels on 28x28 (7x7 without dilation), and the three weights.
     assert found["layer4.2"].bytes == 2 * (2 * 2048 * 28 * 28 + 2 * 2048 * 512 + 9 * 512 * 512)
 
 
@@ -522,7 +535,7 @@ def test_kernels_sum_to_parts():
     assert Need(8, 100).seconds(4, 100) == 2 and Need(8, 300).seconds(4, 100) == 3
 
 
-def test_nothing_is_launched_for_a_shortcut_that_is_not_there():
+def test_no_kernels_are_launched_for_an_absent_shortcut():
     def names(block, plan):
         (launched,) = traffic.kernels(block, (1, 256, 8, 8), BF16, plan).values()
         return [k.what for k in launched]
@@ -550,7 +563,7 @@ def test_the_model_is_left_alone():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_what_cannot_be_counted_is_named():
+def test_errors_name_what_cannot_be_counted():
     with pytest.raises(
         ValueError, match="expected one of convolution, tail, block, eager, lazy, materialised, got 'all'"
     ):

@@ -12,10 +12,12 @@ from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
 import resnet_kernels as rk
+from resnet_kernels.backends.contract import Pool
 from resnet_kernels.nn import stem
 from resnet_kernels.nn.fusable import why_plain
 from resnet_kernels.ops import chain_training
 from resnet_kernels.ops.batch_norm import norm_of
+from resnet_kernels.ops.spec import BlockSpec, NormSpec, TrainingPlan
 from resnet_kernels.testing import (
     ODD_CASES,
     RESNET_CASES,
@@ -189,7 +191,7 @@ def eager_stem(conv, bn, x, pool):
 def fused_stem(conv, bn, x, pool):
     y = rk.ops.stem(x, conv.weight, norm_of(bn), conv.stride[0], conv.dilation[0], conv.groups, pool)
     node = y.grad_fn
-    kept = chain_training.Kept.of(node.saved_tensors[1 + node.count :], chain_training.Plan(*node.plan))
+    kept = chain_training.Saved.of(node.saved_tensors[1 + node.count :], TrainingPlan.of(node.plan))
     (kernel, stride, padding), (P, Q) = pool, y.shape[2:]
     row, column = ((torch.arange(n, device=x.device) * stride - padding) for n in (P, Q))
     within, W = kept.mask.long(), kept.c[0].shape[3]
@@ -296,9 +298,8 @@ def test_stems_say_what_does_not_fit():
 def test_opcheck_of_a_stem():
     x, w = torch.randn(2, 3, 9, 8).contiguous(memory_format=torch.channels_last), torch.randn(4, 3, 3, 3)
     vectors = [[torch.randn(4, requires_grad=True)] for _ in range(2)] + [[torch.empty(0)]] * 2
-    plan = chain_training.Plan(
-        [2], [1], [1], [1e-5], [True], [""], "none", True, False, [True, False], [3, 2, 1], "cpu"
-    )  # fmt: skip
+    spec = BlockSpec((2,), (1,), (1,), "none", pool=Pool(3, 2, 1))
+    plan = TrainingPlan(spec, (NormSpec(1e-5, True, ""),), (True, False), "cpu").flat()
     op = torch.ops.resnet_kernels.residual_block_training.default
     torch.library.opcheck(op, (x.requires_grad_(), [w.requires_grad_()], *vectors, *plan))
 
@@ -321,7 +322,7 @@ def test_a_replaced_models_stem_trains_as_one_op(pool):
         model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
     ours = copy.deepcopy(model)
     report = rk.replace_blocks(ours)
-    assert report.stems == ("",) and "the model: its stem trains as one op" in str(report)
+    assert report.stems == ("",) and "the model: its stem can train as one op" in str(report)
     assert list(ours.state_dict()) == list(model.state_dict())
     called = []
     ours.bn1.register_forward_hook(lambda *_: called.append(1))
@@ -622,9 +623,8 @@ def test_opcheck():
     w = [t.requires_grad_() for t in w]
     gammas, betas = ([torch.randn(t.shape[0], requires_grad=True) for t in w] for _ in range(2))
     empty = [torch.empty(0)] * 3
-    plan = chain_training.Plan(
-        [1] * 3, [1] * 3, [1] * 3, [1e-5] * 3, [True] * 3, [""] * 3, "identity", True, False, [False] * 2, [], "cpu"
-    )
+    spec = BlockSpec((1,) * 3, (1,) * 3, (1,) * 3)
+    plan = TrainingPlan(spec, (NormSpec(1e-5, True, ""),) * 3, (False, False), "cpu").flat()
     op = torch.ops.resnet_kernels.residual_block_training.default
     torch.library.opcheck(op, (x, w, gammas, betas, empty, empty, *plan))
 

@@ -207,8 +207,8 @@ def test_blocks_that_are_no_resnets(weights, geometries, device, monkeypatch):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         per_channel = [[t.to(wide) for t in ts] for ts in (scales, shifts)]
         with rk.use_backend(backend):
-            sdg = zip(*geometries, strict=True)
-            return rk.ops.residual_block(x.to(dtype), [w.to(dtype) for w in ws], *per_channel, *sdg, shortcut)
+            spec = rk.ops.BlockSpec(*map(tuple, zip(*geometries, strict=True)), shortcut)
+            return rk.ops.residual_block(x.to(dtype), [w.to(dtype) for w in ws], *per_channel, spec)
 
     want, exact = block("library", torch.float16), block("reference", torch.float64)
     assert_matches(block("gpu", torch.float16), want, exact, 9 * 128)
@@ -326,8 +326,8 @@ def test_a_frozen_stage_is_right_by_the_kernels_for_hopper(by, hopper, monkeypat
     def measured(device, problem):
         assert device.type == "cpu"  # where it runs, though what it reads may not be there yet
         kernel, config = {
-            hopper_kernels.Whole: (hopper_kernels.WHOLE, hopper_kernels.WHOLE_CONFIG),
-            tail.Tail: (hopper_kernels.TAIL, hopper_kernels.TAIL_CONFIG),
+            hopper_kernels.WholeBottleneck: (hopper_kernels.SM90_BOTTLENECK, hopper_kernels.SM90_BOTTLENECK_CONFIG),
+            tail.Tail: (hopper_kernels.SM90_TAIL, hopper_kernels.SM90_TAIL_CONFIG),
         }.get(type(problem), (None, None))
         return None if kernel is None else {"kernel": kernel, "config": dataclasses.asdict(config)}
 
@@ -357,17 +357,17 @@ def test_every_way_of_a_whole_bottleneck_is_right(hopper):
     x = torch.empty(8, 64, 6, 5, dtype=torch.half)
     with rk.use_backend("gpu"):
         made = launches_of(nn.Sequential(*stage).half(), x)
-        wholes = {m.within.key: m.within for m in made if isinstance(m.within, hopper_kernels.Whole)}
+        wholes = {m.within.key: m.within for m in made if isinstance(m.within, hopper_kernels.WholeBottleneck)}
         assert len(wholes) == 2
-        ways = {dispatch.SEPARATE: {"conv_act": 3}, hopper_kernels.WHOLE: {"bottleneck": 1}}
-        for whole, ran in zip(wholes.values(), (ways, ways | {dispatch.IN_A_ROW: {"tail": 1}}), strict=True):
+        ways = {dispatch.SEPARATE: {"conv_act": 3}, hopper_kernels.SM90_BOTTLENECK: {"bottleneck": 1}}
+        for whole, ran in zip(wholes.values(), (ways, ways | {dispatch.CONSECUTIVE_TAILS: {"tail": 1}}), strict=True):
             whole = launches.materialize(whole, x.device)
             exact, plain = launches.plain(whole, torch.float64), launches.plain(whole, x.dtype)
-            choices = list(dispatch.candidates(whole))
+            choices = list(dispatch.candidates_to_measure(whole))
             assert {choice.kernel for choice in choices} == set(ran)
             for choice in choices:
                 hopper.clear()
-                for y, p, e in zip(launches.run_so(whole, choice), plain, exact, strict=True):
+                for y, p, e in zip(launches.run_candidate(whole, choice), plain, exact, strict=True):
                     assert_matches(y, p, e, 576, choice.kernel)
                 assert hopper == ran[choice.kernel]
 
@@ -446,7 +446,7 @@ def test_bytes_of_a_block_counted_by_hand():
 
 def test_why_a_kernel_was_not_taken():
     launches = launches_of(*offline_launches.model_and_input("resnet50", 1, torch.bfloat16), 90)
-    assert any(dispatch.TAIL in made.refused for made in launches)
+    assert any(dispatch.TRITON_TAIL in made.refused for made in launches)
     assert any("full" in made.refused.get("boxes", "") for made in launches if made.name == "conv_gather")
     launches = launches_of(*offline_launches.model_and_input("resnet18", 8, torch.bfloat16), 80)
     assert {made.refused.get("boxes") for made in launches[1:]} == {"expected sm_90 or sm_100, got sm_80"}
@@ -470,7 +470,7 @@ def check_compiled(made, c):
         a = made.arguments
         waits = a["BOX_N"] * a["BOX_H"] > 1 and not a.get("TURNED") if by_boxes else False
         allowed = 2 if waits else 0
-        assert c.drains <= allowed, f"{name}: {c.drains} full waits in a loop that multiplies"
+        assert c.full_waits <= allowed, f"{name}: {c.full_waits} full waits in a loop that multiplies"
     assert c.programs >= 1, name
 
 
@@ -548,7 +548,7 @@ def test_the_lazy_operand_and_passes_compile_clean(arch):
 
 @offline_launches.of_one_triton
 def test_the_documented_table_is_what_compiles(capsys):
-    documented = (HERE.parent / "docs/launchers.md").read_text().split("### ")[1]
+    documented = (HERE.parent / "docs/kernels.md").read_text().split("### ")[1]
     assert cli.main(["kernels"]) == 0
     assert capsys.readouterr().out.strip().removeprefix("### ") == documented.strip(), "run `make kernels`"
 
@@ -562,10 +562,10 @@ def test_a_reading_that_should_fail_fails():
     dropped = c.ptx.replace("max.NaN", "max")
     assert offline.count(dropped)["plain_max"] and not offline.count(dropped)["nan_max"]
     loop = "$L__BB0_1:\n wgmma.mma_async x;\n wgmma.wait_group.sync.aligned 0;\n @%p1 bra $L__BB0_1;\n"
-    assert offline.count(loop)["drains"] == 1
+    assert offline.count(loop)["full_waits"] == 1
     read = loop.replace("async x", "async {%r1, %r2}, {%r3, %r4}, %rd1").replace("aligned 0", "aligned 3")
-    assert offline.count(read)["torn"] == 1 and dataclasses.replace(c, torn=1).wrong()
-    assert offline.count(read.replace("{%r3, %r4}", "%rd2"))["torn"] == 0
+    assert offline.count(read)["partial_waits"] == 1 and dataclasses.replace(c, partial_waits=1).wrong()
+    assert offline.count(read.replace("{%r3, %r4}", "%rd2"))["partial_waits"] == 0
 
 
 # Selection and errors.

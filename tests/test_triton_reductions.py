@@ -15,7 +15,7 @@ from resnet_kernels.backends.contract import (
     Operand,
     Stats,
 )
-from resnet_kernels.backends.gpu.training import finalize, outer, products, reductions
+from resnet_kernels.backends.gpu.training import finalize, products, reductions, wgrad
 from resnet_kernels.testing import assert_matches
 
 NHWC = torch.channels_last
@@ -237,9 +237,9 @@ def test_a_pass_over_no_rows(device):
     t, stats = reductions.bn_pass(x, Epilogue(reduce="stats"))
     assert t.shape == (0, 8, 4, 4) and stats.rows == 0 and stats.mean.isnan().all()
     assert reductions.bn_pass(x, Epilogue(reduce="mask"))[1].shape == (0, 1)
-    dweight, sums = outer.wgrad(x, x, (1, 1), Geometry(), sums=True)
+    dweight, sums = wgrad.wgrad(x, x, (1, 1), Geometry(), sums=True)
     assert dweight.shape == (8, 8, 1, 1) and not dweight.any() and not sums.any()
-    assert outer.moments(x).rows == 0
+    assert wgrad.moments(x).rows == 0
 
 
 # Weight gradients and moments.
@@ -258,7 +258,7 @@ GRADIENTS = [(2, 21, 13, 5, 7), (1, 70, 150, 3, 1), (2, 16, 70, 13, 11), (1, 5, 
 
 
 def check_wgrad(g, x, kernel, geometry):
-    got = outer.wgrad(g, x, kernel, geometry, sums=True)
+    got = wgrad.wgrad(g, x, kernel, geometry, sums=True)
     want = reference.wgrad(g, x, kernel, geometry, sums=True)
     values = [Operand(reference._value(o).double()) for o in (g, x)]
     exact = reference.wgrad(*values, kernel, geometry, sums=True)
@@ -274,7 +274,7 @@ def check_wgrad(g, x, kernel, geometry):
 @pytest.mark.parametrize("terms", PAIRS, ids=lambda pair: "-".join(p.replace(" ", "+") or "plain" for p in pair))
 def test_weight_gradients_of_rows(terms, parts, dtype, device, poisoned, monkeypatch):
     if parts == "many":
-        monkeypatch.setattr(outer, "LEAST_SPAN", 1)
+        monkeypatch.setattr(wgrad, "LEAST_SPAN", 1)
     for N, K, C, P, Q in GRADIENTS:
         g = operand_of(terms[0], (N, K, P, Q), dtype, device)
         more = " centre" if dtype == torch.float32 and "relu" in terms[1] else ""
@@ -286,7 +286,7 @@ def test_weight_gradients_of_rows(terms, parts, dtype, device, poisoned, monkeyp
 def test_a_strided_1x1_and_no_sums(device, poisoned):
     g, x = draw((2, 24, 4, 5), torch.float32, device), draw((2, 16, 7, 10), torch.float32, device)
     check_wgrad(Operand(g), Operand(x), (1, 1), Geometry(stride=2))
-    dweight, sums = outer.wgrad(Operand(g), Operand(x), (1, 1), Geometry(stride=2))
+    dweight, sums = wgrad.wgrad(Operand(g), Operand(x), (1, 1), Geometry(stride=2))
     assert sums is None and dweight.shape == (24, 16, 1, 1)
 
 
@@ -301,7 +301,7 @@ def test_other_weight_gradients_are_the_librarys(kernel, geometry, dtype, device
     x = operand_of("affine relu", (2, 16, 9, 7), dtype, device)
     sizes = 2, 24, geometry.output_size(9, kernel), geometry.output_size(7, kernel)
     g = operand_of("mask affine second", sizes, dtype, device)
-    dweight, sums = outer.wgrad(g, x, (kernel, kernel), geometry, sums=True)
+    dweight, sums = wgrad.wgrad(g, x, (kernel, kernel), geometry, sums=True)
     assert dweight.dtype == torch.float32
     values = [Operand(reference._value(o)) for o in (g, x)]
     exact = reference.wgrad(*(Operand(v.tensor.double()) for v in values), (kernel, kernel), geometry, sums=True)
@@ -317,12 +317,12 @@ def test_other_weight_gradients_are_the_librarys(kernel, geometry, dtype, device
 @pytest.mark.parametrize("terms", ["", "affine relu", "stride", "mask affine second"])
 def test_moments(terms, parts, dtype, device, poisoned, monkeypatch):
     if parts == "many":
-        monkeypatch.setattr(outer, "LEAST_SPAN", 1)
+        monkeypatch.setattr(wgrad, "LEAST_SPAN", 1)
     # Two tiles of channels, and two of rows.
     several = (1, 70, 9, 8) if dtype == torch.float32 else (1, 130, 9, 8)
     for N, J, P, Q in [(2, 21, 5, 7), (1, 64, 1, 1), (2, 3, 16, 16)] + [several] * (terms == "affine relu"):
         h = operand_of(terms, (N, J, P, Q), dtype, device)
-        got, want = outer.moments(h), reference.moments(h)
+        got, want = wgrad.moments(h), reference.moments(h)
         exact = reference.moments(Operand(reference._value(h).double()))
         assert got.rows == N * P * Q
         # A sum in fp32 is rounded in the size of what is added, however near to zero the mean is.
@@ -340,10 +340,10 @@ def test_moments(terms, parts, dtype, device, poisoned, monkeypatch):
 @pytest.mark.parametrize("parts", ["one", "many"])
 def test_a_mean_of_50_standard_deviations_costs_moments_nothing(parts, device, monkeypatch):
     if parts == "many":
-        monkeypatch.setattr(outer, "LEAST_SPAN", 1)
+        monkeypatch.setattr(wgrad, "LEAST_SPAN", 1)
     mix = torch.randn(24, 24)
     h = (torch.randn(2, 16, 32, 24) @ mix + 250).permute(0, 3, 1, 2).to(device)
-    got, exact = outer.moments(Operand(h)), reference.moments(Operand(h.double()))
+    got, exact = wgrad.moments(Operand(h)), reference.moments(Operand(h.double()))
     error = (got.M2.double() - exact.M2).norm() / exact.M2.norm()
     assert error < 3e-7, error
     torch.testing.assert_close(got.mean.double(), exact.mean, rtol=2e-7, atol=0)
@@ -352,10 +352,10 @@ def test_a_mean_of_50_standard_deviations_costs_moments_nothing(parts, device, m
 @on
 def test_means_in_16_bits_are_centred_part_by_part(device, monkeypatch):
     """The rounded h enters the products: with one part for all rows their sum would grow with the rows."""
-    monkeypatch.setattr(outer, "LEAST_SPAN", 1)
+    monkeypatch.setattr(wgrad, "LEAST_SPAN", 1)
     h = (50 + torch.randn(2, 16, 32, 32)).to(device, torch.float16).contiguous(memory_format=NHWC)
     weight = torch.randn(64, 16) / 4
-    got, exact = outer.moments(Operand(h)), reference.moments(Operand(h.double()))
+    got, exact = wgrad.moments(Operand(h)), reference.moments(Operand(h.double()))
     w = weight.to(device)
     variances = [((w.to(m.M2.dtype) @ m.M2) * w).sum(1) / m.rows for m in (got, exact)]
     # PyTorch's own: of the rounded output.
@@ -371,16 +371,16 @@ def test_the_same_bits_twice(device):
         operand_of("mask", (3, 40, 13, 11), torch.float16, device),
         operand_of("affine relu", (3, 40, 13, 11), torch.float16, device),
     )
-    one, two = (outer.wgrad(g, x, (1, 1), Geometry(), sums=True) for _ in range(2))
+    one, two = (wgrad.wgrad(g, x, (1, 1), Geometry(), sums=True) for _ in range(2))
     assert all(map(torch.equal, one, two))
 
 
 def test_parts_fill_the_gpu_and_hold_whole_flushes():
     for M in (1, 49, 12544, 50176, 802816):
         for tiles in (1, 2, 10, 64, 400):
-            parts, span = outer.parts_of(M, tiles, 264)
-            assert (parts - 1) * span < M <= parts * span and span % outer.FLUSH == 0
-            assert parts == 1 or (span >= outer.LEAST_SPAN and parts * tiles <= 264)
+            parts, span = wgrad.parts_of(M, tiles, 264)
+            assert (parts - 1) * span < M <= parts * span and span % wgrad.FLUSH == 0
+            assert parts == 1 or (span >= wgrad.LEAST_SPAN and parts * tiles <= 264)
 
 
 # The algebra per channel.

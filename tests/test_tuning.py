@@ -161,13 +161,13 @@ def test_shipped_tables_are_of_these_kernels(path):
     )
     assert table.calls and table.launches
     for row in table.launches.values():
-        assert (row["config"] is None) == (row["kernel"] in (dispatch.SEPARATE, hopper.PAIR))
+        assert (row["config"] is None) == (row["kernel"] in (dispatch.SEPARATE, hopper.SM90_PAIR))
         config = None if row["config"] is None else configs.parse(row["config"])
-        built = {hopper.TAIL: hopper.TAIL_CONFIG, **hopper.KERNELS}
+        built = {hopper.SM90_TAIL: hopper.SM90_TAIL_CONFIG, **hopper.KERNELS}
         if row["kernel"] in built:
             assert config == built[row["kernel"]]
         else:
-            assert row["kernel"] in ("boxes", "gather", dispatch.TAIL, dispatch.SEPARATE, hopper.PAIR)
+            assert row["kernel"] in ("boxes", "gather", dispatch.TRITON_TAIL, dispatch.SEPARATE, hopper.SM90_PAIR)
 
 
 def test_no_kernel_has_an_f_string():
@@ -259,7 +259,7 @@ def test_a_row_that_is_no_choice_is_ignored_with_a_warning(h200, row):
     identity = tables.identity(torch.device("cuda"))
     store(h200[1] / "t.json", identity, Table({}, {key: row | {"launch": key}}))
     with recording(90, torch.device("cuda")), pytest.warns(UserWarning, match="is ignored"):
-        assert dispatch.choices(problem)[0].config is not None
+        assert dispatch.convolution_candidates(problem)[0].config is not None
 
 
 @pytest.mark.parametrize("row", [("of the future", Config(64, 64, 64, 4, 3)), ("boxes", None)])
@@ -267,7 +267,7 @@ def test_a_choice_nobody_knows_is_refused(row):
     _, _, found = problems()
     problem = next(p for p in found.values() if not isinstance(p, Tail))
     with recording(90):
-        assert dispatch.judge(problem, *row).why_not.startswith("unknown")
+        assert dispatch.check_candidate(problem, *row).why_not.startswith("unknown")
 
 
 def test_keys_tell_apart_what_configurations_depend_on():
@@ -288,11 +288,11 @@ def test_candidates_are_many_and_within_the_limits():
     _, _, found = problems()
     for problem in found.values():
         with recording(90):
-            ways = list(dispatch.candidates(problem))
+            ways = list(dispatch.candidates_to_measure(problem))
             assert len(ways) >= 5 and len({(w.kernel, w.config) for w in ways}) == len(ways)
             for way in ways:
                 if way.config is not None:
-                    made = dispatch.launch_so(problem, way)
+                    made = dispatch.launch_candidate(problem, way)
                     assert made.grid > 0 and made.work.issued >= made.work.flops > 0
 
 
@@ -301,10 +301,10 @@ def test_compiled_ahead_is_what_compiles_here():
     _, _, found = problems()
     problem = next(p for p in found.values() if "1x1 2048->512 7x7" in p.key)
     with recording(90):
-        choice = dispatch.choices(problem)[0]
-        sound = dispatch.launch_so(problem, choice)
+        choice = dispatch.convolution_candidates(problem)[0]
+        sound = dispatch.launch_candidate(problem, choice)
         config = dataclasses.replace(choice.config, num_warps=3)
-        unsound = dispatch.launch_so(problem, dispatch.Choice("boxes", config))
+        unsound = dispatch.launch_candidate(problem, dispatch.Candidate("boxes", config))
     first, second = ahead.compile_all([sound, unsound], 90, workers=2)
     assert first.matrix["wgmma"] > 0 and not first.wrong()
     assert isinstance(second, str) and second
@@ -448,8 +448,8 @@ def test_launches_are_tuned_and_run_as_measured(folders):
             "boxes",
             "gather",
             dispatch.SEPARATE,
-            dispatch.TAIL,
-            dispatch.IN_A_ROW,
+            dispatch.TRITON_TAIL,
+            dispatch.CONSECUTIVE_TAILS,
         }
         want = rk.freeze(model)(x)
         for row in tails:
@@ -462,9 +462,9 @@ def test_launches_are_tuned_and_run_as_measured(folders):
 @pytest.mark.interpreted
 def test_a_wrong_configuration_is_out(folders, monkeypatch):
     model, x = randomize_(rk.nn.Bottleneck(64, 16)).eval().half(), torch.relu(torch.randn(1, 64, 4, 4)).half()
-    real = launches.run_so
+    real = launches.run_candidate
     monkeypatch.setattr(
-        launches, "run_so", lambda p, c: [y * (1.1 if c.config.num_warps == 8 else 1) for y in real(p, c)]
+        launches, "run_candidate", lambda p, c: [y * (1.1 if c.config.num_warps == 8 else 1) for y in real(p, c)]
     )
     with rk.use_backend("gpu"), assume_arch(90):
         report = rk.tune(torch.nn.Sequential(model), x, path=folders[1] / "t.json", candidates=4)

@@ -1,5 +1,6 @@
-// Eight channels at a time: of 16 bits one access of 16 bytes, of 32 bits two. Where channels are no multiple of eight,
-// or memory is not aligned, the same code takes single elements and leaves out those beyond `left`.
+// Vectors of eight channels, the unit of every memory access of the passes. With kAligned, 16-bit types use one 16-byte
+// access and fp32 two. Without it (the channel count is no multiple of eight, or memory is not 16-byte aligned) the
+// same code accesses single elements and skips those at or beyond `left`, the number of channels that remain.
 #pragma once
 
 #include <cstdint>
@@ -58,7 +59,8 @@ __device__ inline void store(void* data, int64_t at, int left, const Eight<T>& v
   }
 }
 
-// Of a vector per channel, which nobody writes meanwhile. It stays in L1: every row of a thread asks for it again.
+// Eight entries of a per-channel vector that no kernel writes at the same time. Read through the read-only path
+// (ld.global.nc) so that it stays in L1: a thread reads it again for every row.
 template <bool kAligned>
 __device__ inline Eight<float> per_channel(const float* p, int c, int left) {
   Eight<float> out;

@@ -1,3 +1,4 @@
+// Host side of finalize.cuh: which launches make a table, and which make the gradient of a bottleneck's tail.
 #include "cuda/finalize.cuh"
 
 #include "cuda/launch.h"
@@ -7,6 +8,7 @@ namespace {
 
 int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
+// workspace product (K, J) = weight M2.
 template <typename T>
 const char* times_moments(const ResnetKernelsProduct& p, void* stream) {
   return launch("product", product_kernel<T, false>, ceil_div(p.K, kTile) * ceil_div(p.J, kTile), kFinalizeThreads, 0,
@@ -19,6 +21,7 @@ const char* product_table(const ResnetKernelsProductTable& p, void* stream) {
   return launch("product_table", product_table_kernel<T>, ceil_div(p.of.K, kWarps), kFinalizeThreads, 0, stream, p);
 }
 
+// Four launches: T = W M2; dgamma, q, A and dweight by row; B = -W^T (q W); v from the rounded A and B.
 template <typename T>
 const char* tail_grad(const ResnetKernelsTailGrad& p, void* stream) {
   if (const char* wrong = times_moments<T>(p.of, stream)) return wrong;
@@ -50,7 +53,7 @@ const char* resnet_kernels_cuda_product_table(const ResnetKernelsProductTable* p
     case 1: return product_table<__half>(*p, stream);
     case 2: return product_table<__nv_bfloat16>(*p, stream);
   }
-  return "product_table: expected a type of 0 to 2";
+  return "product_table: expected a type of 0 to 2 (fp32, fp16, bf16)";
 }
 
 const char* resnet_kernels_cuda_tail_grad(const ResnetKernelsTailGrad* p, void* stream) {
@@ -59,5 +62,5 @@ const char* resnet_kernels_cuda_tail_grad(const ResnetKernelsTailGrad* p, void* 
     case 1: return tail_grad<__half>(*p, stream);
     case 2: return tail_grad<__nv_bfloat16>(*p, stream);
   }
-  return "tail_grad: expected a type of 0 to 2";
+  return "tail_grad: expected a type of 0 to 2 (fp32, fp16, bf16)";
 }

@@ -1,15 +1,20 @@
-// The algebra per channel between the kernels of a block; backends/algebra.py defines it.
+// The per-channel algebra between a block's kernels, as defined in resnet_kernels/backends/algebra.py. W (K, J) is the
+// weight of the block's last 1x1 convolution c = h W^T; mu and M2 are the moments of h; see finalize_* in contract.py
+// for the rest.
 //
-//     table          elementwise over K
-//     product        T = W M2, or B = -W^T (q W): a block owns a tile of 64 x 64
+//     table          elementwise over K: a = gamma*rstd, b = beta - mean*a, ...
+//     bn_grad        elementwise over K
+//     product        T = W M2, or B = -W^T (q W): a CTA owns a 64 x 64 tile, K steps of 16 through shared memory
 //     product_table  mean = W mu, M2 = rowsum(T * W), and the table: a warp owns a channel
 //     tail           dgamma = rstd (rowsum(G * W) - sg (mean - W centre)),  q = a rstd dgamma / M,  A = a W,
 //                    dweight = a (G + sg (centre - mu)^T) - q T: a warp owns a channel
-//     shift          v = -m1 A - (mu - centre) B, of the rounded A and B: a block owns 16 columns
+//     shift          v = -m1 A - (mu - centre) B with m1 = sg / M, from the rounded A and B: a CTA owns 16 columns
 //
-// A launch each; a table of a product takes two, a tail's gradient four, since a row of T or B is done only when the
-// whole product's sum is. Matrices are fp32 by FMA, whatever torch's flags say; vectors are computed in fp64 and
-// rounded once: their errors are the same in every row. Moves every matrix once per launch from device memory or L2.
+// Each is one launch. A product's table takes two launches and a tail's gradient four, because an element of T or B is
+// complete only after its whole sum. Matrix products are fp32 FMA, whatever torch's TF32 flags say. Per-channel vectors
+// are computed in fp64 and rounded once: an error in one of them is the same for every row and would not average out.
+//
+// Memory traffic: every matrix once per launch, from device memory or L2.
 #pragma once
 
 #include "cuda/api.h"
@@ -26,7 +31,7 @@ __device__ inline void store_table(float* table, int64_t K, int64_t k, double me
   const double rstd = 1. / sqrt(M2 / rows + eps);
   const float a = static_cast<float>(gamma * rstd);
   table[k] = a;
-  // b belongs to the a that is stored.
+  // From the rounded a, which is the one that the epilogues use.
   table[K + k] = static_cast<float>(beta - mean * a);
   table[2 * K + k] = static_cast<float>(mean);
   table[3 * K + k] = static_cast<float>(rstd);
@@ -52,7 +57,7 @@ __device__ inline float element(const void* matrix, int row, int column, int row
   return widen(static_cast<const T*>(matrix)[static_cast<int64_t>(row) * columns + column]);
 }
 
-// kSquare: B (J, J) of T, with q; else `product` (K, J) fp32.
+// kSquare: B (J, J) = -W^T (q W) in T. Otherwise product (K, J) = W M2 in fp32. A thread owns 4 x 4 accumulators.
 template <typename T, bool kSquare>
 __global__ void __launch_bounds__(kFinalizeThreads)
     product_kernel(const __grid_constant__ ResnetKernelsProduct p, const float* q, void* B) {
@@ -93,7 +98,7 @@ __global__ void __launch_bounds__(kFinalizeThreads)
     }
 }
 
-// All lanes get the warp's sum.
+// Return the sum over the warp, in every lane.
 __device__ inline double over_warp(double v) {
 #pragma unroll
   for (int across = kWarp / 2; across > 0; across /= 2) v += __shfl_xor_sync(~0u, v, across);
@@ -114,7 +119,7 @@ __global__ void __launch_bounds__(kFinalizeThreads)
     mean += w * p.of.mu[j], M2 += w * product[j];
   }
   mean = over_warp(mean), M2 = over_warp(M2);
-  // Rounding can leave a variance of zero slightly negative. NaN stays.
+  // M2 is not formed from squares, so rounding can leave a zero variance slightly negative. A NaN passes through.
   if (M2 < 0) M2 = 0;
   if (threadIdx.x % kWarp == 0)
     store_table(p.table, p.of.K, k, mean, M2, p.gamma[k], p.beta[k], p.of.rows, p.least, p.eps);

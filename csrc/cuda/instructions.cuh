@@ -1,4 +1,5 @@
-// What C++ has no word for. tests/emulation/cuda/instructions.cuh computes the same on a CPU.
+// The PTX instructions of the passes and products (sm_80 and later). All inline PTX of these kernels is in this file:
+// tests/emulation/cuda/instructions.cuh replaces it when the kernels run on a CPU.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -8,14 +9,14 @@
 
 namespace resnet_kernels {
 
-// Keeps NaN, as torch's does; fmaxf would return 0.
+// ReLU that propagates NaN, as torch's does; fmaxf would return 0.
 __device__ inline float relu(float v) {
   float kept;
   asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(kept) : "f"(v));
   return kept;
 }
 
-// What a block takes beside its __shared__ variables, of the size it was launched with.
+// The CTA's dynamic shared memory, of the size given at launch.
 __device__ inline char* shared_memory() {
   extern __shared__ __align__(128) char memory[];
   return memory;
@@ -23,7 +24,7 @@ __device__ inline char* shared_memory() {
 
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// d (16 x 8) += a (16 x 16) b (16 x 8), the warp's together.
+// d (16 x 8) += a (16 x 16) b (16 x 8), warp-wide, accumulated in fp32.
 template <typename T>
 __device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 template <>
@@ -41,7 +42,7 @@ __device__ inline void mma<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Four matrices of 8 x 8, transposed; lane 8j + i tells where row i of the j-th lies.
+// ldmatrix.x4.trans: four 8 x 8 matrices, transposed. Lane 8j + i passes the address of row i of matrix j.
 __device__ inline void load_transposed(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -49,13 +50,14 @@ __device__ inline void load_transposed(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
-// 16 bytes from global to shared memory, or zeros; there once a group that holds them was waited for.
+// Copy 16 bytes from global to shared memory asynchronously, or fill them with zeros if not `there`. The data is
+// visible once the commit group that holds the copy has been waited for.
 __device__ inline void copy_async(void* to, const void* from, bool there) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0)
                : "memory");
 }
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until at most kLeft groups of this thread's are under way.
+// Wait until at most kLeft of this thread's commit groups are in flight.
 template <int kLeft>
 __device__ inline void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");

@@ -1,4 +1,4 @@
-// From the host to a grid. tests/emulation/cuda/launch.h stands in its place where there is no GPU.
+// A kernel launch from the host. tests/emulation/cuda/launch.h replaces this file when the kernels run on a CPU.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,12 +7,12 @@
 
 namespace resnet_kernels {
 
-// Null, or what is wrong with the launch of the kernel `name`.
+// Launch the kernel `name`. Returns null, or the error message, valid until the thread's next call.
 template <class... Parameters, class... Arguments>
 const char* launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
                    void* stream, const Arguments&... arguments) {
   auto error = cudaSuccess;
-  // Beyond 48 KB a kernel has to ask.
+  // More than 48 KB of dynamic shared memory is opt-in.
   if (shared_bytes > 48 << 10)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
   if (blocks > 0x7fffffff) error = cudaErrorInvalidConfiguration;

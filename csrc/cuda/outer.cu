@@ -1,3 +1,4 @@
+// Host side of outer.cuh: tile and span selection, and the launches.
 #include "cuda/outer.cuh"
 
 #include <algorithm>
@@ -7,12 +8,12 @@
 namespace resnet_kernels {
 namespace {
 
-// The fewest rows that are worth a part of their own.
+// The minimum rows of a part: fewer are not worth a partial sum of their own.
 constexpr int64_t kLeastSpan = 512;
 
 int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-// A smaller tile where the larger would be half empty.
+// The tile's side: 64 if a tile of 128 would be half empty, and for fp32 (the FMA kernel).
 int tile_of(int64_t K, int64_t C, int type) { return type == 0 || std::min(K, C) <= 64 ? 64 : 128; }
 
 template <typename T, int kTile>
@@ -34,7 +35,7 @@ const char* products(const ResnetKernelsOuter& p, void* stream) {
     case 1: return by_tile<__half>(p, tile, blocks, stream);
     case 2: return by_tile<__nv_bfloat16>(p, tile, blocks, stream);
   }
-  return "outer: expected a type of 0 to 2";
+  return "outer: expected a type of 0 to 2 (fp32, fp16, bf16)";
 }
 
 }  // namespace
@@ -55,7 +56,7 @@ int64_t resnet_kernels_cuda_outer_span(int64_t M, int64_t K, int64_t C, int64_t 
                                        int64_t multiprocessors) {
   const int tile = tile_of(K, C, static_cast<int>(type));
   const int64_t across = ceil_div(K, tile), tiles = moments ? across * (across + 1) / 2 : across * ceil_div(C, tile);
-  // What registers and shared memory let a multiprocessor hold at once.
+  // CTAs resident on the whole GPU, as limited by registers and shared memory.
   const int64_t at_once = multiprocessors * (tile == 128 ? 1 : 3);
   const int64_t parts = std::max<int64_t>(1, std::min(at_once / tiles, M / kLeastSpan));
   return ceil_div(M, parts * kFlushRows) * kFlushRows;

@@ -1,19 +1,24 @@
-// Sums over rows of outer products: weight gradients of 1x1 convolutions, and the moments of an activation.
+// Sums over rows of outer products: weight gradients of 1x1 convolutions, and the second moments of an activation.
 //
 //     result (K, C) = sum of g^T x        moments: mean = sum of h / M,  M2 = sum of (h - mean)^T (h - mean)
 //
-// A block owns a tile of the result and `span` rows. In 16 bits it copies 32 rows of both operands at a time to shared
-// memory, three steps ahead, and multiplies them by tensor cores; both lie with their rows outside, so that ldmatrix
-// transposes both. Chunks of 16 bytes are placed by exclusive or with the row: eight rows of a column then lie in
-// different banks. Tensor cores truncate as they accumulate: every 128 rows the sum is added to another. The sums of g
-// are products with ones, which the warps that have the same rows of g share. fp32 multiplies by FMA.
+// A GEMM whose K extent is the rows M: g (M, K) and x (M, C) are row-major, so both operands are transposed. A CTA owns
+// a tile (64 x 64 or 128 x 128) of the result and one part, `span` rows; the grid is tiles x parts (split-K).
 //
-// A second launch adds the parts in their order, in fp64. Moments are centred about each part's own mean, and merged
-// by Chan's formula; of their symmetric tiles those on and above the diagonal are made. Operands are plain: what an
-// operand holds beyond that is computed before, once (fp32 moments minus their mean, too).
+// Mainloop, 16 bits: a multistage cp.async pipeline of 4 stages, each 32 rows of both operands, three steps ahead;
+// every thread is producer and consumer, and one __syncthreads per step guards the stage that is refilled. Fragments
+// come by ldmatrix.trans and are multiplied by mma.sync m16n8k16. In a row the 16-byte chunks are XOR-swizzled by row %
+// 8, so that the eight rows of a column that ldmatrix reads lie in different banks. Tensor cores truncate as they
+// accumulate, so every 128 rows the accumulators are added to a second, fp32 set. Column sums of g are a product with
+// ones, shared out among the warps that hold the same rows of g. fp32 multiplies by FMA.
 //
-// Moves: g once per tile of C, x once per tile of K, mostly from L2 after the first; (parts, K, C) fp32 written and
-// read again, mostly in L2; the result once.
+// A second launch adds the parts in index order, in fp64, so results are deterministic. Moments are centred about each
+// part's own mean and merged by Chan's formula; their matrix is symmetric, and only tiles on and above the diagonal are
+// computed. Operands are plain tensors: a lazy operand is materialized once before (fp32 moments subtract the mean
+// there, too).
+//
+// Memory traffic: g once per tile of C and x once per tile of K, mostly from L2 after the first read; the (parts, K, C)
+// fp32 partial sums written and read once, mostly in L2; the result once.
 #pragma once
 
 #include "cuda/api.h"
@@ -25,22 +30,24 @@ namespace resnet_kernels {
 
 constexpr int kStepRows = 32, kStages = 4, kFlushRows = 128;
 
-// kTile x kTile of the result, 2 x kTile / 32 warps of kTile / 2 x 32 each.
+// A CTA's tile: kTile x kTile of the result for 2 x (kTile / 32) warps, of which each owns kTile / 2 rows x 32 columns.
 template <int kTile>
 struct Tile {
   static constexpr int kColumns = kTile / 32, kThreads = 2 * kColumns * 32, kFragments = kTile / 2 / 16;
-  static constexpr int kChunks = kTile / 8;              // of 16 bytes in a row
-  static constexpr int kBytes = kStepRows * kTile * 2;   // of an operand in a stage
+  static constexpr int kChunks = kTile / 8;             // 16-byte chunks in a row of an operand
+  static constexpr int kBytes = kStepRows * kTile * 2;  // of one operand in one stage
   static constexpr int kSharedBytes = kStages * 2 * kBytes;
   static_assert(kFragments == kColumns, "each warp of a row of tiles multiplies one of its fragments by ones");
 };
 
+// The address of 16-byte chunk `index` of `row` of an operand's stage, swizzled.
 template <int kTile>
 __device__ inline char* chunk(char* operand, int row, int index) {
   return operand + (row * Tile<kTile>::kChunks + (index ^ row % 8)) * 16;
 }
 
-// Rows m0 to m0 + 32 of `data` (rows, C), channels c0 to c0 + kTile: zeros beyond `last` and C.
+// The prologue's and mainloop's load: rows m0 to m0 + 31 of `data` (M, C), channels c0 to c0 + kTile - 1, into one
+// operand of a stage. Rows from `last` on and channels from C on become zeros.
 template <typename T, int kTile, bool kAligned>
 __device__ inline void bring(char* operand, const void* data, int64_t m0, int64_t last, int c0, int C) {
 #pragma unroll
@@ -78,7 +85,7 @@ __global__ void __launch_bounds__(Tile<kTile>::kThreads) outer_kernel(const __gr
       bring<T, kTile, kAligned>(stage, p.g, first + step * kStepRows, last, k0, p.K);
       bring<T, kTile, kAligned>(stage + Shape::kBytes, p.x, first + step * kStepRows, last, c0, p.C);
     }
-    // A group without copies counts as well.
+    // An empty group is committed as well, so that the count in wait_copies stays right at the end.
     commit_copies();
   };
   for (int step = 0; step < kStages - 1; ++step) start(step);
@@ -91,7 +98,7 @@ __global__ void __launch_bounds__(Tile<kTile>::kThreads) outer_kernel(const __gr
   for (int step = 0; step < steps; ++step) {
     wait_copies<kStages - 2>();
     __syncthreads();
-    // Into the stage that all have read: it was the last step's.
+    // Refill the stage of the step before: every thread passed the barrier above after reading it.
     start(step + kStages - 1);
     char* const g = shared + step % kStages * 2 * Shape::kBytes;
     char* const x = g + Shape::kBytes;
@@ -138,7 +145,7 @@ __global__ void __launch_bounds__(Tile<kTile>::kThreads) outer_kernel(const __gr
         const int c = c0 + warp_c + j * 8 + lane % 4 * 2 + e % 2;
         if (k < p.K && c < p.C) result[static_cast<int64_t>(k) * p.C + c] = total[i][j][e];
       }
-      // All eight columns are the same.
+      // The product with ones has eight equal columns: one lane of four stores.
       if (sums && i == column && lane % 4 == 0 && e % 2 == 0 && k < p.K)
         p.sum_parts[static_cast<int64_t>(part) * p.K + k] = total_sum[e];
     }
@@ -147,7 +154,7 @@ __global__ void __launch_bounds__(Tile<kTile>::kThreads) outer_kernel(const __gr
 
 constexpr int kFmaTile = 64, kFmaThreads = 256;
 
-// The same in fp32: a thread multiplies 4 x 4.
+// The fp32 kernel, by FMA: a CTA owns a 64 x 64 tile, a thread 4 x 4 of it.
 __global__ void __launch_bounds__(kFmaThreads) outer_fma_kernel(const __grid_constant__ ResnetKernelsOuter p) {
   __shared__ float g[kStepRows][kFmaTile], x[kStepRows][kFmaTile];
   const int k_tiles = (p.K + kFmaTile - 1) / kFmaTile, c_tiles = (p.C + kFmaTile - 1) / kFmaTile;
@@ -197,7 +204,7 @@ __global__ void __launch_bounds__(kFmaThreads) outer_fma_kernel(const __grid_con
   if (sums && k < p.K) p.sum_parts[static_cast<int64_t>(part) * p.K + k] = total_sum;
 }
 
-// result and, behind, sums: those of all parts.
+// Add the parts of result and, in the CTAs behind those of the result, the parts of sums. A CTA owns 32 elements.
 __global__ void __launch_bounds__(kMergeThreads) add_parts_kernel(const __grid_constant__ ResnetKernelsOuter p) {
   const int64_t n = static_cast<int64_t>(p.K) * p.C, of_result = (n + kMergeChannels - 1) / kMergeChannels;
   const bool sums = blockIdx.x >= of_result;
@@ -211,7 +218,7 @@ __global__ void __launch_bounds__(kMergeThreads) add_parts_kernel(const __grid_c
   if (lane == 0 && element < size) (sums ? p.sums : p.result)[element] = static_cast<float>(total);
 }
 
-// A block makes M2 of row j and 32 columns c, as far as c >= j, and mirrors it.
+// Merge the parts' moments. A CTA owns row j and 32 columns c of M2, computes those with c >= j, and mirrors them.
 __global__ void __launch_bounds__(kMergeThreads) merge_moments_kernel(const __grid_constant__ ResnetKernelsOuter p) {
   const int J = p.K, tiles = (J + kMergeChannels - 1) / kMergeChannels;
   const int j = blockIdx.x / tiles, c0 = blockIdx.x % tiles * kMergeChannels;
@@ -232,7 +239,8 @@ __global__ void __launch_bounds__(kMergeThreads) merge_moments_kernel(const __gr
     const double rows = whole ? span : rest, own_share = whole ? share : share_of_rest;
     const double own_j = p.sum_parts[static_cast<int64_t>(i) * J + j] * own_share;
     const double own_c = p.sum_parts[static_cast<int64_t>(i) * J + c] * own_share;
-    // Within the part, about its own mean; and of that mean about that of all rows.
+    // Chan's formula: the deviations within the part about its own mean, then those of that mean from the mean of all
+    // rows.
     M2 += p.parts[(static_cast<int64_t>(i) * J + j) * J + c] - rows * own_j * own_c;
     M2 += rows * (own_j - mean_j) * (own_c - mean_c);
   }

@@ -1,3 +1,4 @@
+// Host side of pass.cuh: the number of parts, and the choice of the template instance.
 #include "cuda/pass.cuh"
 
 #include <algorithm>
@@ -8,9 +9,10 @@
 namespace resnet_kernels {
 namespace {
 
-// Twice what a multiprocessor holds at once: where some are slower, others take more.
+// Twice what a multiprocessor holds at once at most (4): CTAs that finish early leave their place to others, which
+// balances the load.
 constexpr int kBlocksPerMultiprocessor = 8;
-// The fewest rows of a thread that are worth a block.
+// The minimum rows of a thread that are worth a CTA.
 constexpr int kRowsOfAPart = 4;
 
 template <typename T, int kReduce, bool kAligned, bool kFull>
@@ -24,6 +26,8 @@ const char* run(const ResnetKernelsPass& p, void* stream) {
   return wrong;
 }
 
+// Unaligned calls share one instance with all features. Aligned ones without a second tensor and a residual have a
+// leaner one.
 template <typename T, int kReduce>
 const char* by_alignment(const ResnetKernelsPass& p, void* stream) {
   if (!p.aligned) return run<T, kReduce, false, true>(p, stream);
@@ -39,7 +43,7 @@ const char* by_reduction(const ResnetKernelsPass& p, void* stream) {
     case kSums: return by_alignment<T, kSums>(p, stream);
     case kBits: return by_alignment<T, kBits>(p, stream);
   }
-  return "pass: expected a reduction of 0 to 3";
+  return "pass: expected a reduction of 0 to 3 (none, statistics, sums, mask bits)";
 }
 
 }  // namespace
@@ -53,7 +57,7 @@ const char* resnet_kernels_cuda_pass(const ResnetKernelsPass* p, void* stream) {
     case 1: return by_reduction<__half>(*p, stream);
     case 2: return by_reduction<__nv_bfloat16>(*p, stream);
   }
-  return "pass: expected a type of 0 to 2";
+  return "pass: expected a type of 0 to 2 (fp32, fp16, bf16)";
 }
 
 int64_t resnet_kernels_cuda_span(int64_t M, int64_t C, int64_t multiprocessors) {

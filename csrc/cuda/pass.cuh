@@ -1,18 +1,20 @@
-// Passes over a map with everything that training applies in them, and what they reduce to.
+// The memory-bound passes of training: elementwise over an (N, P, Q, C) map, with every operand transformation and
+// epilogue fused, and optionally a per-channel reduction.
 //
-//     t = epilogue(x)    reduced: statistics of t  |  sum(t), sum(t * (normalized - mean))  |  bits, where not (t <= 0)
+//     t = epilogue(x)    reduced: statistics of t  |  sum(t), sum(t * (normalized - mean))  |  mask bits, not (t <= 0)
 //
-// A block owns up to 32 vectors of eight channels and `span` rows; a thread one vector and every `down`-th row, whose
-// loads it starts a few rows at a time before it waits for any, so that 32 KB or more per multiprocessor are under way:
-// at 4.3 TB/s and 700 ns that is what copy speed takes. Vectors per channel come from L1 again for every few rows; in
-// registers they would halve the threads. What an operand does not hold costs a branch that all threads take alike.
+// A CTA owns up to 32 vectors of eight channels and one part, `span` rows. A thread owns one vector and every `down`-th
+// row of the part. It issues the loads of several rows before it waits for any, so that 32 KB or more per
+// multiprocessor are in flight: at 4.3 TB/s and 700 ns of latency that is what copy speed takes. Per-channel vectors
+// are read again from L1 for every few rows: in registers they would halve the number of resident threads. An absent
+// feature costs a branch that is uniform over the grid.
 //
-// Statistics are Welford's update per thread, then Chan's formula over the block's rows, here, and over the parts, in
-// `merge_kernel`, always in the same order.
+// Statistics: Welford's update per thread, then Chan's formula, first over the rows of the CTA's threads (store_part)
+// and then over the parts (merge_kernel), always in the same order. No atomics.
 //
-// Moves: the operand, its second tensor and mask, the residual and its mask, the normalized tensor and the epilogue's
-// mask once (a mask that is a tensor is mostly one of the others, and comes from L1); y once if it is wanted; a bit per
-// element; 8 bytes per channel and part.
+// Memory traffic: x, its second tensor and mask, the residual and its mask, `normalized` and the epilogue's mask are
+// read once (a mask that is a tensor is mostly one of the others, and then comes from L1); y is written once if it is
+// wanted; mask bits take one bit per element; a reduction takes 8 bytes per channel and part.
 #pragma once
 
 #include <cmath>
@@ -30,7 +32,8 @@ enum MaskKind { kNoMask, kMaskBits, kMaskBytes, kMaskTensor };
 constexpr int kThreads = 256;
 constexpr int kMostAcross = 32;
 
-// How a block's threads lie over vectors of channels and rows.
+// How a CTA's threads cover vectors of channels and rows: `across` vectors side by side, `down` rows at a time. tiles:
+// CTAs that share the channels of one part.
 struct Layout {
   int across, down, tiles;
 
@@ -42,20 +45,32 @@ struct Layout {
   }
 };
 
+// The plain pass on sm_100 and sm_103: the compiler spills 16-bit kernels at the 64 registers a thread that four resident
+// blocks leave.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
+constexpr int kPlainResident = 3;
+#else
+constexpr int kPlainResident = 4;
+#endif
+
 // Blocks of a multiprocessor, and rows of a thread that it loads at a time: what registers hold without spilling.
 // kFull: with a second tensor or a residual.
 template <int kReduce, bool kAligned, bool kFull>
-constexpr int kResident = !kAligned || kReduce == kStats || kReduce == kSums ? 2 : kFull || kReduce == kBits ? 3 : 4;
+constexpr int kResident = !kAligned || kReduce == kStats || kReduce == kSums ? 2
+                          : kFull || kReduce == kBits                        ? 3
+                                                                             : kPlainResident;
 template <typename T, int kReduce, bool kFull>
 __host__ __device__ constexpr int rows_at_once() {
   constexpr int kBytes = kFull ? 2 : kReduce == kStats ? 10 : kReduce == kSums ? 6 : 4;
   return kBytes < sizeof(T) ? 1 : kBytes / static_cast<int>(sizeof(T));
 }
 
+// An image, row and column of the map.
 struct Position {
   int n, h, w;
 };
 
+// Position of row m of the map. Dense views (not `mapped`) need no divisions: w counts all rows.
 __device__ inline Position position(const ResnetKernelsPass& p, uint32_t m) {
   if (!p.mapped) return {0, 0, static_cast<int>(m)};
   const uint32_t line = m / static_cast<uint32_t>(p.Q), image = line / static_cast<uint32_t>(p.P);
@@ -66,11 +81,12 @@ __device__ inline int64_t offset(const ResnetKernelsView& view, const Position& 
   return at.n * view.n + at.h * view.h + at.w * view.w;
 }
 
-// Where the residual stands, and its own position there.
-__device__ inline bool stands(const ResnetKernelsPass& p, const Position& at) {
+// With `spread` > 1 the residual is zero-inserted: whether it has a value at this position of the map, and the value's
+// position in the residual.
+__device__ inline bool has_residual(const ResnetKernelsPass& p, const Position& at) {
   return p.spread == 1 || (at.h % p.spread == 0 && at.w % p.spread == 0);
 }
-__device__ inline Position spread(const ResnetKernelsPass& p, const Position& at) {
+__device__ inline Position residual_position(const ResnetKernelsPass& p, const Position& at) {
   return p.spread == 1 ? at : Position{at.n, at.h / p.spread, at.w / p.spread};
 }
 
@@ -94,9 +110,9 @@ __device__ inline uint32_t bits_of(const ResnetKernelsMask& mask, const Position
   return static_cast<const uint8_t*>(mask.view.data)[offset(mask.view, at) + c / 8];
 }
 
-// Bit k: whether channel c + k is kept.
+// Return the mask of eight channels: bit k says whether channel c + k is kept.
 template <typename T, bool kAligned>
-__device__ inline uint32_t kept(const ResnetKernelsMask& mask, const Position& at, int c, int left) {
+__device__ inline uint32_t kept_bits(const ResnetKernelsMask& mask, const Position& at, int c, int left) {
   if (mask.kind == kMaskBits) return bits_of(mask, at, c);
   const int64_t row = offset(mask.view, at);
   uint32_t keep = 0;
@@ -119,15 +135,16 @@ __device__ inline uint32_t kept(const ResnetKernelsMask& mask, const Position& a
 #pragma unroll
     for (int k = 0; k < 8; ++k) t[k] = rounded<T>(fmaf(a.v[k], t[k], b.v[k]));
   }
-  // NaN is kept.
+  // A NaN is kept.
 #pragma unroll
   for (int k = 0; k < 8; ++k) keep |= !(t[k] <= 0.f) << k;
   return keep;
 }
 
-// What an operand stands for, from what was loaded of it: x where its mask is, and second.
+// Apply an operand's transformation to t, which holds its (masked) tensor: affine, second tensor, ReLU, rounding or
+// centre.
 template <typename T, bool kAligned, bool kSecond>
-__device__ inline void value(const ResnetKernelsOperand& o, const Eight<T>& second, int c, int left, float (&t)[8]) {
+__device__ inline void apply(const ResnetKernelsOperand& o, const Eight<T>& second, int c, int left, float (&t)[8]) {
   if (o.a) {
     const auto a = per_channel<kAligned>(o.a, c, left);
     Eight<float> b = {};
@@ -156,7 +173,8 @@ __device__ inline void value(const ResnetKernelsOperand& o, const Eight<T>& seco
   }
 }
 
-// Of what a thread reduces per channel: statistics, or two sums.
+// A thread's partial reduction of eight channels over its rows. Statistics: `one` is the running mean, `two` the sum of
+// squared deviations. Sums: `one` is sum(t), `two` sum(t * off).
 template <int kReduce>
 struct Totals {
   float one[8] = {}, two[8] = {}, rows = 0;
@@ -178,7 +196,8 @@ struct Totals {
   }
 };
 
-// The block's part of what its threads reduced. rows: of the part, the i-th of which thread row i % down had.
+// Merge the CTA's threads through shared memory, and store its part. rows: the part's number of rows; thread row r
+// owned rows r, r + down, r + 2 * down, ...
 template <int kReduce>
 __device__ inline void store_part(const ResnetKernelsPass& p, const Layout& layout, const Totals<kReduce>& mine,
                                   int tile, int64_t part, int rows, bool active) {
@@ -192,7 +211,7 @@ __device__ inline void store_part(const ResnetKernelsPass& p, const Layout& layo
   const int c = tile * width + threadIdx.x;
   if (static_cast<int>(threadIdx.x) >= width || c >= p.C) return;
   const int down = rows < layout.down ? rows : layout.down;
-  // In fp64, as all that many rows share: a thousandth of the additions.
+  // In fp64, as many rows share this sum: a thousandth of the additions of the pass.
   double first = 0, second = 0;
   const auto count = [&](int r) { return static_cast<double>((rows - r + layout.down - 1) / layout.down); };
   for (int r = 0; r < down; ++r) {
@@ -227,10 +246,10 @@ __global__ void __launch_bounds__(kThreads, kResident<kReduce, kAligned, kFull>)
     Position at[kCount];
     Eight<T> x[kCount], second[kCount], normalized[kCount], residual[kCount];
     uint32_t bits[kCount];
-    bool adds[kCount];
+    bool adds[kCount];  // whether the residual has values there
 #pragma unroll
     for (int r = 0; r < kCount; ++r) {
-      // Beyond the last row the last is loaded again, and nothing made of it.
+      // The number of loads is fixed: beyond the part's end the last row is loaded again and its result dropped.
       const int row = i + r * layout.down < rows ? i + r * layout.down : rows - 1;
       at[r] = position(p, static_cast<uint32_t>(first + row));
       x[r] = load<T, kAligned>(p.x.view.data, offset(p.x.view, at[r]) + c, left);
@@ -238,9 +257,9 @@ __global__ void __launch_bounds__(kThreads, kResident<kReduce, kAligned, kFull>)
       if (kFull && p.x.second.data)
         second[r] = load<T, kAligned>(p.x.second.data, offset(p.x.second, at[r]) + c, left);
       if constexpr (kFull) {
-        adds[r] = p.residual.view.data && left_residual > 0 && stands(p, at[r]);
+        adds[r] = p.residual.view.data && left_residual > 0 && has_residual(p, at[r]);
         if (adds[r]) {
-          const int64_t row = offset(p.residual.view, spread(p, at[r]));
+          const int64_t row = offset(p.residual.view, residual_position(p, at[r]));
           residual[r] = load<T, kAligned>(p.residual.view.data, row + c, left_residual);
         }
       }
@@ -253,8 +272,8 @@ __global__ void __launch_bounds__(kThreads, kResident<kReduce, kAligned, kFull>)
       float t[8];
       widened(x[r], t);
       if (p.x.mask.kind == kMaskBits) masked(bits[r], t);
-      else if (p.x.mask.kind != kNoMask) masked(kept<T, kAligned>(p.x.mask, at[r], c, left), t);
-      value<T, kAligned, kFull>(p.x, second[r], c, left, t);
+      else if (p.x.mask.kind != kNoMask) masked(kept_bits<T, kAligned>(p.x.mask, at[r], c, left), t);
+      apply<T, kAligned, kFull>(p.x, second[r], c, left, t);
       if (p.shift) {
         const auto shift = per_channel<kAligned>(p.shift, c, left);
 #pragma unroll
@@ -265,8 +284,8 @@ __global__ void __launch_bounds__(kThreads, kResident<kReduce, kAligned, kFull>)
           float u[8];
           widened(residual[r], u);
           if (p.residual.mask.kind != kNoMask)
-            masked(kept<T, kAligned>(p.residual.mask, spread(p, at[r]), c, left_residual), u);
-          value<T, kAligned, false>(p.residual, {}, c, left_residual, u);
+            masked(kept_bits<T, kAligned>(p.residual.mask, residual_position(p, at[r]), c, left_residual), u);
+          apply<T, kAligned, false>(p.residual, {}, c, left_residual, u);
 #pragma unroll
           for (int k = 0; k < 8; ++k)
             if (kAligned || k < left_residual) t[k] += u[k];
@@ -276,7 +295,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kReduce, kAligned, kFull>)
 #pragma unroll
         for (int k = 0; k < 8; ++k) t[k] = relu(t[k]);
       }
-      if (p.mask.kind != kNoMask) masked(kept<T, kAligned>(p.mask, at[r], c, left), t);
+      if (p.mask.kind != kNoMask) masked(kept_bits<T, kAligned>(p.mask, at[r], c, left), t);
       const int64_t m = first + i + r * layout.down;
       Eight<T> y;
 #pragma unroll
@@ -304,8 +323,8 @@ __global__ void __launch_bounds__(kThreads, kResident<kReduce, kAligned, kFull>)
     store_part<kReduce>(p, layout, totals, tile, part, rows, active);
 }
 
-// The parts of a pass into its result. A block owns 32 channels; reads 8 bytes per channel and part, twice for
-// statistics. In fp64: an error of a mean is the same in every row.
+// Merge a pass's parts into its result. A CTA owns 32 channels, and reads 8 bytes per channel and part, the means twice
+// for statistics. In fp64: an error in a mean would be the same for every row.
 template <int kReduce>
 __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_constant__ ResnetKernelsPass p) {
   const int c = blockIdx.x * kMergeChannels + threadIdx.x % kMergeChannels, lane = threadIdx.x / kMergeChannels;

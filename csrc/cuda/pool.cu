@@ -1,3 +1,4 @@
+// Host side of pool.cuh.
 #include "cuda/pool.cuh"
 
 #include "cuda/launch.h"
@@ -21,7 +22,7 @@ const char* by_type(const ResnetKernelsPool& p, bool gradient, void* stream) {
     case 1: return run<__half>(p, gradient, stream);
     case 2: return run<__nv_bfloat16>(p, gradient, stream);
   }
-  return "max_pool: expected a type of 0 to 2";
+  return "max_pool: expected a type of 0 to 2 (fp32, fp16, bf16)";
 }
 
 }  // namespace

@@ -1,5 +1,8 @@
-// Max pooling and its gradient. A thread owns eight channels of one position of the result. Moves: x once (overlapping
-// windows again from L1 and L2), y once, a byte per element of the pooled map.
+// Max pooling and its gradient. A thread owns eight channels of one position of the result. In the gradient it gathers
+// from all windows that contain its position, so there are no atomics.
+//
+// Memory traffic: x once (overlapping windows again from L1 and L2), y once, and one byte per element of the pooled
+// map.
 #pragma once
 
 #include "cuda/api.h"
@@ -9,11 +12,12 @@ namespace resnet_kernels {
 
 constexpr int kPoolThreads = 256;
 
+// A position of the result, its first channel, and the number of channels that remain.
 struct Place {
   int n, h, w, c, left;
 };
 
-// Where a thread's result stands in a map (N, height, width); n is N beyond it.
+// The place of this thread's result in a map (N, height, width); beyond the map, n is N.
 __device__ inline Place place(const ResnetKernelsPool& p, int height, int width) {
   const int vectors = (p.C + 7) / 8;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kPoolThreads + threadIdx.x, row = i / vectors;
@@ -38,7 +42,7 @@ __global__ void __launch_bounds__(kPoolThreads) max_pool_kernel(const __grid_con
 #pragma unroll
       for (int k = 0; k < 8; ++k) {
         const float v = widen(x.v[k]);
-        // A NaN is above all, and above itself.
+        // A NaN exceeds everything, a former NaN too: the last one wins.
         if (first || v > best[k] || v != v) best[k] = v, where[k] = r * p.kernel + s;
       }
       first = false;
@@ -60,6 +64,7 @@ __global__ void __launch_bounds__(kPoolThreads) max_pool_grad_kernel(const __gri
   const Place at = place(p, p.H, p.W);
   if (at.n == p.N) return;
   const int h = at.h + p.padding, w = at.w + p.padding;
+  // The first window, along one axis, that contains padded coordinate i.
   const auto first = [&](int i) { return i < p.kernel ? 0 : (i - p.kernel) / p.stride + 1; };
   float total[8] = {};
   for (int r = first(h); r < p.P && r * p.stride <= h; ++r) {

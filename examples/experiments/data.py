@@ -1,4 +1,7 @@
-"""The images of the experiments: scikit-learn's digits, CIFAR-10, or a folder of images per class. No downloads."""
+"""The images of the experiments: scikit-learn's digits, CIFAR-10, or folders of images per class.
+
+Nothing is downloaded.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +15,32 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# (images (N, C, H, W), labels (N,)) of a batch.
 Batches = Iterator[tuple[Tensor, Tensor]]
 
 
 def on(x: Tensor, device: str) -> Tensor:
+    """Return the images on the device, in channels_last."""
     return x.to(device, memory_format=torch.channels_last)
 
 
 def steps_of(images: int, batch: int, steps: int | None) -> int:
+    """Return the steps of an epoch; None: as many as there are whole batches."""
     if images < batch * (steps or 1):
         raise ValueError(f"batch: expected at most the {images} training images in {steps or 1} steps, got {batch}")
     return steps or images // batch
 
 
 class InMemory:
-    """Images (N, C, H, W) fp32 and labels. padding: training images are cropped from so much wider ones, and flipped.
-    steps: of an epoch, None for all images."""
+    """Images that fit in memory, normalised by the training images' mean and standard deviation.
+
+    Args:
+        train, test: (images (N, C, H, W) fp32, labels (N,)).
+        batch: images per step.
+        steps: steps of an epoch; None: as many as there are whole batches.
+        padding: augmentation: a training image is padded by so many zeros at each side, cropped to its size at a random
+            place, and flipped with probability 1/2. 0: no augmentation.
+    """
 
     def __init__(
         self,
@@ -44,7 +57,10 @@ class InMemory:
         self.steps = steps_of(len(self.x), batch, steps)
 
     def train(self, seed: int, epoch: int) -> Batches:
-        """What does not fill a batch is left out. The order depends on seed and epoch alone, as do the crops."""
+        """Yield the batches of an epoch. Order and augmentation depend on seed and epoch only.
+
+        Images that do not fill a batch are left out.
+        """
         g = torch.Generator().manual_seed(1_000_003 * seed + epoch)
         for chosen in torch.randperm(len(self.x), generator=g)[: self.steps * self.batch].split(self.batch):
             yield self._augmented(self.x[chosen], g), self.y[chosen]
@@ -59,11 +75,21 @@ class InMemory:
         return torch.where(torch.rand(N, 1, 1, 1, generator=g) < 0.5, crops.flip(3), crops)
 
     def test(self) -> Batches:
+        """Yield the test images in batches of 512."""
         return zip(self.test_x.split(512), self.test_y.split(512), strict=True)
 
 
 class Folder:
-    """A folder of images per class, read as they are needed: crops and flips to train with, the centre to test."""
+    """Folders of images per class, read when they are needed. Training images are cropped at random and flipped, test
+    images are cropped at the centre.
+
+    Args:
+        data: a folder with train/ and val/, each with one folder of images per class.
+        size: height and width of the crops.
+        batch: images per step.
+        steps: steps of an epoch; None: as many as there are whole batches.
+        workers: processes that read images.
+    """
 
     def __init__(self, data: Path, size: int, batch: int, steps: int | None, workers: int) -> None:
         from torchvision import transforms
@@ -80,7 +106,7 @@ class Folder:
         except FileNotFoundError as error:  # no classes, or one without images
             raise ValueError(f"data: expected a folder of images per class in train/ and val/: {error}") from error
         if self.train_set.classes != self.test_set.classes:
-            raise ValueError(f"data: expected the same classes in train/ and val/ of {data}, got others")
+            raise ValueError(f"data: expected the same classes in train/ and val/ of {data}, got different ones")
         self.batch, self.workers, self.channels = batch, workers, 3
         self.classes = len(self.train_set.classes)
         self.steps = steps_of(len(self.train_set), batch, steps)
@@ -89,7 +115,7 @@ class Folder:
         return iter(torch.utils.data.DataLoader(images, self.batch, num_workers=self.workers, **options))
 
     def train(self, seed: int, epoch: int) -> Batches:
-        # The workers' seeds come of the generator, those of a loader without workers of the process.
+        # Worker processes are seeded by the generator. Without workers the loader draws from this process's state.
         torch.manual_seed(1_000_003 * seed + epoch)
         g = torch.Generator().manual_seed(1_000_003 * seed + epoch)
         return itertools.islice(self._batches(self.train_set, shuffle=True, generator=g), self.steps)
@@ -102,6 +128,7 @@ Images = InMemory | Folder
 
 
 def kind_of(data: Path | None) -> str:
+    """Return "digits", "cifar" or "folder". Raises ValueError for a folder that is neither of the latter."""
     if data is None:
         return "digits"
     if (data / "cifar-10-batches-py").is_dir():
@@ -115,6 +142,7 @@ def kind_of(data: Path | None) -> str:
 
 
 def load(args: argparse.Namespace) -> Images:
+    """Return the images that --data names, at the size of --size."""
     kind = kind_of(args.data)
     if kind == "folder":
         return Folder(args.data, args.size, args.batch, args.steps, args.workers)
@@ -126,11 +154,16 @@ def load(args: argparse.Namespace) -> Images:
 
 
 def digits(args: argparse.Namespace) -> tuple:
-    """scikit-learn's 1797 handwritten digits, 8 x 8; a fifth to test with, the same for every seed."""
+    """Return (training set, test set, padding): scikit-learn's 1797 handwritten digits, 8 x 8.
+
+    A fifth of them is the test set, the same for every seed.
+    """
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("the digits are scikit-learn's: pip install 'resnet_kernels[demo]'") from error
+        raise ModuleNotFoundError(
+            "the digits are part of scikit-learn: pip install scikit-learn pillow matplotlib"
+        ) from error
     data = load_digits()
     order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
     x, y = torch.from_numpy(data.images).float()[order, None], torch.from_numpy(data.target)[order]
@@ -139,13 +172,16 @@ def digits(args: argparse.Namespace) -> tuple:
 
 
 def cifar(args: argparse.Namespace) -> tuple:
+    """Return (training set, test set, padding) of CIFAR-10, whose unpacked files are in the folder of --data."""
     from torchvision.datasets import CIFAR10
 
     def part(train: bool) -> tuple[Tensor, Tensor]:
         try:
             found = CIFAR10(str(args.data), train=train, download=False)
         except RuntimeError as error:
-            raise ValueError(f"data: expected CIFAR-10, whole, in {args.data}/cifar-10-batches-py: {error}") from error
+            raise ValueError(
+                f"data: expected the complete CIFAR-10 in {args.data}/cifar-10-batches-py: {error}"
+            ) from error
         return torch.from_numpy(found.data).permute(0, 3, 1, 2).float(), torch.tensor(found.targets)
 
     return part(True), part(False), 4

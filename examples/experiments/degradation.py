@@ -1,61 +1,58 @@
-"""Degradation: plain and residual networks at growing depth, training and test error by epoch (He et al. 2015, arXiv
-1512.03385, figures 1 and 6).
+"""Degradation: training and test error of plain and residual networks by depth (He et al. 2015, arXiv 1512.03385,
+figures 1 and 6).
 
     python examples/experiments/degradation.py
     python examples/experiments/degradation.py --data CIFAR --epochs 164
     python examples/experiments/degradation.py --data IMAGENET --depths 18 34
 
-A deeper plain network has a higher error on what it is trained with, though it could copy the shallower one and pass
-its result on; a deeper residual network has not. Killed and started again with the same command, it goes on.
+A deeper plain network has a higher training error than a shallower one, although it could copy the shallower one's
+layers and make the others identities. A deeper residual network does not have a higher training error.
+
+An interrupted run resumes when the same command is started again.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
-from collections.abc import Iterable
 from typing import Any
 
-from data import Images
-from plots import COLORS, Row, error_curves, final, spread, values_of
-from shared import Experiment, Run, grid, main, network
+from plots import Row, error_curves, final, spread, style_of_plain_or_residual, values_of
+from shared import Experiment, main, networks_of
 
 KINDS = ("plain", "residual")
 
 
-def runs(args: argparse.Namespace, images: Images) -> Iterable[Run]:
-    return grid(args, KINDS, lambda kind, depth: network(kind, depth, args, images))
-
-
 def draw(figure: Any, rows: list[Row]) -> None:
     depths = values_of(rows, "depth")
-
-    def style(row: Row) -> Row:
-        return {"color": COLORS[depths.index(row["depth"])], "linestyle": "--" if row["net"] == "plain" else "-"}
-
-    error_curves(figure, rows, lambda row: f"{row['net']}, {row['depth']} layers", style)
+    error_curves(
+        figure,
+        rows,
+        lambda row: f"{row['net']}, {row['depth']} layers",
+        lambda row: style_of_plain_or_residual(row["net"], row["depth"], depths),
+    )
 
 
 def verdict(rows: list[Row]) -> list[str]:
-    """Of the least and the greatest depth, in the mean of the seeds."""
+    """Compare the least and the greatest depth, by the mean of the seeds."""
     depths = sorted(values_of(rows, "depth"))
-    told, degraded = [], {}
+    sentences, degraded = [], {}
     for kind in KINDS:
         shallow, deep = (final(rows, "train_error", net=kind, depth=d) for d in (depths[0], depths[-1]))
         degraded[kind] = statistics.fmean(deep) - statistics.fmean(shallow)
         errors = ", ".join(f"{d} layers {spread(final(rows, 'train_error', net=kind, depth=d))}" for d in depths)
-        told.append(f"{kind}, training error of the last epoch: {errors}")
+        sentences.append(f"{kind}, training error of the last epoch: {errors}")
     shown = degraded["plain"] > MARGIN >= degraded["residual"]
-    told.append(
+    sentences.append(
         f"From {depths[0]} to {depths[-1]} layers the training error changes by {100 * degraded['plain']:+.1f} points "
-        f"without shortcuts and by {100 * degraded['residual']:+.1f} with them: the paper's effect is "
-        f"{'shown' if shown else 'not shown'} (it is where the first is above {100 * MARGIN:g} and the second not)."
+        f"without shortcuts and by {100 * degraded['residual']:+.1f} points with them: the paper's effect is "
+        f"{'shown' if shown else 'NOT shown'}. It counts as shown if only the first change is above "
+        f"{100 * MARGIN:g} points."
     )
-    return told
+    return sentences
 
 
-# Half a point of the digits' 1437 images are seven of them.
+# Half a percentage point; of the digits' 1437 training images this is seven.
 MARGIN = 0.005
 
 EXPERIMENT = Experiment(
@@ -66,7 +63,7 @@ EXPERIMENT = Experiment(
         "cifar": {"depths": [20, 32, 44, 56]},
         "folder": {"depths": [18, 34]},
     },
-    runs,
+    networks_of(KINDS),
     draw,
     verdict,
 )

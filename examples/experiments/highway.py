@@ -1,5 +1,5 @@
-"""Shortcuts that are not the identity: highway gates (Srivastava et al. 2015, arXiv 1505.00387) and the scaled, gated
-and projected shortcuts of He et al. 2016 (1603.05027, section 3, table 1), against the identity.
+"""Shortcuts other than the identity: highway gates (Srivastava et al. 2015, arXiv 1505.00387) and the scaled, gated and
+projected shortcuts of He et al. 2016 (1603.05027, section 3, table 1), compared with the identity.
 
     python examples/experiments/highway.py [--data CIFAR --depths 110]
 
@@ -9,34 +9,40 @@ and projected shortcuts of He et al. 2016 (1603.05027, section 3, table 1), agai
     constant scaling    y = relu(F(x) / 2 + x / 2)
     projection          y = relu(F(x) + bn(conv1x1(x)))
 
-The paper finds the identity best. Where the shape changes all have zero padding (A), but the projection. Blocks with
-the identity or a projection are the package's fused ones, the others torch's modules around the same convolutions.
-Killed and started again with the same command, it goes on.
+F is the block's residual function, b the bias of the gate. The paper finds the identity best. Where the shape changes,
+all networks but the one with projections have zero padding (shortcut A). Blocks with the identity or a projection are
+the package's fused blocks; the others are torch's modules around the same convolutions.
+
+An interrupted run resumes when the same command is started again.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from data import Images
-from plots import COLORS, Row, error_curves, final, spread, values_of
+from plots import Row, error_curves_by_kind, errors_by_kind, values_of
 from shared import SMALL_IMAGES, Experiment, Run, grid, main, network
 from torch import Tensor, nn
 
 import resnet_kernels as rk
 
 KINDS = ("identity", "highway gates", "gated shortcut", "constant scaling", "projection")
-# The best of the paper's for both gated kinds (its table 1).
+# The initial bias of the gates that is best in the paper, for both gated kinds (its table 1).
 GATE_BIAS = -6.0
 
 
 class GatedBlock(nn.Module):
-    """y = relu(a F(x) + b x), F = bn2(conv2(relu(bn1(conv1(x))))) of a `BasicBlock` of one shape. x: (N, C, H, W)."""
+    """y = relu(a F(x) + b x), with F(x) = bn2(conv2(relu(bn1(conv1(x))))).
+
+    Args:
+        block: a `BasicBlock` with an identity shortcut; its modules are used.
+        kind: "highway gates", "gated shortcut" or "constant scaling"; it defines a and b (see the top of this file).
+    x: (N, C, H, W) -> (N, C, H, W): images, channels, height, width.
+    """
 
     def __init__(self, block: rk.nn.BasicBlock, kind: str) -> None:
         super().__init__()
@@ -58,6 +64,7 @@ class GatedBlock(nn.Module):
 
 
 def gated(kind: str, depth: int, args: argparse.Namespace, images: Images) -> nn.Module:
+    """Return the network of one of KINDS."""
     if kind in ("identity", "projection"):
         return network("A" if kind == "identity" else "C", depth, args, images)
     model = network("A", depth, args, images)
@@ -72,27 +79,15 @@ def runs(args: argparse.Namespace, images: Images) -> Iterable[Run]:
     return grid(args, KINDS, lambda kind, depth: gated(kind, depth, args, images))
 
 
-def draw(figure: Any, rows: list[Row]) -> None:
-    depths = values_of(rows, "depth")
-
-    def style(row: Row) -> Row:
-        return {"color": COLORS[KINDS.index(row["net"])], "linestyle": ("-", "--", ":")[depths.index(row["depth"]) % 3]}
-
-    error_curves(figure, rows, lambda row: f"{row['net']}, {row['depth']} layers", style)
-
-
 def verdict(rows: list[Row]) -> list[str]:
-    told = []
+    sentences = []
     for depth in values_of(rows, "depth"):
-        mean = {}
-        for kind in KINDS:
-            train, test = (final(rows, column, net=kind, depth=depth) for column in ("train_error", "test_error"))
-            mean[kind] = statistics.fmean(test)
-            told.append(f"{kind}, {depth} layers: training error {spread(train)}, test error {spread(test)}")
-        ahead = [kind for kind in KINDS if mean[kind] < mean["identity"]]
-        found = f"not the best: {', '.join(ahead)} had a lower test error" if ahead else "the best, or level"
-        told.append(f"{depth} layers: the identity is {found}; the paper's is the best.")
-    return told
+        mean, of_kinds = errors_by_kind(rows, KINDS, depth)
+        sentences += of_kinds
+        better = [kind for kind in KINDS if mean[kind] < mean["identity"]]
+        found = f"NOT the best: {', '.join(better)} had a lower test error" if better else "the best, or as good"
+        sentences.append(f"{depth} layers: the identity is {found}; in the paper it is the best.")
+    return sentences
 
 
 EXPERIMENT = Experiment(
@@ -104,7 +99,7 @@ EXPERIMENT = Experiment(
         "folder": SMALL_IMAGES | {"depths": [110]},
     },
     runs,
-    draw,
+    error_curves_by_kind(KINDS),
     verdict,
 )
 

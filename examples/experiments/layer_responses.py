@@ -1,24 +1,24 @@
-"""Layer responses: the standard deviation of what each 3x3 layer puts out, after its batch norm and before the addition
-and the nonlinearity, in plain and residual networks (He et al. 2015, arXiv 1512.03385, section 4.2 and figure 7).
+"""Layer responses: the standard deviation of each 3x3 layer's output in plain and residual networks (He et al. 2015,
+arXiv 1512.03385, section 4.2 and figure 7).
 
     python examples/experiments/layer_responses.py [--data CIFAR]
 
-The paper finds smaller responses in residual networks, and the smaller the deeper they are: a block's function is
-closer to zero. Killed and started again with the same command, it goes on.
+The output is taken after the layer's batch norm and before the addition and the ReLU. The paper finds smaller responses
+in residual networks, and smaller ones the deeper they are: the function that a block adds is closer to zero.
+
+An interrupted run resumes when the same command is started again.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from data import Images, on
-from plots import COLORS, Row, band, select, values_of
-from shared import SMALL_IMAGES, Experiment, Run, grid, main, network
+from plots import Row, band, select, style_of_plain_or_residual, values_of, whole_numbers
+from shared import SMALL_IMAGES, Experiment, main, networks_of
 from torch import nn
 
 KINDS = ("plain", "residual")
@@ -26,8 +26,10 @@ KINDS = ("plain", "residual")
 
 @torch.no_grad()
 def responses(model: nn.Module, images: Images, epoch: int) -> list[Row]:
-    """Of all values of a layer, over the first test images, in evaluation. A hook on a batch norm makes its block run
-    as torch's modules, the same values."""
+    """Return a row for each 3x3 layer: the standard deviation of its output for the first test images, in evaluation.
+
+    A hook on a batch norm makes its block run as torch's modules, which compute the same values as the fused block.
+    """
     if epoch == 0:
         return []
     found: list[float] = []
@@ -45,11 +47,8 @@ def responses(model: nn.Module, images: Images, epoch: int) -> list[Row]:
     return [{"epoch": epoch, "layer": i + 1, "std": value} for i, value in enumerate(found)]
 
 
-def runs(args: argparse.Namespace, images: Images) -> Iterable[Run]:
-    return grid(args, KINDS, lambda kind, depth: network(kind, depth, args, images), responses)
-
-
 def draw(figure: Any, rows: list[Row]) -> None:
+    """Draw the responses by layer, and sorted by size."""
     depths = values_of(rows, "depth")
     for axes, by_size in zip(figure.subplots(1, 2, sharey=True), (False, True), strict=True):
         for depth in depths:
@@ -63,10 +62,11 @@ def draw(figure: Any, rows: list[Row]) -> None:
                         for seed in values_of(chosen, "seed")
                         for i, row in enumerate(sorted(select(chosen, seed=seed), key=lambda row: -row["std"]))
                     ]
-                style = {"color": COLORS[depths.index(depth)], "linestyle": "--" if kind == "plain" else "-"}
+                style = style_of_plain_or_residual(kind, depth, depths)
                 band(axes, chosen, x, "std", f"{kind}, {depth} layers", **style)
         order = "the greatest first" if by_size else "from the image on"
         axes.set(xlabel=f"layer, {order}", ylim=(0, None))
+        whole_numbers(axes)
     axes.legend(frameon=False)
     figure.axes[0].set_ylabel("standard deviation of the response")
 
@@ -78,14 +78,17 @@ def verdict(rows: list[Row]) -> list[str]:
         for kind in KINDS
         for depth in depths
     }
-    told = [f"{kind}, {depth} layers: mean of the layers' {value:.3f}" for (kind, depth), value in mean.items()]
+    sentences = [
+        f"{kind}, {depth} layers: standard deviation {value:.3f} in the mean of all layers"
+        for (kind, depth), value in mean.items()
+    ]
     smaller = all(mean["residual", d] < mean["plain", d] for d in depths)
     falls = all(mean["residual", a] > mean["residual", b] for a, b in zip(depths, depths[1:], strict=False))
-    told.append(
+    sentences.append(
         f"Residual networks respond {'less' if smaller else 'NOT less'} than plain ones at every depth, and "
         f"{'less' if falls else 'NOT less'} the deeper they are; the paper finds both."
     )
-    return told
+    return sentences
 
 
 EXPERIMENT = Experiment(
@@ -96,7 +99,7 @@ EXPERIMENT = Experiment(
         "cifar": {"depths": [20, 56, 110]},
         "folder": SMALL_IMAGES | {"depths": [20, 56]},
     },
-    runs,
+    networks_of(KINDS, responses),
     draw,
     verdict,
 )

@@ -1,15 +1,18 @@
-"""The ODE view: one residual block, its weights shared by all steps, is Euler's method for dx/dt = F(x) (Chen et al.
-2018, arXiv 1806.07366, section 1). Trained with a few steps, it is iterated with more and smaller ones, and compared
-with SciPy's adaptive solver of the same learned field.
+"""A residual block as an ODE: a run of blocks with shared weights is Euler's method for dx/dt = F(x) (Chen et al. 2018,
+arXiv 1806.07366, section 1).
 
     python examples/experiments/ode.py [--data CIFAR] [--depths 4 16]
 
-    Euler               x <- x + h F(x)                                       error O(h)
-    Runge-Kutta 4       by four evaluations of the same block a step          error O(h^4) where F is smooth
+A network of one block is trained with a few steps from time 0 to time 1. Then the same block is iterated with more and
+smaller steps h, and x(1) is compared with that of SciPy's adaptive solver for the same F.
 
-depths: the steps it is trained with, to the time 1, powers of 2. F = conv2(relu(bn2(conv1(relu(bn1(x)))))) of a fused
-pre-activation block whose batch norms are frozen, so that F is the same function at each step. Errors are in fp64.
-Killed and started again with the same command, it goes on.
+    Euler               x <- x + h F(x)                                       error O(h)
+    Runge-Kutta 4       four evaluations of the same block per step           error O(h^4) where F is smooth
+
+F(x) = conv2(relu(bn2(conv1(relu(bn1(x)))))) of a fused pre-activation block. Its batch norms are frozen, so that F is
+the same function at each step. --depths are the numbers of steps to train with, powers of 2. Errors are in fp64.
+
+An interrupted run resumes when the same command is started again.
 """
 
 from __future__ import annotations
@@ -29,16 +32,19 @@ from torch import Tensor, nn
 
 import resnet_kernels as rk
 
-Field = Callable[[Tensor], Tensor]
-IMAGES = 4  # whose errors are told
+Field = Callable[[Tensor], Tensor]  # F
+IMAGES = 4  # images whose x(1) is compared with the solver's
+# Numbers of steps to compare, by method.
 STEPS = {"Euler": [2**i for i in range(11)], "Runge-Kutta 4": [2**i for i in range(7)]}
 
 
 def euler(field: Field, x: Tensor, h: float) -> Tensor:
+    """Return x after a step of length h."""
     return x + h * field(x)
 
 
 def runge_kutta(field: Field, x: Tensor, h: float) -> Tensor:
+    """Return x after a step of length h, by the classical method of order 4."""
     k1 = field(x)
     k2 = field(x + h / 2 * k1)
     k3 = field(x + h / 2 * k2)
@@ -50,14 +56,22 @@ METHODS = {"Euler": euler, "Runge-Kutta 4": runge_kutta}
 
 
 def integrate(method: str, field: Field, x: Tensor, steps: int) -> Tensor:
-    """x(1) from x(0) = x."""
+    """Return x(1) for x(0) = x, in `steps` equal steps of a method of METHODS."""
     for _ in range(steps):
         x = METHODS[method](field, x, 1 / steps)
     return x
 
 
 class OdeNet(nn.Module):
-    """y = fc(avgpool(relu(bn(x(1))))), dx/dt = block(x) - x, x(0) = bn(conv(image))."""
+    """y = fc(avgpool(relu(bn(x(1))))), where dx/dt = block(x) - x and x(0) = bn(conv(image)).
+
+    Args:
+        steps: Euler steps from time 0 to 1.
+        width: channels of x.
+        channels: channels of the images.
+        classes: outputs of the classifier.
+    x: (N, channels, H, W) -> (N, classes): images, channels, height, width.
+    """
 
     def __init__(self, steps: int, width: int, channels: int, classes: int) -> None:
         super().__init__()
@@ -69,12 +83,14 @@ class OdeNet(nn.Module):
 
     def train(self, mode: bool = True) -> OdeNet:
         super().train(mode)
-        # Their statistics stay 0 and 1: batch norms of scale and shift alone, the same at each step.
+        # The block's batch norms stay in evaluation mode. Their statistics stay 0 and 1, so that they are a scale and a
+        # shift, the same at each step.
         self.block.bn1.eval()
         self.block.bn2.eval()
         return self
 
     def field(self, x: Tensor) -> Tensor:
+        """Return F(x): what the block adds to x."""
         return self.block(x) - x
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,7 +99,7 @@ class OdeNet(nn.Module):
 
 
 def solved(field: Field, x: Tensor) -> Tensor:
-    """x(1) by SciPy's adaptive Runge-Kutta of order 5, far more exactly than what is compared with it."""
+    """Return x(1) by SciPy's adaptive Runge-Kutta method of order 5, far more exact than the compared methods."""
     from scipy.integrate import solve_ivp
 
     def right_side(_: float, flat: Any) -> Any:
@@ -91,14 +107,13 @@ def solved(field: Field, x: Tensor) -> Tensor:
 
     found = solve_ivp(right_side, (0, 1), x.flatten().numpy(), method="RK45", rtol=1e-10, atol=1e-11)
     if not found.success:
-        raise ValueError(f"expected a field that can be integrated, got: {found.message}")
+        raise ValueError(f"expected a field that SciPy can integrate, got: {found.message}")
     return torch.from_numpy(found.y[:, -1].copy()).view(x.shape)
 
 
 @torch.no_grad()
 def errors(model: nn.Module, images: Images, epoch: int) -> list[Row]:
-    """A row for each method and number of steps: the RMS error of x(1), relative, and the test error of the network
-    that takes so many steps."""
+    """Return a row for each method and number of steps: the relative error of x(1), and the network's test error."""
     if epoch == 0:
         return []
     device = next(model.parameters()).device.type
@@ -110,8 +125,8 @@ def errors(model: nn.Module, images: Images, epoch: int) -> list[Row]:
         for steps in numbers:
             error = (integrate(method, exact.field, start, steps) - want).norm() / want.norm()
             model.method, model.steps = method, steps
-            told = {"method": method, "steps": steps, "error": error.item()}
-            rows.append({"epoch": epoch, **told, "test_error": test_error(model, images, device)})
+            row = {"epoch": epoch, "method": method, "steps": steps, "error": error.item()}
+            rows.append(row | {"test_error": test_error(model, images, device)})
     model.method, model.steps = trained
     return rows
 
@@ -128,12 +143,16 @@ def runs(args: argparse.Namespace, images: Images) -> Iterable[Run]:
 
 
 def orders(rows: list[Row]) -> list[float]:
-    """Between each number of steps and the next, twice as many: log2 of the ratio of errors."""
+    """Return the observed order of convergence between each number of steps and the next, which is twice as large.
+
+    This is log2 of the ratio of the two errors.
+    """
     found = sorted(rows, key=lambda row: row["steps"])
     return [math.log2(a["error"] / b["error"]) for a, b in zip(found, found[1:], strict=False)]
 
 
 def draw(figure: Any, rows: list[Row]) -> None:
+    """Draw the error of x(1) and the test error against the number of steps, with a line of order 1."""
     left, right = figure.subplots(1, 2)
     rows = [row | {"percent": 100 * row["test_error"]} for row in rows]
     for color, method in zip(COLORS, STEPS, strict=False):
@@ -157,7 +176,7 @@ def draw(figure: Any, rows: list[Row]) -> None:
 
 
 def verdict(rows: list[Row]) -> list[str]:
-    told, finest = [], STEPS["Euler"][-1]
+    sentences, finest = [], STEPS["Euler"][-1]
     for depth in values_of(rows, "depth"):
         for seed in values_of(rows, "seed"):
             chosen = select(rows, depth=depth, seed=seed)
@@ -165,14 +184,15 @@ def verdict(rows: list[Row]) -> list[str]:
             last = found["Euler"][-1]
             tested = {n: select(chosen, method="Euler", steps=n)[0]["test_error"] for n in (depth, finest)}
             name = f"Trained with {depth} steps, seed {seed}"
-            told += [f"{name}: {m}: orders {', '.join(f'{o:.2f}' for o in numbers)}" for m, numbers in found.items()]
-            told.append(
-                f"{name}: test error {100 * tested[depth]:.1f}%, with {finest} steps {100 * tested[finest]:.1f}%. "
-                f"Euler's error falls with the order {last:.2f} at the smallest steps: 1 is "
-                f"{'' if abs(last - 1) < 0.1 else 'NOT '}confirmed. Runge-Kutta's is at most "
-                f"{max(found['Runge-Kutta 4']):.2f}: ReLU has kinks, 4 needs a smooth F."
+            for method, numbers in found.items():
+                sentences.append(f"{name}: {method}: orders {', '.join(f'{order:.2f}' for order in numbers)}")
+            sentences.append(
+                f"{name}: test error {100 * tested[depth]:.1f}%, and {100 * tested[finest]:.1f}% with {finest} steps. "
+                f"At the smallest steps Euler's error falls with order {last:.2f}: order 1 is "
+                f"{'' if abs(last - 1) < 0.1 else 'NOT '}confirmed. The order of Runge-Kutta 4 is at most "
+                f"{max(found['Runge-Kutta 4']):.2f}; order 4 needs a smooth F, and ReLU has kinks."
             )
-    return told
+    return sentences
 
 
 EXPERIMENT = Experiment(

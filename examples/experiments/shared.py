@@ -1,4 +1,4 @@
-"""What the experiments share: networks, the loop that trains, checkpoints, CSV and the command line."""
+"""Code shared by the experiments: networks, the training loop, checkpoints, results files and the command line."""
 
 from __future__ import annotations
 
@@ -25,20 +25,24 @@ from torch.nn import functional as F
 
 import resnet_kernels as rk
 
-# By kind of data; an experiment's own come on top. The digits' rate: 110 steps of 0.1, the paper's, are too few for 56
-# layers to recover from their first ones, with shortcuts or without. CIFAR's are those of He et al. 2015, section 4.2:
-# 164 epochs of 390 batches are 64k steps. ImageNet's are those of its section 3.4. steps None: all of an epoch; threads
-# None: torch's choice. The digits' operations are so short that threads wait for each other longer than they work.
+# Default options by kind of data. An experiment's own defaults replace them.
+# digits: at the paper's learning rate of 0.1, the 110 steps of a run are too few for 56 layers to recover from the
+# first steps, with shortcuts or without. Operations on the digits are so short that several threads wait for each other
+# longer than they work.
+# cifar: as in He et al. 2015, section 4.2; 164 epochs of 390 batches are 64k steps.
+# folder: as for ImageNet in section 3.4.
+# steps: of an epoch; None: all images. threads: None: torch's choice.
 COMMON: Row = {"lr": 0.1, "width": 16, "steps": None, "seeds": 1, "threads": None}
 DEFAULTS: dict[str, Row] = {
     "digits": COMMON | {"size": 8, "batch": 128, "epochs": 10, "lr": 0.02, "threads": 1},
     "cifar": COMMON | {"size": 32, "batch": 128, "epochs": 164},
     "folder": COMMON | {"size": 224, "batch": 256, "epochs": 90},
 }
-# Of experiments for whose networks a folder's images are made small.
+# Defaults for a folder of images where the experiment's networks are those for small images.
 SMALL_IMAGES: Row = {"size": 32, "batch": 128}
+# The shares of the training after which the learning rate is divided by 10.
 MILESTONES = {"digits": (0.5, 0.75), "cifar": (0.5, 0.75), "folder": (1 / 3, 2 / 3)}
-# He et al. 2015, section 4.2: networks from 110 layers on begin with a tenth of the rate, for 400 of 64k steps.
+# He et al. 2015, section 4.2: networks of 110 and more layers train with a tenth of the rate for 400 of 64k steps.
 WARM_UP = (110, 400 / 64_000)
 
 
@@ -46,11 +50,17 @@ WARM_UP = (110, 400 / 64_000)
 
 
 def network(kind: str, depth: int, args: argparse.Namespace, images: Images) -> nn.Module:
-    """kind: "plain", "residual" (shortcuts as in the paper), "A", "B", "C", or "pre-activation". 18 and 34 layers are
-    ImageNet's networks, other depths those for small images."""
+    """Return a network.
+
+    kind: "plain", "residual" (the paper's shortcuts), "A", "B" or "C" (these shortcuts), or "pre-activation".
+    depth: layers. 18 and 34 are the networks for ImageNet, all others those for small images.
+    """
     if depth in (18, 34):
         if images.channels != 3 or kind == "pre-activation":
-            raise ValueError(f"depths: {depth} is ImageNet's network, for --data with train/ and val/; got {kind}")
+            raise ValueError(
+                f"depths: {depth} is ImageNet's network, plain or residual, for --data with train/ and val/; got "
+                f"{kind} for images of {images.channels} channels"
+            )
         if kind == "plain":
             return getattr(rk.models, f"plain{depth}")(images.classes)
         shortcut = "B" if kind == "residual" else kind
@@ -65,9 +75,9 @@ def network(kind: str, depth: int, args: argparse.Namespace, images: Images) -> 
 
 
 def backends(model: nn.Module, x: Tensor) -> str:
-    """What runs the residual blocks of a training step."""
+    """Return a sentence part: how many blocks of a training step run fused, and by which backend."""
     chosen = Counter(e.chosen for e in rk.explain(model.train(), x) if not e.name.endswith("stem"))
-    return ", ".join(f"{n} blocks by {name}" for name, n in chosen.items()) or "no fused block, torch's modules"
+    return ", ".join(f"{n} blocks by {name}" for name, n in chosen.items()) or "no fused blocks, only torch's modules"
 
 
 # ---- Runs
@@ -75,11 +85,14 @@ def backends(model: nn.Module, x: Tensor) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A network to train. about: the first columns of its rows, "net", "depth" and "seed" among them.
+    """A network to train.
 
-    measure: (model, images, epoch) -> rows, called before the first epoch, as 0, and after the last. Without it a row
-    tells of an epoch: rate, loss and error of its batches as they were trained with, and the test error after it.
-    lr: the learning rate throughout, in place of the papers' schedule.
+    about: the first columns of the run's rows, among them "net", "depth" and "seed".
+    make: returns the network.
+    measure: (model, images, epoch) -> rows; called with epoch 0 before training, and after the last epoch. Without it
+        there is one row per epoch: learning rate, training loss and error in the course of the epoch, and the test
+        error after it.
+    lr: a constant learning rate, in place of the papers' schedule.
     """
 
     about: Row
@@ -94,7 +107,14 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """defaults: of options, by kind of data. runs, in order. draw: into a figure. verdict: sentences, from the rows."""
+    """An experiment.
+
+    name: of its results files. title: of its plot.
+    defaults: default options, by kind of data.
+    runs: returns the runs, in order.
+    draw: draws the rows into a matplotlib figure.
+    verdict: returns sentences that state what the rows show.
+    """
 
     name: str
     title: str
@@ -111,7 +131,7 @@ def grid(
     make: Callable[[str, int], nn.Module],
     measure: Callable[[nn.Module, Images, int], list[Row]] | None = None,
 ) -> Iterator[Run]:
-    """Every kind of network at every depth, with every seed."""
+    """Yield a run for every seed, depth and kind of network. make: returns the network of a kind and a depth."""
     for seed in range(args.seed, args.seed + args.seeds):
         for depth in args.depths:
             for kind in kinds:
@@ -119,7 +139,19 @@ def grid(
                 yield Run(about, functools.partial(make, kind, depth), measure)
 
 
+def networks_of(
+    kinds: Iterable[str], measure: Callable[[nn.Module, Images, int], list[Row]] | None = None
+) -> Callable[[argparse.Namespace, Images], Iterator[Run]]:
+    """Return the `runs` of an experiment on these kinds of `network`."""
+
+    def runs(args: argparse.Namespace, images: Images) -> Iterator[Run]:
+        return grid(args, kinds, lambda kind, depth: network(kind, depth, args, images), measure)
+
+    return runs
+
+
 def rate(args: argparse.Namespace, depth: int, step: int, steps: int) -> float:
+    """Return the learning rate of a step out of `steps` under the papers' schedule."""
     deep, share = WARM_UP
     if depth >= deep and step < share * steps:
         return args.lr / 10
@@ -128,7 +160,7 @@ def rate(args: argparse.Namespace, depth: int, step: int, steps: int) -> float:
 
 @torch.no_grad()
 def test_error(model: nn.Module, images: Images, device: str) -> float:
-    """Of the model as it is, in evaluation."""
+    """Return the share of the test images that the model classifies wrongly, in evaluation mode."""
     model.eval()
     wrong = total = 0
     for x, y in images.test():
@@ -138,7 +170,7 @@ def test_error(model: nn.Module, images: Images, device: str) -> float:
 
 
 class Training:
-    """A run under way. `epoch` epochs are done."""
+    """The training of a run, of which `epoch` epochs are done."""
 
     def __init__(self, run: Run, args: argparse.Namespace, images: Images) -> None:
         self.run, self.args, self.images = run, args, images
@@ -148,6 +180,7 @@ class Training:
         self.optimizer = torch.optim.SGD(self.model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
 
     def state(self) -> Row:
+        """Return what a checkpoint stores."""
         parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer")}
         return {**parts, "epoch": self.epoch, "rows": self.rows}
 
@@ -161,7 +194,7 @@ class Training:
             self.rows += [self.run.about | row for row in self.run.measure(self.model, self.images, self.epoch)]
 
     def epochs(self, advance: Callable[[str], None]) -> Iterator[None]:
-        """Trains, and yields after every epoch. advance: told at every step."""
+        """Train, and yield after every epoch. advance: called with a text after every step."""
         if self.epoch == 0:
             self._measure()
         while self.epoch < self.args.epochs:
@@ -175,6 +208,7 @@ class Training:
             yield
 
     def _train(self, advance: Callable[[str], None]) -> Row:
+        """Train for an epoch and return the columns of its row."""
         device, steps, losses, wrong, total = self.args.device, self.images.steps, [], 0, 0
         self.model.train()
         for i, (x, y) in enumerate(self.images.train(self.run.about["seed"], self.epoch)):
@@ -204,35 +238,36 @@ class Training:
 
 
 class Checkpoint:
-    """OUT/NAME.pt: the rows of the runs that are done, and the one under way."""
+    """OUT/NAME.pt: the rows of the finished runs, and the state of the unfinished one."""
 
     def __init__(self, path: Path, settings: Row) -> None:
         self.path, self.settings = path, settings
         self.done, self.rows, self.running = 0, list[Row](), dict[str, Any]()
 
     def load(self, device: str) -> bool:
+        """Load the file. Returns False if there is none; raises ValueError if it belongs to another experiment."""
         if not self.path.exists():
             return False
         try:
             state = torch.load(self.path, weights_only=True, map_location=device)
             found = state["settings"]
             self.done, self.rows, self.running = state["done"], state["rows"], state["running"]
-        except Exception as error:  # whatever unpickling the bytes of something else raises
+        except Exception as error:  # unpickling foreign bytes may raise anything
             raise ValueError(
                 f"out: expected a checkpoint of this experiment, got {self.path}, which cannot be read "
-                f"({type(error).__name__}); remove it to begin anew"
+                f"({type(error).__name__}); remove it to start over"
             ) from error
         for name in sorted(self.settings.keys() | found.keys()):
             if self.settings.get(name) != found.get(name):
                 raise ValueError(
                     f"out: {self.path} is of a run with other settings, {name}: expected {self.settings.get(name)}, "
-                    f"got {found.get(name)}; name another --out, or remove it to begin anew"
+                    f"got {found.get(name)}; choose another --out, or remove the file to start over"
                 )
         return True
 
     def save(self) -> None:
         state = {"settings": self.settings, "done": self.done, "rows": self.rows, "running": self.running}
-        # Whole or not at all, whatever ends the process meanwhile.
+        # Written beside the checkpoint and then renamed, so that an interrupted write leaves the old checkpoint.
         unfinished = self.path.with_suffix(".part")
         torch.save(state, unfinished)
         os.replace(unfinished, self.path)
@@ -269,55 +304,66 @@ def positive(text: str) -> int:
     return int(text)
 
 
+OPTIONS = {
+    "width": "channels of the first stage",
+    "steps": "steps per epoch",
+    "seeds": "number of seeds",
+    "threads": "CPU threads",
+    "size": "height and width of the images",
+    "batch": "images per step",
+    "epochs": "epochs of training",
+}
+
+
 def arguments(experiment: Experiment, description: str) -> argparse.Namespace:
-    """As given, what is not given from the defaults."""
+    """Return the command's arguments, with the defaults of the experiment for the given kind of data."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="CIFAR-10 or an ImageNet folder (default: scikit-learn's digits)")
-    parser.add_argument("--out", type=Path, default=Path("experiments"), help="folder (default: experiments)")
-    parser.add_argument("--seed", type=int, default=0, help="the first (default: 0)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("experiments"), help="folder of results (default: experiments)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the first seed; --seeds is their number (default: 0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--workers", type=int, default=4, help="processes that read a folder's images (default: 4)")
-    parser.add_argument("--lr", type=float)
+    parser.add_argument("--lr", type=float, help="learning rate (the default depends on experiment and data)")
     numbers = {name: experiment.defaults["digits"].get(name, value) for name, value in DEFAULTS["digits"].items()}
     for name, value in numbers.items():
         if name != "lr":
-            parser.add_argument(f"--{name}", type=positive, help=f"(default for the digits: {value or 'all'})")
-    parser.add_argument("--depths", type=positive, nargs="+", help="layers")
+            text = f"{OPTIONS[name]} (default for the digits: {value or 'all images'})"
+            parser.add_argument(f"--{name}", type=positive, help=text)
+    parser.add_argument("--depths", type=positive, nargs="+", help="numbers of layers of the networks")
     args = parser.parse_args()
     kind = kind_of(args.data)
     for name, value in (DEFAULTS[kind] | experiment.defaults[kind]).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: expected a GPU for cuda, got none that torch sees")
+        raise ValueError("device: expected a GPU for cuda, got none: torch sees no GPU")
     return args
 
 
-def run(experiment: Experiment, args: argparse.Namespace, console: Console) -> None:
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    start, say = time.perf_counter(), lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
-    images = load(args)
-    settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if name != "out"}
-    args.out.mkdir(parents=True, exist_ok=True)
-    checkpoint = Checkpoint(args.out / f"{experiment.name}.pt", settings)
-    runs = list(experiment.runs(args, images))
-    if checkpoint.load(args.device):
-        told = f", epoch {checkpoint.running['epoch']} of the next" if checkpoint.running else ""
-        say(f"going on from {checkpoint.path}: {checkpoint.done} of {len(runs)} runs done{told}")
+def train_all(
+    runs: list[Run],
+    args: argparse.Namespace,
+    images: Images,
+    checkpoint: Checkpoint,
+    csv_path: Path,
+    console: Console,
+) -> None:
+    """Train the runs that the checkpoint does not contain yet. It is written after every epoch, the CSV after a run."""
     steps = args.epochs * images.steps
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
         before = checkpoint.done * steps + checkpoint.running.get("epoch", 0) * images.steps
         task = progress.add_task("", total=len(runs) * steps, completed=before)
-        told = set()
-        for r in runs[checkpoint.done :]:
-            training = Training(r, args, images)
-            what = f"{r.about['net']}, {r.about['depth']} layers"
-            if what not in told:
+        printed = set()
+        for run in runs[checkpoint.done :]:
+            training = Training(run, args, images)
+            name = f"{run.about['net']}, {run.about['depth']} layers"
+            if name not in printed:
                 x = on(next(images.test())[0][:8], args.device)
-                say(f"{what}: {backends(training.model, x)}")
-            told.add(what)
+                say(console, f"{name}: {backends(training.model, x)}")
+            printed.add(name)
             if checkpoint.running:
                 training.load(checkpoint.running)
             for _ in training.epochs(lambda text: progress.update(task, advance=1, description=text)):
@@ -326,21 +372,45 @@ def run(experiment: Experiment, args: argparse.Namespace, console: Console) -> N
             checkpoint.rows += training.rows
             checkpoint.done, checkpoint.running = checkpoint.done + 1, {}
             checkpoint.save()
-            write_csv(args.out / f"{experiment.name}.csv", checkpoint.rows)
+            write_csv(csv_path, checkpoint.rows)
+
+
+def say(console: Console, text: str) -> None:
+    """Print a line as it is: rich neither colors nor wraps it."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def conduct(experiment: Experiment, args: argparse.Namespace, console: Console) -> None:
+    """Train the networks, write the results and the plot, and print the verdict."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    start = time.perf_counter()
+    images = load(args)
+    settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if name != "out"}
+    args.out.mkdir(parents=True, exist_ok=True)
+    csv_path = args.out / f"{experiment.name}.csv"
+    checkpoint = Checkpoint(csv_path.with_suffix(".pt"), settings)
+    runs = list(experiment.runs(args, images))
+    if checkpoint.load(args.device):
+        epochs = f", and {checkpoint.running['epoch']} epochs of the next" if checkpoint.running else ""
+        say(console, f"resuming from {checkpoint.path}: {checkpoint.done} of {len(runs)} runs done{epochs}")
+    train_all(runs, args, images, checkpoint, csv_path, console)
     about = {"digits": "scikit-learn's digits", "cifar": "CIFAR-10", "folder": str(args.data)}[kind_of(args.data)]
-    write_csv(args.out / f"{experiment.name}.csv", checkpoint.rows)
-    write_plot(args.out / f"{experiment.name}.png", experiment, checkpoint.rows, about)
+    write_csv(csv_path, checkpoint.rows)
+    write_plot(csv_path.with_suffix(".png"), experiment, checkpoint.rows, about)
     for sentence in experiment.verdict(checkpoint.rows):
-        say(sentence)
-    say(f"{args.out / experiment.name}.csv and .png, {time.perf_counter() - start:.0f} s")
+        say(console, sentence)
+    written = f"Rows: {csv_path}. Plot: {csv_path.with_suffix('.png')}"
+    say(console, f"{written}. This took {time.perf_counter() - start:.0f} s.")
 
 
 def main(experiment: Experiment, description: str) -> int:
+    """Run the experiment's command and return its exit code."""
     console = Console(width=None if sys.stdout.isatty() else 120)
     try:
-        run(experiment, arguments(experiment, description), console)
+        conduct(experiment, arguments(experiment, description), console)
     except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on after the last whole epoch")
+        console.print("interrupted; the same command resumes after the last complete epoch")
         return 130
     except (ValueError, ModuleNotFoundError) as error:
         text = f"{experiment.name}.py: {error}"

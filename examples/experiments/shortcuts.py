@@ -1,59 +1,37 @@
-"""Shortcuts: zero padding (A), projection where the shape changes (B), projection always (C) (He et al. 2015, arXiv
-1512.03385, section 4.1 and table 3).
+"""Shortcuts: zero padding (A), a projection where the shape changes (B), or a projection always (C) (He et al. 2015,
+arXiv 1512.03385, section 4.1 and table 3).
 
     python examples/experiments/shortcuts.py [--data CIFAR or IMAGENET]
 
 The paper finds all three far better than the plain network, B slightly better than A, and C marginally better than B.
-Killed and started again with the same command, it goes on.
+
+An interrupted run resumes when the same command is started again.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import sys
-from collections.abc import Iterable
-from typing import Any
 
-from data import Images
-from plots import COLORS, Row, error_curves, final, spread, values_of
-from shared import Experiment, Run, grid, main, network
+from plots import Row, error_curves_by_kind, errors_by_kind, values_of
+from shared import Experiment, main, networks_of
 
 KINDS = ("plain", "A", "B", "C")
 
 
-def runs(args: argparse.Namespace, images: Images) -> Iterable[Run]:
-    return grid(args, KINDS, lambda kind, depth: network(kind, depth, args, images))
-
-
-def draw(figure: Any, rows: list[Row]) -> None:
-    depths = values_of(rows, "depth")
-
-    def style(row: Row) -> Row:
-        return {"color": COLORS[KINDS.index(row["net"])], "linestyle": ("-", "--", ":")[depths.index(row["depth"]) % 3]}
-
-    def label(row: Row) -> str:
-        return f"{row['net'] if row['net'] == 'plain' else 'shortcut ' + row['net']}, {row['depth']} layers"
-
-    error_curves(figure, rows, label, style)
-
-
 def verdict(rows: list[Row]) -> list[str]:
-    told = []
+    sentences = []
     for depth in values_of(rows, "depth"):
-        mean = {}
-        for kind in KINDS:
-            train, test = (final(rows, column, net=kind, depth=depth) for column in ("train_error", "test_error"))
-            mean[kind] = statistics.fmean(test)
-            told.append(f"{kind}, {depth} layers: training error {spread(train)}, test error {spread(test)}")
+        mean, of_kinds = errors_by_kind(rows, KINDS, depth)
+        sentences += of_kinds
         better = max(mean[k] for k in "ABC") < mean["plain"]
         order = " < ".join(sorted("ABC", key=lambda k: mean[k]))
-        apart = max(mean[k] for k in "ABC") - min(mean[k] for k in "ABC")
-        told.append(
-            f"{depth} layers: every shortcut is {'better' if better else 'NOT better'} than none in the test. Order of "
-            f"the test errors: {order}, {100 * apart:.1f} points from first to last; the paper's is C < B < A."
+        difference = max(mean[k] for k in "ABC") - min(mean[k] for k in "ABC")
+        sentences.append(
+            f"{depth} layers: every shortcut is {'better' if better else 'NOT better'} than none, by the test error. "
+            f"Order of the test errors: {order}, {100 * difference:.1f} points from first to last; the paper's order "
+            "is C < B < A."
         )
-    return told
+    return sentences
 
 
 EXPERIMENT = Experiment(
@@ -64,8 +42,8 @@ EXPERIMENT = Experiment(
         "cifar": {"depths": [56]},
         "folder": {"depths": [34]},
     },
-    runs,
-    draw,
+    networks_of(KINDS),
+    error_curves_by_kind(KINDS, lambda kind: kind if kind == "plain" else f"shortcut {kind}"),
     verdict,
 )
 

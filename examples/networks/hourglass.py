@@ -1,8 +1,9 @@
-"""Stacked hourglasses (Newell et al. 2016, arXiv 1603.06937): find five points of a digit, as heat maps.
+"""Stacked hourglasses (Newell et al. 2016, arXiv 1603.06937): finds five points of a digit by heat maps.
 
     python examples/networks/hourglass.py --steps 100 --out hourglass.png
 
-Residual modules are `resnet_kernels.nn.PreactivationBottleneck`. Needs `pip install 'resnet_kernels[demo]'`.
+The residual modules are `resnet_kernels.nn.PreactivationBottleneck`. Needs
+`pip install scikit-learn pillow matplotlib` (in a clone: `pip install -e '.[demo]'`).
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ def residual(channels: int) -> nn.Module:
 
 
 class Hourglass(nn.Module):
-    """x: (N, C, H, W), H and W multiples of 2 ** depth -> the same sizes.
+    """y = residual(x) + upsample(residual(inner(residual(pool(x))))).
 
-    y = residual(x) + double(residual(inner(residual(pool(x))))), inner an hourglass of one depth less, or a residual.
+    `inner` is an hourglass of depth - 1, or a residual module at depth 1.
+    x: (N, C, H, W) -> (N, C, H, W): images, channels, height, width. H and W are multiples of 2 ** depth.
     """
 
     def __init__(self, depth: int, channels: int) -> None:
@@ -44,9 +46,10 @@ class Hourglass(nn.Module):
 
 
 class StackedHourglass(nn.Module):
-    """x: (N, 1, H, W) -> of every hourglass its heat maps (N, points, H, W), in a list.
+    """A run of hourglasses. Each one predicts heat maps.
 
-    The features and heat maps of one go, by 1x1 convolutions, into the next.
+    The features and heat maps of an hourglass are added, after 1x1 convolutions, to the input of the next one.
+    x: (N, 1, H, W) -> a list with the heat maps (N, points, H, W) of every hourglass.
     """
 
     def __init__(self, points: int, stacks: int = 2, depth: int = 3, channels: int = 64) -> None:
@@ -73,29 +76,17 @@ class StackedHourglass(nn.Module):
 
 
 def locate(args: argparse.Namespace, console: Console) -> None:
-    generator = torch.Generator().manual_seed(args.seed)
-    torch.manual_seed(args.seed)
-    pictures, tests = common.digits(SIZE, generator)
-    points, test_points = common.key_points(pictures), common.key_points(tests)
-    targets = common.heat_maps(points, SIZE, stride=1)
+    """Train the network; print and draw how well it finds the points."""
+    task = common.KeyPoints(args, SIZE, stride=1, noise=NOISE)
     model = StackedHourglass(len(common.POINTS)).to(memory_format=torch.channels_last)
 
     def loss_of(chosen: Tensor) -> Tensor:
-        maps = model(common.noisy(pictures[chosen], NOISE, generator))
-        return sum((F.mse_loss(heat, targets[chosen]) for heat in maps), maps[0].new_zeros(()))
+        maps = model(task.noisy(task.pictures[chosen]))
+        return sum((F.mse_loss(heat, task.targets[chosen]) for heat in maps), maps[0].new_zeros(()))
 
-    losses = common.train(model, loss_of, len(pictures), args, generator, console)
-    x = common.noisy(tests, NOISE, generator)
+    losses = common.train(model, loss_of, len(task.pictures), args, task.generator, console)
     model.eval()
-    with torch.no_grad():
-        heat = torch.cat([model(part)[-1] for part in x.split(64)])
-    predicted = common.located(heat, stride=1)
-    share = common.found(predicted, test_points, SIZE / 16)
-    told = f"points of {len(tests)} digits not seen found within {SIZE // 16} pixels: {share:.1%}"
-    console.print(told, highlight=False)
-    rows = {"digit": x[:8, 0], "heat maps, summed": heat[:8].sum(1)}
-    marks = {"true": test_points[:8], "found": predicted[:8]}
-    common.draw(args.out, rows, losses, f"Two stacked hourglasses: {told}", marks)
+    task.report(lambda x: model(x)[-1], losses, "Two stacked hourglasses", args.out, console)
 
 
 def main() -> int:

@@ -1,8 +1,10 @@
-"""Simple baseline of pose estimation (Xiao et al. 2018, arXiv 1804.06208): a ResNet, three deconvolutions, heat maps.
+"""The simple baseline for pose estimation (Xiao et al. 2018, arXiv 1804.06208): a ResNet and three transposed
+convolutions find five points of a digit by heat maps.
 
     python examples/networks/simple_baseline.py --steps 120 --out simple_baseline.png
 
-Finds five points of a digit. The ResNet is of `rk.nn.BasicBlock`. Needs `pip install 'resnet_kernels[demo]'`.
+The ResNet's blocks are `resnet_kernels.nn.BasicBlock`. Needs `pip install scikit-learn pillow matplotlib` (in a clone:
+`pip install -e '.[demo]'`).
 """
 
 from __future__ import annotations
@@ -23,12 +25,12 @@ SIZE, STRIDE, NOISE = 64, 4, 0.2
 
 
 class SimpleBaseline(nn.Module):
-    """x: (N, 3, H, W), H and W multiples of 32 -> heat maps (N, points, H/4, W/4)."""
+    """x: (N, 3, H, W), N images, H and W multiples of 32 -> heat maps (N, points, H/4, W/4)."""
 
     def __init__(self, points: int, layers: Sequence[int] = (1, 1, 1, 1), channels: int = 64) -> None:
         super().__init__()
         self.backbone = rk.nn.ResNet(rk.nn.BasicBlock, list(layers))
-        # What makes logits of the last stage is not wanted: the features go out as they are.
+        # Without average pooling and classifier the backbone returns the features of its last stage.
         outputs = self.backbone.fc.in_features
         self.backbone.avgpool, self.backbone.fc = nn.Identity(), nn.Identity()
         deconvolutions: list[nn.Module] = []
@@ -41,35 +43,25 @@ class SimpleBaseline(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         N, _, H, W = x.shape
-        # The ResNet ends with a flattening of (N, K, H/32, W/32).
+        # torchvision's ResNet flattens its features (N, outputs, H/32, W/32) at the end.
         features = self.backbone(x).view(N, self.outputs, H // 32, W // 32)
         return self.head(self.deconvolutions(features))
 
 
 def locate(args: argparse.Namespace, console: Console) -> None:
-    generator = torch.Generator().manual_seed(args.seed)
-    torch.manual_seed(args.seed)
-    pictures, tests = common.digits(SIZE, generator)
-    points, test_points = common.key_points(pictures), common.key_points(tests)
-    targets = common.heat_maps(points, SIZE // STRIDE, STRIDE)
+    """Train the network; print and draw how well it finds the points."""
+    task = common.KeyPoints(args, SIZE, STRIDE, NOISE)
     model = SimpleBaseline(len(common.POINTS)).to(memory_format=torch.channels_last)
 
-    def images(clean: Tensor) -> Tensor:
-        return common.noisy(clean, NOISE, generator).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+    def heat_of(x: Tensor) -> Tensor:
+        return model(x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last))
 
     def loss_of(chosen: Tensor) -> Tensor:
-        return F.mse_loss(model(images(pictures[chosen])), targets[chosen])
+        return F.mse_loss(heat_of(task.noisy(task.pictures[chosen])), task.targets[chosen])
 
-    losses = common.train(model, loss_of, len(pictures), args, generator, console)
-    x = images(tests)
-    heat = common.predicted(model, x)
-    predicted = common.located(heat, STRIDE)
-    share = common.found(predicted, test_points, SIZE / 16)
-    told = f"points of {len(tests)} digits not seen found within {SIZE // 16} pixels: {share:.1%}"
-    console.print(told, highlight=False)
-    rows = {"digit": x[:8, 0], "heat maps, summed": heat[:8].sum(1)}
-    marks = {"true": test_points[:8], "found": predicted[:8]}
-    common.draw(args.out, rows, losses, f"ResNet and three deconvolutions: {told}", marks)
+    losses = common.train(model, loss_of, len(task.pictures), args, task.generator, console)
+    model.eval()
+    task.report(heat_of, losses, "ResNet and three transposed convolutions", args.out, console)
 
 
 def main() -> int:

@@ -1,8 +1,9 @@
-"""A small U-Net (Ronneberger et al. 2015, arXiv 1505.04597) of residual blocks: finds a digit's strokes under noise.
+"""A small U-Net (Ronneberger et al. 2015, arXiv 1505.04597) of residual blocks: finds the strokes of a noisy digit.
 
     python examples/networks/unet.py --steps 100 --out unet.png
 
-Encoder and decoder are `resnet_kernels.nn.BasicBlock`. Needs `pip install 'resnet_kernels[demo]'`.
+Encoder and decoder are made of `resnet_kernels.nn.BasicBlock`. Needs `pip install scikit-learn pillow matplotlib` (in a
+clone: `pip install -e '.[demo]'`).
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ def block(inputs: int, outputs: int, stride: int = 1) -> nn.Module:
 
 
 class UNet(nn.Module):
-    """x: (N, 1, H, W), H and W multiples of 2 ** (len(widths) - 1) -> logits (N, 1, H, W).
+    """An encoder, whose levels halve the map, and a decoder, whose levels double it.
 
-    A level down halves the map; a level up doubles it and takes what stood at that level on the way down beside it.
+    A level of the decoder also takes the encoder's features of the same size, concatenated.
+    x: (N, 1, H, W) -> logits (N, 1, H, W): images, channels, height, width. H and W are multiples of
+    2 ** (len(widths) - 1).
     """
 
     def __init__(self, widths: tuple[int, ...] = (16, 32, 64)) -> None:
@@ -51,12 +54,13 @@ class UNet(nn.Module):
 
 
 def overlap(logits: Tensor, strokes: Tensor) -> float:
-    """Intersection over union of the strokes."""
-    ours, theirs = logits > 0, strokes > 0.5
-    return ((ours & theirs).sum() / (ours | theirs).sum().clamp_min(1)).item()
+    """Return the intersection over union of predicted strokes (positive logits) and true ones."""
+    predicted, true = logits > 0, strokes > 0.5
+    return ((predicted & true).sum() / (predicted | true).sum().clamp_min(1)).item()
 
 
 def segment(args: argparse.Namespace, console: Console) -> None:
+    """Train the network; print and draw how well it finds the strokes."""
     generator = torch.Generator().manual_seed(args.seed)
     torch.manual_seed(args.seed)
     pictures, tests = common.digits(SIZE, generator)
@@ -68,12 +72,13 @@ def segment(args: argparse.Namespace, console: Console) -> None:
 
     losses = common.train(model, loss_of, len(pictures), args, generator, console)
     x, strokes = common.noisy(tests, NOISE, generator), (tests > common.INK).float()
+    model.eval()
     logits = common.predicted(model, x)
-    told = f"overlap with the strokes of {len(tests)} digits not seen: {overlap(logits, strokes):.1%}"
+    result = f"{overlap(logits, strokes):.1%} overlap with the strokes of {len(tests)} unseen digits"
     by_threshold = overlap(x - common.INK, strokes)
-    console.print(f"{told}, by a threshold {by_threshold:.1%}", highlight=False)
+    console.print(f"{result}; a threshold on the noisy pictures reaches {by_threshold:.1%}", highlight=False)
     rows = {"noisy digit": x[:8, 0], "its strokes": strokes[:8, 0], "found": logits[:8, 0].sigmoid()}
-    common.draw(args.out, rows, losses, f"U-Net of residual blocks: {told}", {})
+    common.draw(args.out, rows, losses, f"U-Net of residual blocks: {result}", {})
 
 
 def main() -> int:

@@ -1,4 +1,18 @@
-"""`resnet-kernels kernels`: what the Triton backend launches for a model, compiled for GPUs that need not be here."""
+"""The table that `resnet-kernels kernels` prints: the launches of a frozen model, compiled for a GPU architecture.
+
+No GPU is needed. Columns of the table:
+
+    n                       consecutive launches that are the same
+    kernel, computes        the kernel, and the convolution or pass it computes
+    tile                    rows by columns by terms of the reduction that a program instance computes at a time
+    registers, shared KB    per thread; per program instance
+    a multiprocessor holds  program instances that fit on one multiprocessor
+    instructions            matrix products, bulk and asynchronous copies, and maxima that propagate NaN
+    MB moved                device memory that must be read and written
+    MB copied               read by all program instances together, mostly from L2
+    issued                  operations that the tiles execute, padding included, over those that are needed
+    floor, predicted us     of one launch, where the GPU's ceilings are known
+"""
 
 from __future__ import annotations
 
@@ -20,6 +34,7 @@ TIMES = " | floor us | predicted us"
 
 
 def _tile(launch: Launch) -> str:
+    """Return the tile's rows (M, or images x height x width), columns (N) and depth (K)."""
     a = launch.arguments
     if "BOX_N" in a:
         rows = f"{a['BOX_N']}x{a['BOX_H']}x{a['BOX_W']}"
@@ -29,10 +44,12 @@ def _tile(launch: Launch) -> str:
 
 
 def _row(count: int, launch: Launch, c: offline.Compiled, ceilings: Ceilings | None) -> str:
-    kinds = [f"{n} {name}" for name, n in c.matrix.items()]
-    kinds += [f"{c.bulk_copies} tensor copies"] * (c.bulk_copies > 0) + [f"{c.async_copies} cp.async"] * (
-        c.async_copies > 0
-    )
+    instructions = [f"{n} {name}" for name, n in c.matrix.items()]
+    if c.bulk_copies:
+        instructions.append(f"{c.bulk_copies} tensor copies")
+    if c.async_copies:
+        instructions.append(f"{c.async_copies} cp.async")
+    instructions.append(f"{c.nan_max} max.NaN")
     w = launch.work
     cells = [
         count,
@@ -43,7 +60,7 @@ def _row(count: int, launch: Launch, c: offline.Compiled, ceilings: Ceilings | N
         c.registers,
         f"{c.shared / 1024:.0f}",
         c.programs,
-        ", ".join([*kinds, f"{c.nan_max} max.NaN"]),
+        ", ".join(instructions),
         f"{w.bytes / 1e6:.0f}",
         f"{w.copied / 1e6:.0f}",
         f"{w.issued / w.flops:.2f}x",
@@ -54,7 +71,17 @@ def _row(count: int, launch: Launch, c: offline.Compiled, ceilings: Ceilings | N
 
 
 def table(model: nn.Module, images: torch.Tensor, arch: int) -> Iterator[str]:
-    """Markdown. Launches that follow each other and are the same share a row. Times where the ceilings are known."""
+    """Yield the lines of the Markdown table of `freeze(model)(images)` and its totals.
+
+    Consecutive launches that are the same share a row. Times are given where the architecture's ceilings are known,
+    which is sm_90 (measured on an H200).
+
+    Args:
+        model, images: only their sizes and dtype matter.
+        arch: 90 is sm_90.
+    Raises:
+        RuntimeError: the compiled code of a launch is unsound.
+    """
     launches = launches_of(model, images, arch)
     ceilings = H200 if arch == 90 else None
     header = HEADER + (TIMES if ceilings else "")
@@ -68,17 +95,18 @@ def table(model: nn.Module, images: torch.Tensor, arch: int) -> Iterator[str]:
         yield f"| {_row(len(rows), rows[0], c, ceilings)} |"
     N = images.shape[0]
     total = {
-        "MB an image moved": sum(made.work.bytes for made in launches) / N / 1e6,
-        "MB an image copied": sum(made.work.copied for made in launches) / N / 1e6,
-        "GFLOP an image": sum(made.work.flops for made in launches) / N / 1e9,
-        "GFLOP an image issued": sum(made.work.issued for made in launches) / N / 1e9,
+        "MB moved": sum(made.work.bytes for made in launches) / N / 1e6,
+        "MB copied": sum(made.work.copied for made in launches) / N / 1e6,
+        "GFLOP needed": sum(made.work.flops for made in launches) / N / 1e9,
+        "GFLOP issued": sum(made.work.issued for made in launches) / N / 1e9,
     }
     yield ""
-    yield f"{len(launches)} launches; " + ", ".join(f"{value:.1f} {name}" for name, value in total.items()) + "."
+    totals = ", ".join(f"{value:.1f} {name}" for name, value in total.items())
+    yield f"{len(launches)} launches; per image {totals}."
     if ceilings is None:
         return
     floor, predicted = (sum(f(made.work) for made in launches) for f in (ceilings.floor, ceilings.predicted))
     yield (
-        f"At {ceilings.name}'s ceilings at least {1e6 * floor:.0f} us, {N / floor:,.0f} images/s; predicted "
-        f"{1e6 * predicted:.0f} us, {N / predicted:,.0f} images/s."
+        f"At the ceilings of an {ceilings.name} the launches take at least {1e6 * floor:.0f} us "
+        f"({N / floor:,.0f} images/s); predicted are {1e6 * predicted:.0f} us ({N / predicted:,.0f} images/s)."
     )

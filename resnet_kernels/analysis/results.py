@@ -1,6 +1,7 @@
-"""Measurements as data: what a results file holds, how it is written so that a cut leaves a valid one, and how read.
+"""Results files: their content, and how they are written and read.
 
-A file is JSON: {"schema": 1, "facts": {...}, "sections": [...], "rows": [...]}. `Row` and `Section` tell the fields.
+A results file is JSON: {"schema": 1, "facts": {...}, "sections": [...], "rows": [...]}. `Results`, `Section` and `Row`
+describe the fields. A file is always replaced as a whole, so that an interrupted run leaves a valid one.
 """
 
 from __future__ import annotations
@@ -15,28 +16,32 @@ from typing import Any
 
 SCHEMA = 1
 
-# ok: right, and timed. wrong: outside the rule of `testing.compare`, so not timed. unavailable: cannot run here, for
-# the reason given. failed: raised, crashed or hung. cut: the budget ended before it.
+# Of a row. ok: the result is right, and was timed. wrong: the result breaks the rule of `testing.compare`, so it was
+# not timed. unavailable: it cannot run on this machine, for the given reason. failed: it raised, crashed or hung. cut:
+# the budget ended before it was measured.
 STATUSES = ("ok", "wrong", "unavailable", "failed", "cut")
 SECTION_STATUSES = ("ok", "failed", "skipped", "cut", "running", "waiting")
 
 
 @dataclasses.dataclass
 class Row:
-    """One provider on one case.
+    """The result of one provider (an implementation of PyTorch, of a peer library or of this package) on one case.
 
     section: "primitives", "blocks", "layers", "inference", "training", "accuracy" or "profile".
-    case: what is computed: a model, a block or a convolution. part: of a model, where the row is one part of it; of
-    "accuracy" the kind of data.
-    provider: who computes it; peer: whether that is somebody else's way, to be compared with.
-    mode: "call" (launched from Python as users do) or "graph" (one captured CUDA graph replayed).
-    dtype: fp32, bf16 or fp16. batch: images. size: height of the images or maps.
-    seconds: median of one call, with p20 and p80, over `rounds`.
-    bytes, flops: what must move through memory, and be computed, at least. floor: seconds those take at the ceilings.
-    peak_bytes: memory above what is there before the call, at most.
-    errors: rms and max of the error against fp64, eager's, and what is allowed; of "accuracy" each tensor's relative
-    error, over as many seeds as `rounds`.
-    metrics: what a profiler read, by its name for it.
+    case: what is computed: the name of a model, a block or a convolution.
+    provider: the implementation that computes it.
+    status: one of STATUSES; the reason says why it is not "ok".
+    peer: True for implementations other than this package's, with which it is compared.
+    part: in "layers" and "profile" the part of the model that the row measures; in "accuracy" the kind of data.
+    mode: "call" (launched from Python, as users do) or "graph" (one captured CUDA graph, replayed).
+    dtype: "fp32", "bf16" or "fp16". batch: images. size: height of the images or feature maps.
+    seconds: the median time of one call; p20 and p80 are the percentiles. All three are over `rounds` rounds.
+    bytes, flops: the least that must move through memory, and the operations that must be done.
+    floor: seconds that bytes and flops take at the machine's measured ceilings.
+    peak_bytes: the highest memory use during a call, above the use before it.
+    errors: RMS and maximum of the error against fp64, those of eager PyTorch, and the allowed ones; in "accuracy" the
+        relative error of each tensor, over as many seeds as `rounds`.
+    metrics: numbers read by a profiler, by name.
     """
 
     section: str
@@ -63,7 +68,7 @@ class Row:
 
     @property
     def group(self) -> tuple[str, str, str, str, int, int]:
-        """Equal for rows that compute the same and may be compared."""
+        """The key that rows share if they compute the same thing and may be compared."""
         return self.section, self.case, self.part, self.dtype, self.batch, self.size
 
     @property
@@ -85,7 +90,11 @@ class Row:
 
 @dataclasses.dataclass
 class Section:
-    """A part of the suite: how it ended, after how many seconds of how many it might take. details: its findings."""
+    """A section of the measurement suite.
+
+    status: how it ended, one of SECTION_STATUSES, with the reason. budget: seconds that it might take. seconds: those
+    it took. details: findings that are no rows.
+    """
 
     name: str
     status: str = "waiting"
@@ -97,14 +106,19 @@ class Section:
 
 @dataclasses.dataclass
 class Results:
-    """facts: strings and numbers by name, at least "device" ("cpu" or "cuda"), "processor", "date", "commit" and
-    "versions" (by package); once measured "memory" (bytes/s copied), "matrix" (operations/s by dtype), "l2" (bytes)."""
+    """The content of a results file.
+
+    facts: strings and numbers that describe the machine: at least "device" ("cpu" or "cuda"), "processor", "date",
+    "commit" and "versions" (by package). Once measured also "memory" (bytes/s read and written by a copy), "matrix"
+    (operations/s of matrix products, by dtype) and "l2" (size of the L2 cache in bytes).
+    """
 
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     sections: list[Section] = dataclasses.field(default_factory=list)
     rows: list[Row] = dataclasses.field(default_factory=list)
 
     def section(self, name: str) -> Section:
+        """Return the section of this name, which is added if it does not exist."""
         found = next((s for s in self.sections if s.name == name), None)
         if found is None:
             found = Section(name)
@@ -112,14 +126,14 @@ class Results:
         return found
 
     def groups(self) -> dict[tuple, list[Row]]:
-        """Rows that may be compared with each other, in the order they came."""
+        """Return the rows by `Row.group`; the rows of a group may be compared. Order of appearance is preserved."""
         found: dict[tuple, list[Row]] = {}
         for row in self.rows:
             found.setdefault(row.group, []).append(row)
         return found
 
     def save(self, path: Path) -> None:
-        """Replaces the file as a whole, so that there is a valid one at any time."""
+        """Write the file. Readers find the old content or the new one, never a part."""
         content = {
             "schema": SCHEMA,
             "facts": self.facts,
@@ -130,13 +144,13 @@ class Results:
 
 
 def _sparse(row: Row) -> dict[str, Any]:
-    """Without what is as it is by default."""
+    """Return the row's fields, without those that have their default value."""
     defaults = {f.name: f.default for f in dataclasses.fields(Row)}
     return {n: v for n, v in dataclasses.asdict(row).items() if v != defaults[n] and v != {}}
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Whoever reads the file, at any time, finds the old text or the new one."""
+    """Replace the file's content. A reader, at any time, finds the whole old text or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -150,7 +164,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def best_peer(rows: Sequence[Row]) -> Row | None:
-    """The fastest of somebody else's that is right, in whichever mode."""
+    """Return the fastest correct row among the peers, in either mode; None if no peer was timed."""
     peers = [r for r in rows if r.peer and r.status == "ok" and r.seconds]
     return min(peers, key=lambda r: r.seconds or 0.0, default=None)
 
@@ -159,7 +173,7 @@ KINDS: dict[str, Any] = {"str": str, "bool": bool, "int": int, "float": (int, fl
 
 
 def _typed(kind: type, fields: Any, where: str) -> Any:
-    """An instance from its JSON. Raises ValueError naming what was expected."""
+    """Return an instance of the dataclass `kind` from its JSON. Raises ValueError for fields that do not fit it."""
     if not isinstance(fields, dict):
         raise ValueError(f"{where}: expected an object, got {type(fields).__name__}")
     known = {f.name: f for f in dataclasses.fields(kind)}
@@ -178,7 +192,7 @@ def _typed(kind: type, fields: Any, where: str) -> Any:
 
 
 def parse(content: Any) -> Results:
-    """From a file's JSON. Raises ValueError naming the first thing that is no results file's."""
+    """Return the results in a file's decoded JSON. Raises ValueError for the first thing that breaks the schema."""
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         got = content.get("schema") if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"expected a results file of schema {SCHEMA}, got {got!r}")
@@ -195,7 +209,9 @@ def parse(content: Any) -> Results:
     for i, r in enumerate(rows):
         first = seen.setdefault((r.group, r.provider, r.mode), i)
         if first != i:
-            raise ValueError(f"rows[{i}]: expected one row a provider and mode, got another than rows[{first}]")
+            raise ValueError(
+                f"rows[{i}]: expected one row per provider and mode, got a second one beside rows[{first}]"
+            )
         if r.status not in STATUSES:
             raise ValueError(f"rows[{i}]: expected a status of {', '.join(STATUSES)}, got {r.status!r}")
         if r.seconds is not None and r.status != "ok":
@@ -204,7 +220,7 @@ def parse(content: Any) -> Results:
 
 
 def load(path: Path) -> Results:
-    """Raises ValueError, with the path, where it is no results file."""
+    """Return the results in a file. Raises ValueError, with the path, if it cannot be read or is no results file."""
     try:
         return parse(json.loads(path.read_text()))
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""What the launches of a frozen model, or of a training step, must move and do, and how long that takes at least."""
+"""The launches of a frozen model or of a training step, recorded without a GPU, and the least time they can take."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from ..inference import FrozenTrunk, freeze
 from ..nn import fusable
 from ..ops.batch_norm import norm_of
 from ..ops.block_training import arguments
-from ..ops.chain_training import Backward, Forward
+from ..ops.chain_backward import Backward
+from ..ops.chain_training import Forward
 from . import traffic
 
 if TYPE_CHECKING:
@@ -24,7 +25,11 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """Of a GPU: device memory copied, L2 read (bytes/s), and 16-bit matrix products (operations/s)."""
+    """The rates that bound a GPU's kernels.
+
+    memory: bytes/s of a copy in device memory. l2: bytes/s read from the L2 cache. matrix: operations/s of 16-bit
+    matrix products.
+    """
 
     name: str
     memory: float
@@ -32,26 +37,34 @@ class Ceilings:
     matrix: float
 
     def floor(self, work: Work) -> float:
-        """Seconds that the work takes at least."""
+        """Return the least seconds that the work takes: by device memory or by arithmetic, whichever takes longer."""
         return max(work.bytes / self.memory, work.flops / self.matrix)
 
     def predicted(self, work: Work) -> float:
-        """Seconds we expect: the slowest of memory, L2 and what the tiles issue, and a launch's start and end."""
+        """Return the seconds that one launch is expected to take.
+
+        This is the longest of device memory traffic, L2 reads and issued operations (tile padding included), plus the
+        launch's start and end.
+        """
         return max(work.bytes / self.memory, work.copied / self.l2, work.issued / self.matrix) + LAUNCH
 
 
-# Memory and matrix rate measured; L2 is what others measured on the same chip.
+# The memory and matrix rates were measured with this package. The L2 rate was measured by others on the same chip.
 H200 = Ceilings("NVIDIA H200", 4.3e12, 5.5e12, 790e12)
-# A graph's next kernel starts this much after the last program of the one before would have let it.
+# Seconds from the end of a kernel's last program instance to the start of the next kernel of a CUDA graph.
 LAUNCH = 2e-6
 
 
 def launches_of(module: nn.Module, x: Tensor, arch: int | None = None) -> list[Launch]:
-    """What `freeze(module)(x)`, or a frozen trunk, launches with the Triton backend on a GPU of the architecture (90 is
-    sm_90), before anything was measured; or, if None, on x's device, with what was measured there. Needs no GPU: only
-    the sizes and dtype of module and x matter.
+    """Return the launches of the GPU backend in `freeze(module)(x)`, or in a frozen trunk.
 
-    Raises BackendUnavailable where Triton is not installed.
+    Args:
+        module: a model or block to freeze, or a FrozenTrunk. Only its structure, sizes and dtype matter.
+        x: the input. Only its sizes and dtype matter, and its device if arch is None.
+        arch: the GPU architecture, 90 for sm_90; no GPU is needed, and no tuning table is read. None: the architecture
+            of x's device, with the tuning tables of that device.
+    Raises:
+        BackendUnavailable: Triton is not installed.
     """
     from ..backends.gpu.launch import arch_of, recording
 
@@ -60,24 +73,29 @@ def launches_of(module: nn.Module, x: Tensor, arch: int | None = None) -> list[L
         if isinstance(module, FrozenTrunk):
             on_meta(module)(image)
         else:
-            freeze(_imagined(module).eval(), x.dtype)(image)
+            freeze(_copy_on_meta(module).eval(), x.dtype)(image)
     return launches
 
 
 def training_launches_of(module: nn.Module, x: Tensor, arch: int | None = None) -> list[Launch]:
-    """What a training step of a torchvision ResNet whose blocks are replaced, or of one BasicBlock or Bottleneck,
-    launches with the Triton backend: of the stem and of each block its forward and its backward, every gradient wanted
-    but the image's. The convolutions that torch's library computes, and a ResNet's head, which stays torch's modules,
-    are among the launches, named "library". Arguments, and where it is None what arch means, as of `launches_of`.
+    """Return the launches of the GPU backend in one training step.
+
+    The launches are the forward and then the backward of the stem and of each block, with every gradient but that of
+    the images. Convolutions that torch's library computes are among them, named "library"; so is a ResNet's head, which
+    stays torch's modules.
 
     Not counted: torch's conversions of weights and their gradients between dtypes and layouts; loss and optimizer.
 
-    Raises BackendUnavailable where Triton is not installed; TypeError, ValueError for other modules or sizes that do
-    not fit.
+    Args:
+        module: a torchvision ResNet, whose blocks are counted as replaced ones, or one BasicBlock or Bottleneck.
+        x, arch: as for `launches_of`.
+    Raises:
+        BackendUnavailable: Triton is not installed.
+        TypeError, ValueError: another module, or sizes that do not fit.
     """
     from ..backends.gpu.launch import Library, Work, arch_of, recording
 
-    model = _imagined(module).train()
+    model = _copy_on_meta(module).train()
     sizes = traffic.block_sizes(model, x.shape)
     with select.use_backend("gpu"), recording(arch or arch_of(x.device), None if arch else x.device) as launches:
         if isinstance(model, resnet.ResNet):
@@ -99,29 +117,26 @@ def training_launches_of(module: nn.Module, x: Tensor, arch: int | None = None) 
 
 @torch.no_grad()
 def _train(p: fusable.Parts, x: Tensor, need_x: bool = True) -> None:
-    """Forward and backward of a block or stem, as the ops run them."""
+    """Run the forward and backward of a block or stem, as the differentiable ops do."""
     weights = [conv.weight for conv in p.convs]
-    geometries = [fusable.geometry(conv) for conv in p.convs]
-    strides, dilations, groups = ([getattr(g, n) for g in geometries] for n in ("stride", "dilation", "groups"))
-    norms = [norm_of(bn) for bn in p.norms]
-    vectors, plan = arguments(x, weights, norms, strides, dilations, groups, p.shortcut, True, pool=p.pool)
+    vectors, plan = arguments(x, weights, [norm_of(bn) for bn in p.norms], p.spec)
     gammas, betas, means, variances = vectors
     backend, every = select.BY_NAME[plan.backend], [True] * len(weights)
-    kept = Forward(backend, x, weights, gammas, betas, means, variances, plan).run()
-    Backward(backend, x, weights, kept, plan, need_x, every, every).run(torch.empty_like(kept.y))
+    saved = Forward(backend, x, weights, gammas, betas, means, variances, plan).run()
+    Backward(backend, x, weights, saved, plan, need_x, every, every).run(torch.empty_like(saved.y))
 
 
-def _imagined(module: nn.Module) -> nn.Module:
-    """A copy without memory."""
-    # The memo says what stands for a tensor in a copy.
+def _copy_on_meta(module: nn.Module) -> nn.Module:
+    """Return a copy of the module whose tensors are on the meta device, and so take no memory."""
+    # deepcopy takes an object's copy from the memo if it is there: here each tensor's copy is its meta tensor.
     tensors = [*module.parameters(), *module.buffers()]
     return copy.deepcopy(module, {id(t): t.detach().to("meta") for t in tensors})
 
 
 def on_meta(trunk: FrozenTrunk) -> FrozenTrunk:
-    """The trunk without its numbers, by whatever backend is named."""
+    """Return a copy of the trunk on the meta device. It runs by the backend that `use_backend` names at this call."""
 
-    def imagined(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def to_meta(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(t.to("meta") for t in tensors)
 
     steps = [
@@ -129,9 +144,9 @@ def on_meta(trunk: FrozenTrunk) -> FrozenTrunk:
             step,
             call=dataclasses.replace(step.call, device=torch.device("meta")),
             named=select.named(),
-            weights=imagined(step.weights),
-            scales=imagined(step.scales),
-            shifts=imagined(step.shifts),
+            weights=to_meta(step.weights),
+            scales=to_meta(step.scales),
+            shifts=to_meta(step.shifts),
         )
         for step in trunk.steps
     ]

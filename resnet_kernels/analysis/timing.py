@@ -1,6 +1,6 @@
-"""How long calls take: right first, then interleaved rounds, medians, caches cold.
+"""Timing of calls: interleaved rounds with cold caches, reported as medians.
 
-Used by the tuner, the suite and the pytest benchmarks alike.
+The tuner, the measurement suite and the pytest benchmarks share it. They check a call's result before they time it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Sample(NamedTuple):
-    """Seconds of one call over `rounds`."""
+    """The seconds of one call: median, 20th and 80th percentile over a number of rounds."""
 
     median: float
     p20: float
@@ -24,6 +24,7 @@ class Sample(NamedTuple):
 
 
 def sample(seconds: Sequence[float]) -> Sample:
+    """Return the statistics of the measured seconds, of which there is at least one."""
     if len(seconds) == 1:
         return Sample(seconds[0], seconds[0], seconds[0], 1)
     deciles = statistics.quantiles(seconds, n=10, method="inclusive")
@@ -31,12 +32,16 @@ def sample(seconds: Sequence[float]) -> Sample:
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait for the device, if it is a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class Instant(NamedTuple):
-    """On the host, in seconds, or on a GPU, as an event; the difference of two is in seconds, once the GPU is there."""
+    """A point in time: on the host in seconds, on a GPU as a CUDA event.
+
+    The difference of two is in seconds. For events it waits until the GPU has reached the later one.
+    """
 
     at: Any
 
@@ -47,28 +52,32 @@ class Instant(NamedTuple):
         return before.at.elapsed_time(self.at) / 1e3
 
 
-# Cycles.
+# Cycles for which the GPU is kept busy before a queued call, about half a millisecond.
 HEAD_START = 1_000_000
 
 
 class Clock:
     """Times single calls on a device.
 
-    On a GPU between two events, with the L2 cache full of something else. queued: the call is launched while the GPU is
-    still busy for half a millisecond, so that launching it costs nothing unless it takes longer; else the GPU is idle
-    when the call begins, and waits for its launches as it does for a user's.
+    On a GPU the time is taken between two events, with other data in the L2 cache.
+
+    Args:
+        device: where the calls run.
+        queued: the call is launched while the GPU is still busy for about half a millisecond. Launching it then costs
+            no time, unless that takes longer. If False the GPU is idle when the call begins, so that launching counts,
+            as it does for a user.
     """
 
     def __init__(self, device: torch.device, queued: bool = False) -> None:
         self.device, self.queued = device, queued
-        self._other: Tensor | None = None
+        self._other: Tensor | None = None  # written to displace what is in the L2 cache
         if device.type == "cuda":
-            # Twice the L2: written whole, it leaves nothing else there.
+            # Twice the size of the L2 cache: writing all of it leaves nothing else there.
             l2 = torch.cuda.get_device_properties(device).L2_cache_size
             self._other = torch.empty(2 * l2 // 4, device=device, dtype=torch.int32)
 
     def now(self, begins: bool) -> Instant:
-        """The beginning of a call, which it prepares, or its end."""
+        """Return the instant. begins: it starts a call, for which the device is prepared first."""
         if self._other is None:
             return Instant(time.perf_counter())
         with torch.cuda.device(self.device):
@@ -83,6 +92,7 @@ class Clock:
         return Instant(event)
 
     def seconds(self, call: Callable[[], Any]) -> float:
+        """Return the seconds that one call takes."""
         begin = self.now(True)
         call()
         return self.now(False) - begin
@@ -95,9 +105,15 @@ def interleaved(
     budget: float = float("inf"),
     before: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Sample]:
-    """Each call's time, over rounds in which every call has its turn, in rotating order. No round begins that is
-    expected to end after `budget` seconds, but at least one is made. before: called with the name of each call before
-    it is made."""
+    """Return the time of each call, by name. Every round makes each call once, in an order that rotates.
+
+    Args:
+        calls: the functions to time, by name.
+        clocks: one clock for all calls, or one per name.
+        rounds: the most rounds to make.
+        budget: seconds. No round begins that is expected to end later, but at least one is made.
+        before: called with a call's name before each time that the call is made.
+    """
     names = list(calls)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     start = time.perf_counter()
@@ -113,7 +129,10 @@ def interleaved(
 
 
 def rotating(function: Callable[..., Any], inputs: Sequence[tuple]) -> Callable[[], Any]:
-    """A call of function with the next of the inputs, so that none is still in a cache from the call before."""
+    """Return a function that calls `function` with the next of the inputs, in turn.
+
+    With enough inputs none of them is still in a cache from its last use.
+    """
     turn = -1
 
     def call() -> Any:
@@ -125,9 +144,10 @@ def rotating(function: Callable[..., Any], inputs: Sequence[tuple]) -> Callable[
 
 
 def captured(function: Callable[..., Any], inputs: tuple) -> tuple[Callable[[], Any], Any]:
-    """(a replay of function(*inputs) as one CUDA graph, what it writes). function must have run before.
+    """Return (a function that replays function(*inputs) as one CUDA graph, the result that each replay overwrites).
 
-    Raises RuntimeError where the function does what no capture allows.
+    The function must have run before, so that kernels are compiled and libraries initialised.
+    Raises RuntimeError if the function does something that a graph capture does not allow.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

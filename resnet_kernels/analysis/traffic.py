@@ -1,34 +1,38 @@
-"""Bytes that a convolution, a residual block and a ResNet must move through device memory and operations they must do,
-from shapes alone: the floor under measured times.
+"""The bytes that a convolution, a residual block or a ResNet must move through device memory, and its operations.
 
-A plan says which kernels compute a block. A kernel is a line, "name: what it reads -> what it writes": every tensor
-whole and once, twice where it is named twice. With convolutions 1 to n (n = 3 in a bottleneck, 2 in a basic block):
+Both follow from shapes alone. They are the floor under measured times.
 
-    x y dx dy        input and result, and their gradients
-    W1 dW1           weight of convolution 1, and its gradient
-    c1 z1 h1         its output; that normalised, z1 = a*c1 + b; h1 = relu(z1)
-    dc1 dh1 gh1      gradients of c1 and h1; gh1 is dh1 where h1 > 0
-    g mask           dy where y > 0; where that is, one bit an element
-    r                x as it is added: all of it, or what zero padding subsamples; nothing beside a projection
-    gr maskr         of dy and mask, what the shortcut's gradient takes: r's part, or all beside a projection
-    xs Ws cs zs dcs  of a projection: the part of x that it reaches, and the rest as above
-    s                the zero-padded shortcut, where it is made
-    dx1 dxs          gradient of x through the chain, and through a shortcut other than the identity
-    gs               where it is made: gradient of xs through the projection, or g beside zero padding
-    cov covs B Bs    channels x channels: covariance of h2 and of xs (fp32), and what h2 and xs are multiplied with in
-                     the data gradients
+A plan says which kernels compute a block. A kernel is written as a line, "name: tensors it reads -> tensors it writes".
+Every tensor counts as a whole and once, or twice if the line names it twice. The names, with convolutions 1 to n (n = 3
+in a bottleneck, 2 in a basic block):
 
-What a block lacks has no size, and a kernel that would write nothing else is left out.
+    x y dx dy        the block's input and result, and their gradients
+    W1 dW1           the weight of convolution 1, and its gradient
+    c1 z1 h1         the output of convolution 1; z1 = a*c1 + b, its batch norm; h1 = relu(z1)
+    dc1 dh1 gh1      the gradients of c1 and h1; gh1 = dh1 where h1 > 0, else 0
+    g mask           g = dy where y > 0, else 0; the mask holds y > 0, one bit per element
+    r                the residual: x with an identity, the subsampled x with zero padding; absent with a projection
+    gr maskr         the part of dy and mask that the shortcut's gradient reads: r's channels; with a projection, all
+    xs Ws dWs        of a projection: the part of x that it reads, its weight, and the weight's gradient
+    cs zs dcs        of a projection: its output, the output's batch norm, and the gradient of cs
+    s                the zero-padded shortcut, where a plan materializes it
+    dx1 dxs          the gradient of x through the convolutions, and through a shortcut other than the identity
+    gs               the gradient of xs through the projection, or g with zero padding, where a plan materializes it
+    cov covs         the covariances of h2 and of xs, channels x channels, in fp32
+    B Bs             the matrices, channels x channels, that multiply h2 and xs in the data gradients
 
-Operations: a kernel that reads a weight or writes its gradient does the convolution's multiply-adds (with those of the
-padding), two operations each; one that writes cov or reads B does channels^2 of them per position. So training takes
-three times the forward, less the stem's data gradient, which nobody needs; "lazy" and "materialised" add cov and B.
+A tensor that a block does not have counts nothing. A kernel whose results are all absent is left out.
 
-Neglected: vectors per channel; partial sums, and what is made of them and of cov between kernels (8 MB an image of
-ResNet-50's blocks at batch 256, mostly in a cache); loss and optimizer; arithmetic that is no product. Weights and
-their gradients are counted in the activations' dtype, maps as channels_last.
+Operations: a kernel that reads a weight or writes its gradient does the convolution's multiply-adds (those of the
+padding included), two operations each. A kernel that writes cov or reads B does channels^2 multiply-adds per position.
+So training takes three times the operations of the forward, less the stem's data gradient, which is not needed; "lazy"
+and "materialised" add those of cov and B.
 
-Nothing is assumed to stay in a cache from one kernel to the next. Where a batch is so small that it does, less moves.
+Neglected: vectors per channel; partial sums, and what small kernels make of them and of cov (8 MB an image for
+ResNet-50's blocks at batch 256, mostly in a cache); loss and optimizer; arithmetic other than matrix products. Weights
+and their gradients are counted in the dtype of the activations, feature maps as channels_last.
+
+No tensor is assumed to stay in a cache from one kernel to the next. With a batch so small that it does, less moves.
 """
 
 from __future__ import annotations
@@ -48,23 +52,26 @@ from ..backends import select
 from ..backends.contract import Geometry
 from ..nn import fusable
 from ..nn.gated import Gated
-from ..ops.block_inference import walk
+from ..ops.spec import map_sizes
 
 Sizes = Sequence[int]
 
-# Plans for inference. convolution: each with its batch norm, ReLU and residual is a kernel. tail: all but the first,
-# and the projection, are one. block: all are one, which reads x and writes y. The stem is one kernel in each.
+# Plans for inference. convolution: one kernel per convolution, with its batch norm, ReLU and residual. tail: one kernel
+# for the first convolution, and one for all others and the projection. block: one kernel, which reads x and writes y.
+# The stem is one kernel in each plan.
 INFERENCE = ("convolution", "tail", "block")
-# For training with batch statistics. eager: PyTorch's kernels. lazy: normalised activations are made while loading, and
-# neither c3 nor a bottleneck's cs is ever stored; a plan only: 3x3 convolutions of our own for training are not built.
-# materialised: what the Triton backend does. Convolutions other than 1x1 are a library's, which reads plain operands
+# Plans for training with batch statistics.
+# eager: PyTorch's kernels.
+# lazy: normalised activations are recomputed while loading, and neither c3 nor a bottleneck's cs is ever stored. This
+# is a bound only: the package has no 3x3 convolutions of its own for training.
+# materialised: the plan of the Triton kernels. Convolutions other than 1x1 are a library's, which reads plain operands
 # and has no epilogue for statistics, sums and masks; cs is never stored.
 TRAINING = ("eager", "lazy", "materialised")
 PLANS = INFERENCE + TRAINING
 
 
 class Need(NamedTuple):
-    """bytes: of device memory that must move. flops: operations that must be done."""
+    """What a computation needs at least. bytes: moved through device memory. flops: operations."""
 
     bytes: int = 0
     flops: int = 0
@@ -73,12 +80,15 @@ class Need(NamedTuple):
         return Need(*map(operator.add, self, other))
 
     def seconds(self, memory: float, matrix: float) -> float:
-        """At least, at so many bytes/s and operations/s."""
+        """Return the least seconds at `memory` bytes/s and `matrix` operations/s."""
         return max(self.bytes / memory, self.flops / matrix)
 
 
 class Kernel(NamedTuple):
-    """A launch of a plan. Launches follow each other: their seconds, summed, are a higher floor than their sum's."""
+    """One launch of a plan: its name, the names of the tensors it reads and writes, and what it needs.
+
+    Launches run one after the other. The sum of their least times is a higher floor than the least time of their sum.
+    """
 
     what: str
     reads: tuple[str, ...]
@@ -87,13 +97,16 @@ class Kernel(NamedTuple):
 
 
 def total(needs: Iterable[Need]) -> Need:
+    """Return the sum of bytes and the sum of operations."""
     return reduce(Need.plus, needs, Need())
 
 
+# The line of a plan that separates the kernels of the forward from those of the backward.
 BACKWARD = "backward"
 
 
 def _inference(plan: str, n: int) -> list[str]:
+    """Return the lines of a block of n convolutions under a plan for inference."""
     rest = " ".join(f"W{i}" for i in range(2, n + 1))
     if plan == "block":
         return [f"block: x W1 {rest} Ws -> y"]
@@ -104,7 +117,11 @@ def _inference(plan: str, n: int) -> list[str]:
 
 
 def _eager(n: int, shortcut: str) -> list[str]:
-    """Batch norms read twice: for statistics or sums, then for the map. ReLU and addition work in place (h on z)."""
+    """Return the lines of a training step of n convolutions by PyTorch's kernels.
+
+    A batch norm reads its operands twice: first for the statistics or sums, then to normalise. ReLU and addition work
+    in place (h overwrites z).
+    """
     h = ["x", "h1", "h2"]
     added, dx_shortcut = {"identity": ("x", "g"), "projection": ("zs", "dxs"), "zero_pad": ("s", "dxs")}[shortcut]
     lines = []
@@ -129,10 +146,10 @@ def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.strip().splitlines()]
 
 
-# The statistics of a 1x1 convolution follow from mean and covariance of its operand: var3[k] = W3[k] cov W3[k]^T. So
-# its scale and shift are known before it runs, c3 is not stored, and the backward takes h2 instead:
-# dh2 = g A + h2 B + v, A of W3's size. Other statistics, and the two sums of a batch norm's backward, are taken in
-# epilogues; h = relu(a*c + b) and dc = al*gh + be*c + constant are computed while loading.
+# The statistics of a 1x1 convolution follow from the mean and covariance of its operand: var3[k] = W3[k] cov W3[k]^T
+# for output channel k. So its scale and shift are known before it runs, c3 is not stored, and the backward reads h2
+# instead: dh2 = g A + h2 B + v, with A of W3's size. Other statistics, and the two sums of a batch norm's backward, are
+# taken in epilogues; h = relu(a*c + b) and dc = al*gh + be*c + constant are computed while loading.
 LAZY_BOTTLENECK = _lines("""
     conv1: x W1 -> c1
     conv2: c1 W2 -> c2
@@ -148,8 +165,8 @@ LAZY_BOTTLENECK = _lines("""
     weight gradient 1: gh1 c1 x -> dW1
     data gradients of 1 and the shortcut: gh1 c1 W1 gr maskr xs Ws Bs -> dx
 """)
-# What the launches of ops/training.py come to, which roofline.py records. ADDED and BACK: what the shortcut adds, and
-# what the gradient of x takes of it.
+# The launches of ops/chain_training.py, as roofline.py records them. ADDED stands for the tensors that the shortcut
+# adds to y, BACK for those that it adds to the gradient of x.
 MATERIALISED_BOTTLENECK = _lines("""
     conv1: x W1 -> c1
     normalise: c1 -> h1
@@ -172,7 +189,7 @@ MATERIALISED_BOTTLENECK = _lines("""
     weight gradient 1: dh1 c1 x -> dW1
     data gradient 1, add: dh1 c1 W1 BACK -> dx
 """)
-# No convolution of the chain is 1x1, so the last one's output is stored, and the projection's.
+# No convolution of a basic block is 1x1, so the outputs of the last convolution and of the projection are stored.
 LAZY_BASIC = _lines("""
     conv1: x W1 -> c1
     conv2: c1 W2 -> c2
@@ -212,6 +229,7 @@ MATERIALISED_BASIC = _lines("""
 
 
 def _block_lines(plan: str, n: int, shortcut: str) -> list[str]:
+    """Return the lines of a block of n convolutions. shortcut: "identity", "projection" or "zero_pad"."""
     if plan in INFERENCE:
         return _inference(plan, n)
     if plan == "eager":
@@ -223,8 +241,8 @@ def _block_lines(plan: str, n: int, shortcut: str) -> list[str]:
     return [line.replace("ADDED", added).replace("BACK", back) for line in lines]
 
 
-# y = max_pool(relu(bn(c))). indices: PyTorch's of the maxima, 8 bytes each; winners: ours, a byte each; "lazy" looks
-# for them again in c.
+# The stem: y = max_pool(relu(bn(c))). indices: the positions of the maxima as PyTorch stores them, 8 bytes each.
+# winners: the same as this package stores them, one byte each. "lazy" searches c for them again.
 STEM = {
     "inference": ["conv, bn, relu, pool: x W -> y"],
     "eager": _lines("""
@@ -264,7 +282,7 @@ STEM = {
         weight gradient: dc x -> dW
     """),
 }
-# y = W p + bias, p the mean of x over the map; W and dW are with the bias.
+# The head: y = W p + bias, with p the mean of x over the feature map. W and dW include the bias.
 HEAD = _lines("""
     pool: x -> p
     classifier: p W -> y
@@ -276,7 +294,13 @@ HEAD = _lines("""
 
 
 class _Part:
-    """Kernels from lines, with the bytes of every name, and the operations of the names that stand for a product."""
+    """The kernels of a stem, block or head.
+
+    Args:
+        lines: the part's lines under a plan.
+        sizes: the bytes of each tensor, by name.
+        flops: the operations of a kernel that names this tensor, for the tensors that stand for a matrix product.
+    """
 
     def __init__(self, lines: Sequence[str], sizes: dict[str, int], flops: dict[str, int]) -> None:
         self.sizes = sizes
@@ -293,23 +317,23 @@ class _Part:
                 needs = (Need(sizes[name], flops.get(name, 0)) for name in reads + writes)
                 kernels.append(Kernel(what, reads, writes, total(needs)))
 
-    def kept(self) -> set[str]:
-        """What the forward was given or made and the backward reads, without making it again."""
+    def saved(self) -> set[str]:
+        """Return the names of x and the forward's results that the backward reads and does not recompute."""
         part_of = {"xs": "x", "r": "x", "maskr": "mask"}
         read = {part_of.get(name, name) for k in self.backward for name in k.reads}
-        made = {"x"}.union(*(k.writes for k in self.forward)).difference(*(k.writes for k in self.backward))
-        return made & read
+        available = {"x"}.union(*(k.writes for k in self.forward)).difference(*(k.writes for k in self.backward))
+        return available & read
 
 
 def reached(size: int, kernel: int, g: Geometry) -> int:
-    """How many of `size` rows (or columns) some tap of a filter falls on."""
+    """Return how many of `size` rows (or columns) are read by at least one tap of a filter of `kernel` taps."""
     outputs = range(g.output_size(size, kernel))
     taps = {p * g.stride - g.padding + r * g.dilation for p in outputs for r in range(kernel)}
     return len(taps & set(range(size)))
 
 
 class _Convolution(NamedTuple):
-    """Elements of what it reaches of its operand, of weight and output; operations."""
+    """Elements of a convolution's operand that the filter reads, of its weight and of its output; its operations."""
 
     x: int
     weight: int
@@ -318,6 +342,7 @@ class _Convolution(NamedTuple):
 
 
 def _convolution(x_sizes: Sizes, weight_sizes: Sizes, g: Geometry) -> _Convolution:
+    """x_sizes: (N, C, H, W). weight_sizes: (K, C/groups, R, S), K output channels, an R x S filter."""
     (N, C, H, W), (K, terms, R, S) = x_sizes, weight_sizes
     if C != terms * g.groups:
         raise ValueError(f"x: expected {terms * g.groups} channels, got {tuple(x_sizes)}")
@@ -326,11 +351,12 @@ def _convolution(x_sizes: Sizes, weight_sizes: Sizes, g: Geometry) -> _Convoluti
 
 
 def _elements(*counts: tuple[int, str]) -> dict[str, int]:
-    """{name: count} from counts and the names that have them."""
+    """Return {name: count} from pairs of a count and the space-separated names that have it."""
     return {name: count for count, names in counts for name in names.split()}
 
 
 def _bytes(elements: dict[str, int], itemsize: int) -> dict[str, int]:
+    """Return bytes by name: covariances are at least fp32, masks one bit per element, the rest `itemsize` bytes."""
     sizes = {name: itemsize * count for name, count in elements.items()}
     sizes |= {name: max(4, itemsize) * elements[name] for name in ("cov", "covs") if name in elements}
     return sizes | {name: -(-elements[name] // 8) for name in ("mask", "maskr") if name in elements}
@@ -340,7 +366,7 @@ def _check_block(module: nn.Module) -> None:
     if not isinstance(module, (resnet.BasicBlock, resnet.Bottleneck)):
         raise TypeError(f"expected a torchvision ResNet, BasicBlock or Bottleneck, got {type(module).__name__}")
     if isinstance(module, Gated):
-        raise TypeError(f"expected blocks that are one op, got {type(module).__name__}, whose end is another")
+        raise TypeError(f"expected blocks that are one op, got {type(module).__name__}, whose gate is a second op")
 
 
 def _block(block: nn.Module, x_sizes: Sizes, itemsize: int, plan: str) -> _Part:
@@ -350,14 +376,14 @@ def _block(block: nn.Module, x_sizes: Sizes, itemsize: int, plan: str) -> _Part:
         raise ValueError(p)
     N, C, H, W = x_sizes
     weights, geometries = [tuple(c.weight.shape) for c in p.convs], [fusable.geometry(c) for c in p.convs]
-    operands, maps = walk((C, H, W), weights, geometries, p.shortcut)
+    operands, maps = map_sizes((C, H, W), weights, geometries, p.shortcut)
     convs = [_convolution((N, *o), w, g) for o, w, g in zip(operands, weights, geometries, strict=True)]
     n, (K, P, Q) = len(maps) - 1, maps[-1]
     x, y = N * C * H * W, N * K * P * Q
     projected = p.shortcut == "projection"
     projection = convs[n] if projected else _Convolution(0, 0, 0, 0)
     added = N * min(C, K) * P * Q
-    # A strided 1x1 that begins the chain reaches no more of x than the shortcut does.
+    # convs[0].x and not x: a strided 1x1 as the first convolution reads no more of x than the shortcut does.
     counts = [(convs[0].x, "x"), (x, "dx dx1 dxs"), (y, "y dy g mask")]
     counts += [(0 if projected else added, "r"), (y if projected else added, "gr maskr")]
     counts += [(projection.x, "xs"), (projection.weight, "Ws dWs"), (projection.y, "cs zs dcs")]
@@ -375,7 +401,7 @@ def _block(block: nn.Module, x_sizes: Sizes, itemsize: int, plan: str) -> _Part:
 
 
 def _stem(model: resnet.ResNet, x: Sizes, y: int, itemsize: int, plan: str) -> _Part:
-    reason = fusable.convolution(model.conv1)
+    reason = fusable.why_not_convolution(model.conv1)
     if reason:
         raise ValueError(f"conv1: {reason}")
     conv = _convolution(x, model.conv1.weight.shape, fusable.geometry(model.conv1))
@@ -395,9 +421,12 @@ def _head(model: resnet.ResNet, x: Sizes, p: Sizes, y: Sizes, itemsize: int, pla
 
 
 def _shapes(model: nn.Module, x_sizes: Sizes) -> dict[str, tuple[Sizes, Sizes]]:
-    """Sizes of input and result of the modules that matter, in the order they run: of a copy on meta tensors."""
+    """Return (input sizes, result sizes) of conv1, each block, avgpool and fc, by name, in the order they run.
+
+    A copy of the model on meta tensors runs for it, so no memory is taken.
+    """
     tensors = [*model.parameters(), *model.buffers()]
-    # The memo says what stands for a tensor in a copy: no memory is taken for weights.
+    # deepcopy takes an object's copy from the memo if it is there: here each tensor's copy is its meta tensor.
     copied = copy.deepcopy(model, {id(t): t.detach().to("meta") for t in tensors}).eval()
     shapes: dict[str, tuple[Sizes, Sizes]] = {}
 
@@ -415,7 +444,10 @@ def _shapes(model: nn.Module, x_sizes: Sizes) -> dict[str, tuple[Sizes, Sizes]]:
 
 
 def block_sizes(module: nn.Module, x_sizes: Sizes) -> dict[str, Sizes]:
-    """(N, C, H, W) of the input of every block of a ResNet, by its name; of a block, by "". TypeError for others."""
+    """Return the input sizes (N, C, H, W) of every block of a ResNet, by the block's name; for a block, by "".
+
+    Raises TypeError for other modules.
+    """
     if not isinstance(module, resnet.ResNet):
         _check_block(module)
         return {"": x_sizes}
@@ -440,51 +472,58 @@ def _parts(module: nn.Module, x_sizes: Sizes, itemsize: int, plan: str) -> dict[
 
 
 def kernels(module: nn.Module, x_sizes: Sizes, itemsize: int, plan: str) -> dict[str, list[Kernel]]:
-    """What a plan launches.
+    """Return the kernels that a plan launches.
 
     Args:
-        module: a torchvision ResNet, or one of its BasicBlocks or Bottlenecks, or subclasses of these. Nothing of it
-            is changed or computed, and it may be anywhere, in training or in evaluation.
-        x_sizes: (N, C, H, W) of its input.
-        itemsize: bytes of an element of activations and weights.
+        module: a torchvision ResNet, or one of its BasicBlocks or Bottlenecks, or subclasses of these. It is neither
+            changed nor run. It may be on any device, in training or in evaluation mode.
+        x_sizes: (N, C, H, W) of its input: images, channels, height, width.
+        itemsize: bytes per element of activations and weights.
         plan: one of PLANS.
     Returns:
-        Of a ResNet: the kernels of its "stem", of each block by its name, and of its "head", in the order they run
-        forward, each part's backward after its forward. Of a block: its kernels, as "block".
+        For a ResNet the kernels of its "stem", of each block by the block's name, and of its "head", in the order in
+        which the forward runs; each part's backward follows its forward. For a block its kernels, as "block".
     Raises:
         TypeError: another module.
-        ValueError: another plan; sizes, a shortcut or a stem that do not fit.
+        ValueError: another plan; or sizes, a shortcut or a stem that are not supported.
     """
     return {name: p.forward + p.backward for name, p in _parts(module, x_sizes, itemsize, plan).items()}
 
 
 def parts(module: nn.Module, x_sizes: Sizes, itemsize: int, plan: str) -> dict[str, Need]:
-    """What each part of `kernels` needs."""
+    """Return what each part of `kernels` needs; arguments as for `kernels`."""
     launched = kernels(module, x_sizes, itemsize, plan)
     return {name: total(k.need for k in part) for name, part in launched.items()}
 
 
 def block(module: nn.Module, x_sizes: Sizes, itemsize: int, plan: str = "block") -> Need:
-    """What a BasicBlock or Bottleneck needs; arguments as of `kernels`."""
+    """Return what a BasicBlock or Bottleneck needs; arguments as for `kernels`."""
     return parts(module, x_sizes, itemsize, plan)["block"]
 
 
 def convolution(x_sizes: Sizes, weight_sizes: Sizes, geometry: Geometry, itemsize: int, residual: bool = False) -> Need:
-    """Every operand and result once: what the filter reaches of x (N, C, H, W), the weight (K, C/groups, R, S),
-    y (N, K, P, Q) and a residual of its sizes. The gradients need as much, but the data gradient writes all of x's."""
+    """Return what a convolution needs: every operand is read and the result written once.
+
+    Counted are the part of x (N, C, H, W) that the filter reads, the weight (K, C/groups, R, S), y (N, K, P, Q) and a
+    residual of y's sizes. K: output channels, R, S: filter, P, Q: height and width of y. Weight and data gradient need
+    as much, except that the data gradient writes all of x's gradient.
+    """
     c = _convolution(x_sizes, weight_sizes, geometry)
     return Need(itemsize * (c.x + c.weight + c.y * (1 + residual)), c.flops)
 
 
 def saved(module: nn.Module, x_sizes: Sizes, itemsize: int, plan: str) -> int:
-    """Bytes that a training plan keeps from the forward for the backward, the module's input included. Not counted:
-    weights, vectors per channel, and matrices such as cov, whose sizes do not depend on the input's."""
-    kept: dict[tuple[int, str], int] = {}
+    """Return the bytes that a training plan saves in the forward for the backward, the module's input included.
+
+    Not counted: weights, vectors per channel, and matrices such as cov, whose sizes do not depend on the input's.
+    Arguments as for `kernels`.
+    """
+    found: dict[tuple[int, str], int] = {}
     x = 0
     for i, part in enumerate(_parts(module, x_sizes, itemsize, plan).values()):
-        for name in part.kept():
-            # A part's input is the result of the part before, which may keep it too.
+        for name in part.saved():
+            # A part's input is the result of the part before. If both save it, it counts once.
             shared = name == "x" and i > 0
-            kept[(i - 1, "y") if shared else (i, name)] = x if shared else part.sizes[name]
+            found[(i - 1, "y") if shared else (i, name)] = x if shared else part.sizes[name]
         x = part.sizes["y"]
-    return sum(kept.values())
+    return sum(found.values())

@@ -1,6 +1,7 @@
-"""Convolutions by whatever engine torch has for the device (cuDNN, oneDNN, its own): right everywhere.
+"""The backend `library`: PyTorch's own engine for the device (cuDNN, oneDNN, native). It is right everywhere.
 
-A product's scale is folded into its weight, then conv + bias, add and ReLU run as torch's own calls, in place.
+The scale of a product is folded into its weight. Then convolution with bias, addition and ReLU run as torch's own
+calls, the latter two in place.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""python -m resnet_kernels.cli"""
+"""Entry point of `python -m resnet_kernels.cli`."""
 
 import sys
 

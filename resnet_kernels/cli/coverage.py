@@ -1,7 +1,7 @@
-"""What `replace_blocks` replaces in torchvision's and timm's models, as a table: for the command and for the README.
+"""A table of what `replace_blocks` replaces in torchvision's and timm's models, for the command and for the README.
 
-Models are made on the meta device, without memory for weights. Of each distinct block that was replaced one is run, in
-evaluation and in training, to be told by `explain` whether it runs fused.
+The models are built on the meta device, where weights take no memory. One of each distinct replaced block is run on the
+CPU, in evaluation and in training, and `explain` reports whether it runs fused.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..replace import ReplacementReport, replace_blocks
 
 
 class Family(NamedTuple):
-    """Models of a library, told in one row of the table."""
+    """Models of a library that share one row of the table."""
 
     library: str
     title: str
@@ -62,7 +62,7 @@ HEADINGS = ["", "blocks replaced", "left alone", "in evaluation", "in training",
 
 
 def make(library: str, name: str) -> nn.Module:
-    """The model without memory for weights."""
+    """Return the model on the meta device."""
     with torch.device("meta"):
         if library == "timm":
             return importlib.import_module(library).create_model(name)
@@ -72,23 +72,23 @@ def make(library: str, name: str) -> nn.Module:
 
 
 def _why_plain(block: nn.Module, training: bool) -> str | None:
-    """Why a block that was replaced runs as the plain chain on a CPU, or None."""
+    """Return why a replaced block runs as plain modules on a CPU, or None if it runs fused."""
     block = copy.deepcopy(block).to_empty(device="cpu").train(training)
     with torch.no_grad():
         for t in (*block.parameters(), *block.buffers()):
             t.zero_()
     channels = next(m.in_channels for m in block.modules() if isinstance(m, nn.Conv2d))
     found = explain(block, torch.zeros(2, channels, 8, 8))
-    return found[0].why_plain if found else "it is none that explain knows"
+    return found[0].why_plain if found else "explain does not know this kind of block"
 
 
 def _runs(model: nn.Module, names: Iterable[str], training: bool) -> Counter[str | None]:
-    """How many of the blocks run as the plain chain, by the reason; None: fused."""
+    """Count the blocks by the reason why they run as plain modules; the key None counts those that run fused."""
     reasons: dict[str, str | None] = {}
     found: Counter[str | None] = Counter()
     for name in names:
         block = model.get_submodule(name)
-        # What prints alike has the same parts and sizes.
+        # Blocks that print alike have the same parts and sizes.
         key = f"{type(block)} {block}"
         if key not in reasons:
             reasons[key] = _why_plain(block, training)
@@ -96,7 +96,7 @@ def _runs(model: nn.Module, names: Iterable[str], training: bool) -> Counter[str
     return found
 
 
-def _told(reasons: Counter[str | None]) -> str:
+def _described(reasons: Counter[str | None]) -> str:
     fused = reasons.pop(None, 0)
     if not reasons:
         return "fused" if fused else NONE
@@ -104,12 +104,12 @@ def _told(reasons: Counter[str | None]) -> str:
 
 
 def _without_names(reason: str) -> str:
-    """Without the module a class is from, which is in the row's name."""
+    """Strip the modules from class names: the row names the library."""
     return re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", reason)
 
 
 def line(family: Family, rows: Sequence[tuple[str, Row, Row]] = ()) -> list[str]:
-    """The family's row of the table; rows: what `measured` found."""
+    """Return the family's row of the table. rows: the result of `measured`."""
     counts, runs = [], {False: Counter[str | None](), True: Counter[str | None]()}
     left: Counter[str] = Counter()
     stems = True
@@ -119,14 +119,14 @@ def line(family: Family, rows: Sequence[tuple[str, Row, Row]] = ()) -> list[str]
         counts.append(f"{name} {len(report.replaced)}")
         left.update(map(_without_names, report.skipped.values()))
         if not report.replaced and not report.skipped:
-            left["no block of a kind that is known"] += 1
+            left["no block of a known kind"] += 1
         stems = stems and bool(report.stems)
         for training, found in runs.items():
             found.update(_runs(model, report.replaced, training))
-    in_training = _told(runs[True]) + (", the stem too" if stems else "")
+    in_training = _described(runs[True]) + (", the stem too" if stems else "")
     alone = "; ".join(f"{n}: {why}" for why, n in left.items()) or NONE
     heading = f"{family.library} {family.title}"
-    return [heading, ", ".join(counts), alone, _told(runs[False]), in_training, _speed(family, rows)]
+    return [heading, ", ".join(counts), alone, _described(runs[False]), in_training, _speed(family, rows)]
 
 
 def _speed(family: Family, rows: Sequence[tuple[str, Row, Row]]) -> str:
@@ -137,12 +137,12 @@ def _speed(family: Family, rows: Sequence[tuple[str, Row, Row]]) -> str:
         if ours.case in family.names:
             factor = (peer.seconds or 0) / (ours.seconds or 1)
             runs.setdefault((ours.section, ours.dtype, where), []).append(f"{ours.case} {factor:.2f}x")
-    told = [f"{section} {', '.join(cases)} ({dtype}, {where})" for (section, dtype, where), cases in runs.items()]
-    return "; ".join(told) or NONE
+    factors = [f"{section} {', '.join(cases)} ({dtype}, {where})" for (section, dtype, where), cases in runs.items()]
+    return "; ".join(factors) or NONE
 
 
 def measured(folder: Path) -> list[tuple[str, Row, Row]]:
-    """Of every model in the results files of the folder: the file's name, our fastest row and the best peer's."""
+    """Return, for every model in the folder's results files, the file's name, our fastest row and the best peer's."""
     found = []
     for path in sorted(folder.glob("*.json")):
         for rows in load(path).groups().values():
@@ -153,23 +153,25 @@ def measured(folder: Path) -> list[tuple[str, Row, Row]]:
 
 
 def missing(families: Sequence[Family]) -> list[str]:
-    """Libraries of the families that are not installed."""
+    """Return the families' libraries that are not installed."""
     libraries = dict.fromkeys(family.library for family in families)
     return [name for name in libraries if importlib.util.find_spec(name) is None]
 
 
 def table(results: Path, families: Sequence[Family] | None = None) -> str:
-    """Markdown: a row per family, and a note on libraries that are not installed.
+    """Return Markdown: a row per family, and notes on missing libraries and missing results.
 
     Args:
-        results: folder of results files; where there is none, nothing is measured.
-        families: `FAMILIES` if not given.
+        results: folder of results files; without any, the last column is empty, and a note says so.
+        families: `FAMILIES` by default.
     """
     families = FAMILIES if families is None else families
     absent, rows = missing(families), measured(results)
     lines = [line(family, rows) for family in families if family.library not in absent]
     notes = [f"{name} is not installed: its models are not listed." for name in absent]
-    # Its columns are words, where a report's are numbers.
+    if not any(results.glob("*.json")):
+        notes.append(f"{results} holds no results files, so the last column is empty; --results names their folder.")
+    # Columns of words are aligned to the left.
     words = markdown_table(Part("", headings=HEADINGS, rows=lines)).replace("---:", "---")
     return "\n\n".join([words, *notes])
 
@@ -178,22 +180,22 @@ BLOCK = re.compile(r"^(<!-- coverage -->\n)(.*?)^(<!-- end of coverage -->)$", r
 
 
 def readme(path: Path, text: str) -> None:
-    """Puts the table between `<!-- coverage -->` and `<!-- end of coverage -->`; without them raises ValueError."""
+    """Write the table between `<!-- coverage -->` and `<!-- end of coverage -->`. Raises ValueError without these."""
     if not path.is_file():
-        raise ValueError(f"readme: expected a file, got {path}, which is none")
+        raise ValueError(f"readme: expected a file, got {path}, which is not a file")
     old = path.read_text()
     if len(BLOCK.findall(old)) != 1:
-        raise ValueError(f"{path}: expected one '<!-- coverage -->' with '<!-- end of coverage -->' behind it")
+        raise ValueError(f"{path}: expected one '<!-- coverage -->' followed by '<!-- end of coverage -->'")
     write_atomically(path, BLOCK.sub(lambda m: f"{m[1]}\n{text}\n\n{m[3]}", old))
 
 
 def coverage(console: Console, results: Path | None, path: Path | None) -> int:
-    """Prints the table, or puts it into the README at `path`. Returns the exit code."""
+    """Print the table, or write it into the README at `path`. Returns the exit code."""
     folder = results or (path.resolve().parent if path else Path()) / "benchmarks" / "results"
     text = table(folder)
     if path is None:
         print(text)
         return 0
     readme(path, text)
-    console.print(f"{path}: what is replaced made anew", markup=False, highlight=False)
+    console.print(f"{path}: table of replaced blocks written", markup=False, highlight=False)
     return 0

@@ -1,4 +1,4 @@
-"""`resnet-kernels demo`: a real photograph through torchvision's model, the replaced and the frozen one."""
+"""`resnet-kernels demo`: photographs through torchvision's model, the replaced model and the frozen model."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _chart(path: Path, title: str, rates: dict[str, float]) -> None:
     best = _best_of_torchvision(rates)
     axes.bar_label(bars, [f"{rate:.1f}  ({rate / best:.2f}x)" for rate in rates.values()], padding=4)
     axes.set(
-        xlabel="images per second (and against the better of torchvision's)",
+        xlabel="images per second (and relative to torchvision's faster layout)",
         title=title,
         xlim=(0, 1.3 * max(rates.values())),
     )
@@ -60,7 +60,16 @@ def _chart(path: Path, title: str, rates: dict[str, float]) -> None:
 
 @torch.no_grad()
 def demo(name: str, weights: Path | None, out: Path, batch: int, console: Console) -> bool:
-    """Run it, print the tables, write the chart. Returns whether all three agree on the top 5."""
+    """Print the tables and write the chart.
+
+    Args:
+        name: one of `testing.images.residual_networks()`.
+        weights: a checkpoint, or None for random weights with calibrated batch norms.
+        out: folder of the chart.
+        batch: number of images to time with.
+    Returns:
+        Whether the replaced and the frozen model agree with torchvision's on the top 5 of both photographs.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out.mkdir(parents=True, exist_ok=True)
     with Progress(console=console, transient=True) as progress:
@@ -88,23 +97,27 @@ def demo(name: str, weights: Path | None, out: Path, batch: int, console: Consol
     console.print(str(report))
     if weights is None:
         console.print(
-            "Weights: random, batch norms calibrated on the photographs. The class names below mean nothing "
-            "until --weights FILE brings a trained checkpoint; agreement and speed are real."
+            "Weights: random, with batch norms calibrated on the photographs. The classes below are therefore "
+            "arbitrary (--weights FILE loads a trained checkpoint); the agreement and the speed are real."
         )
     top = {how: y[:2].topk(5).indices.tolist() for how, y in logits.items()}
     categories = ResNet50_Weights.DEFAULT.meta["categories"]
     agree = all(t == top["torchvision"] for t in top.values())
-    table = Table(title="Top 5 of the two photographs, as torchvision's model has them")
+    table = Table(title="Top 5 of the two photographs by torchvision's model")
     for heading in ("photograph", "top 5"):
         table.add_column(heading)
     for photo, classes in zip(("temple", "flower"), top["torchvision"], strict=False):
         table.add_row(photo, ", ".join(categories[c] if c < len(categories) else str(c) for c in classes))
     console.print(table)
-    console.print(f"Replaced and frozen {'agree' if agree else 'DISAGREE'} with it on all of them, in this order.")
+    console.print(
+        "Replaced and frozen agree with torchvision's model: the same classes in the same order."
+        if agree
+        else "Replaced and frozen DISAGREE with torchvision's model on these classes or their order."
+    )
 
     rates = {how: batch / statistics.median(t) for how, t in times.items()}
     table = Table(title=f"{name}, batch {batch}, fp32, {device}, {torch.get_num_threads()} threads, median of {ROUNDS}")
-    for heading in ("", "images/s", "against the better torchvision", "largest error of a logit against fp64"):
+    for heading in ("", "images/s", "vs. torchvision's faster layout", "largest logit error vs. fp64"):
         table.add_column(heading, justify="left" if not heading else "right")
     for how, rate in rates.items():
         error = (logits[how].double() - exact).abs().max().item()

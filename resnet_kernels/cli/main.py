@@ -1,11 +1,10 @@
-"""The command resnet-kernels."""
+"""The command resnet-kernels: its arguments, and a function per subcommand."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
-import platform
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,58 +15,17 @@ from rich.table import Table
 
 import resnet_kernels as rk
 
-from ..backends import extension, select
-from ..backends.contract import Call, Geometry
-from ..backends.gpu.sm90 import launchers as hopper_kernels
 from ..testing import Errors
 from ..testing.images import classifier, photographs
+from .info import DTYPES
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def info(console: Console, args: argparse.Namespace) -> int:
-    table = Table("what", "found", title="resnet_kernels")
-    table.add_row(
-        "versions", ", ".join(f"{p} {_version(p)}" for p in ("resnet_kernels", "torch", "torchvision", "triton"))
-    )
-    table.add_row("python", f"{platform.python_version()} on {platform.platform()}")
-    table.add_row("torch's CUDA", torch.version.cuda or "none: a CPU-only build, so no CUDA extension either")
-    gpus = (
-        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    )
-    table.add_row("GPUs", ", ".join(gpus) or "none that torch sees")
-    table.add_row("CPU", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
-    module, reason = extension.load()
-    if module is None:
-        table.add_row("extension", f"none: {reason}")
-    else:
-        built = module.build_info()
-        cuda = (
-            f"CUDA {built['cuda'] // 1000}.{built['cuda'] % 1000 // 10} for {built['archs']}"
-            if built["cuda"]
-            else "no CUDA"
-        )
-        table.add_row("extension", f"built for torch {built['torch']}, C++, {cuda}")
-    hopper = hopper_kernels.load()[1]
-    table.add_row("kernels for Hopper", f"none: {hopper}" if hopper else "built for sm_90a")
-    table.add_row("named backend", select.named() or "none: automatic choice")
-    console.print(table)
-    table = Table("call", "backend", "why not", title="A bottleneck in inference: candidates in order of preference")
-    for device in ("cpu", "cuda"):
-        for name, dtype in DTYPES.items():
-            call = Call(torch.device(device), dtype, frozenset({"conv", "residual"}), (((64, 64, 1, 1), Geometry()),))
-            for backend, why in select.reasons(call).items():
-                no_gpu = device == "cuda" and not gpus
-                table.add_row(f"{device} {name}", backend, why or ("no GPU here" if no_gpu else "[green]can run it"))
-    console.print(table)
+    from .info import info as run
+
+    run(console)
     return 0
 
 
@@ -90,12 +48,12 @@ def verify(console: Console, args: argparse.Namespace) -> int:
         "eager's",
         "allowed",
         "",
-        title=f"{args.model}, {args.dtype}, {device}: errors against fp64; allowed is twice eager's and a floor",
+        title=f"{args.model}, {args.dtype}, {device}: errors against fp64; allowed: twice eager's plus a floor",
     )
 
     def row(name: str, e: Errors) -> None:
         figures = (e.rms, e.eager_rms, e.allowed_rms, e.max, e.eager_max, e.allowed_max)
-        verdict = "[green]ok" if e.ok else "[red]NaN or Inf differ" if e.misplaced else "[red]WRONG"
+        verdict = "[green]ok" if e.ok else "[red]NaN or Inf misplaced" if e.misplaced else "[red]WRONG"
         table.add_row(name, *(f"{f:.1e}" for f in figures), verdict)
 
     for name, errors in results.items():
@@ -129,7 +87,7 @@ def tune(console: Console, args: argparse.Namespace) -> int:
 def kernels(console: Console, args: argparse.Namespace) -> int:
     from ..analysis.launch_tables import table
 
-    # Only its sizes matter: no memory is taken for weights.
+    # Only sizes matter here: on the meta device weights take no memory.
     with torch.device("meta"):
         model = classifier(args.model, None, None).to(DTYPES[args.dtype])
         images = torch.empty(args.batch, 3, args.size, args.size, dtype=DTYPES[args.dtype])
@@ -157,14 +115,27 @@ def report(console: Console, args: argparse.Namespace) -> int:
     if args.readme is None and not args.check:
         return report(console, args.results, args.out, args.png, args.fail_on_regression)
     if args.readme is None or args.results:
-        raise ValueError("expected --readme FILE, with or without --check, and no results files beside it")
+        raise ValueError("report: expected --readme FILE, optionally with --check, and no results files beside it")
     return readme(console, args.readme, args.check)
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds that is not negative, got {text!r}")
     return value
 
 
@@ -176,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
     def command(function: Callable[[Console, argparse.Namespace], int], text: str, *options: str) -> None:
         p = commands.add_parser(function.__name__, help=text, description=text)
         p.set_defaults(run=function)
-        p.add_argument("--backend", help="name the backend (default: automatic)")
+        p.add_argument("--backend", help="run everything on this backend (default: automatic choice)")
         if "model" in options:
             p.add_argument("--model", default="resnet50", help="a torchvision residual network (default: resnet50)")
             p.add_argument("--weights", type=Path, help="a torchvision checkpoint (default: calibrated random weights)")
@@ -186,9 +157,9 @@ def parser() -> argparse.ArgumentParser:
             p.add_argument("--size", type=_positive, default=224, help="height and width of the images")
             p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         if function is tune:
-            p.add_argument("--budget", type=float, help="seconds after which no further choice is begun")
-            p.add_argument("--table", type=Path, help="file of the table (default: one in the user's cache folder)")
-            p.add_argument("--again", action="store_true", help="measure also what the table holds already")
+            p.add_argument("--budget", type=_seconds, help="seconds after which no further measurement begins")
+            p.add_argument("--table", type=Path, help="file of the table (default: a file in the user's cache folder)")
+            p.add_argument("--again", action="store_true", help="measure again what the table already holds")
         if function is kernels:
             p.add_argument("--model", default="resnet50", help="a torchvision residual network (default: resnet50)")
             p.add_argument("--batch", type=_positive, default=256)
@@ -199,38 +170,46 @@ def parser() -> argparse.ArgumentParser:
             p.add_argument("--out", type=Path, default=Path("demo"), help="folder of the chart (default: demo)")
         if function is coverage:
             p.add_argument("--results", type=Path, help="folder of results files (default: benchmarks/results)")
-            p.add_argument("--readme", type=Path, help="instead of printing: put the table between its markers")
+            p.add_argument("--readme", type=Path, help="write the table into this file, between its markers")
         if function is report:
             p.add_argument("results", type=Path, nargs="*", help="a results file, or two: the baseline and the new one")
             p.add_argument("--out", type=Path, default=Path("report"), help="folder of the report (default: report)")
-            p.add_argument("--png", action="store_true", help="write each plot as a PNG beside it too")
+            p.add_argument("--png", action="store_true", help="also write each plot as a PNG")
             p.add_argument(
                 "--fail-on-regression",
                 action="store_true",
-                help="of two files: exit code 1 if a row of ours is slower, or right no more",
+                help="for two files: exit code 1 if a row of ours is slower, or no longer right",
             )
-            p.add_argument("--readme", type=Path, help="instead: make the tables between its markers anew")
-            p.add_argument("--check", action="store_true", help="of a README: change nothing, exit code 1 if it would")
+            p.add_argument("--readme", type=Path, help="rewrite the tables between the markers of this file")
+            p.add_argument(
+                "--check",
+                action="store_true",
+                help="with --readme: change nothing; exit code 1 if that would",
+            )
 
-    command(info, "versions, GPU, what was built for which architectures, which backends run and why the others do not")
-    command(demo, "a photograph through torchvision's model, the replaced and the frozen one", "model")
+    command(info, "the machine, versions, what was built, and which backend runs here in inference and training")
+    command(
+        demo,
+        "photographs through torchvision's model, the replaced and the frozen model: agreement and speed",
+        "model",
+    )
     command(
         verify,
-        "every block and the logits, replaced and frozen, against fp64; exit code 1 if one is wrong",
+        "compare every block and the logits, replaced and frozen, with fp64; exit code 1 if a result is wrong",
         "model",
         "input",
     )
     command(
         tune,
-        "measure which backend and kernel configuration runs each block right and fastest here, and keep it in a "
-        "table; exit code 1 if nothing ran right",
+        "measure which backend and kernel configuration runs each block right and fastest here, and save the choices "
+        "in a table; exit code 1 if no candidate of a block ran right",
         "model",
         "input",
     )
-    command(kernels, "what the Triton backend launches, compiled and read for a GPU that need not be here, as Markdown")
-    command(explain, "which backend runs each block, and why each other candidate does not", "model", "input")
-    command(coverage, "what is replaced in torchvision's and timm's models, and whether it runs fused, as Markdown")
-    command(report, "a results file as Markdown and HTML with plots, two compared, or the README's tables")
+    command(kernels, "the Triton kernels of a model, compiled for a GPU that need not be present, as Markdown")
+    command(explain, "which backend runs each block, and why the other candidates do not", "model", "input")
+    command(coverage, "which blocks of torchvision's and timm's models are replaced, and which run fused, as Markdown")
+    command(report, "a results file as Markdown and HTML with plots, a comparison of two, or the README's tables")
     return top
 
 
@@ -240,6 +219,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with rk.use_backend(args.backend) if args.backend else contextlib.nullcontext():
             return args.run(console, args)
-    except (ValueError, TypeError, RuntimeError, ModuleNotFoundError) as error:
+    except (ValueError, TypeError, RuntimeError, ModuleNotFoundError, OSError) as error:
         Console(stderr=True).print(f"resnet-kernels: {error}", style="red", markup=False, highlight=False)
         return 2

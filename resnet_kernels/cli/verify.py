@@ -1,5 +1,4 @@
-"""`resnet-kernels verify`: replaced and frozen against the original, every block and the logits, by the rule of
-`testing.compare`."""
+"""`resnet-kernels verify`: every block and the logits, by the rule of `testing.compare`."""
 
 from __future__ import annotations
 
@@ -15,17 +14,23 @@ from ..testing import Errors, compare
 
 
 def _reduction(module: nn.Module) -> int:
-    """Terms of the longest sum in the module."""
+    """Return the number of terms of the longest sum in the module."""
     return max(m.weight[0].numel() for m in module.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
 
 
 @torch.no_grad()
 def verify(model: resnet.ResNet, images: Tensor) -> dict[str, Errors]:
-    """Compare our blocks and models with the model, in the images' dtype. The model is not changed.
+    """Compare the replaced blocks, the replaced model and the frozen model with the model, in the images' dtype.
 
-    The model runs in channels_last, as ours do: an engine's error may differ twofold between layouts.
+    The model is not changed. It runs in channels_last, as the replaced one does: an engine's error may differ twofold
+    between layouts.
 
-    Returns errors by name: every block for its own input, then the logits of the replaced and of the frozen model.
+    Args:
+        model: torchvision's ResNet in evaluation mode.
+        images: (N, 3, H, W) of the model's dtype and device.
+    Returns:
+        The errors by name: of every block for the input it has in the model, then of the logits of the replaced model
+        and of the frozen model.
     """
     model = copy.deepcopy(model).to(memory_format=torch.channels_last)
     images = images.contiguous(memory_format=torch.channels_last)

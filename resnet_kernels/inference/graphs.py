@@ -1,12 +1,11 @@
-"""A function of one tensor as CUDA graphs: one per input size, launched as a whole.
+"""A function of one tensor as CUDA graphs: one graph per input size, launched as a whole.
 
-Everything a graph touches is its own: an input buffer that each call fills, activations in one memory pool that all
+A graph owns all memory that it touches: an input buffer that each call fills, activations in one memory pool that the
 graphs of a `Graphs` share, and a result that is copied out. So replays must not overlap: a call waits, on the device,
-for the one before it, whichever stream that ran on. Nothing waits on the host, but for capturing and for forgetting a
-graph.
+for the call before it, on whichever stream that ran. The host waits only for a capture and before a graph is deleted.
 
-The first call of a size runs kernel by kernel, the second captures: sizes that come once cost no capture. Captures of a
-process take turns. While one is under way, another thread may launch work, but must not synchronise the device.
+The first call with a size runs kernel by kernel, the second captures: sizes that occur once cost no capture. The
+captures of a process take turns. During a capture another thread may launch work but must not synchronise the device.
 """
 
 from __future__ import annotations
@@ -26,18 +25,20 @@ from ..backends.contract import tf32_allowed
 
 @dataclasses.dataclass(frozen=True)
 class Captured:
+    """A captured graph: its input buffer, its result, and the function that replays it."""
+
     buffer: Tensor
     result: Tensor
     replay: Callable[[], None]
 
 
 def usable(x: Tensor) -> bool:
-    """Whether a call with x may be a graph's replay. Inside somebody else's capture it is part of theirs."""
+    """Return whether a call with x may replay a graph. Inside another capture the call becomes part of that."""
     return x.is_cuda and x.numel() > 0 and not torch.cuda.is_current_stream_capturing()
 
 
 def _flags() -> Hashable:
-    """What a capture fixes and a user may change between calls."""
+    """Return the settings that a capture fixes and a user may change between calls."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     return (
         select.named(),
@@ -55,13 +56,13 @@ _capturing = threading.Lock()
 
 
 class Graphs:
-    """Captured calls, the `KEPT` latest used. A copy or an unpickled one starts empty."""
+    """The captured graphs of the `MAX_GRAPHS` latest used sizes. A copy or an unpickled object starts empty."""
 
-    KEPT = 8
+    MAX_GRAPHS = 8
 
     def __init__(self) -> None:
         self._captured: collections.OrderedDict[Hashable, Captured] = collections.OrderedDict()
-        self._seen: collections.deque[Hashable] = collections.deque(maxlen=4 * self.KEPT)
+        self._seen: collections.deque[Hashable] = collections.deque(maxlen=4 * self.MAX_GRAPHS)
         self._lock = threading.Lock()
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
@@ -74,7 +75,7 @@ class Graphs:
         return len(self._captured)
 
     def __del__(self) -> None:
-        # The memory must not become someone else's while a replay still runs.
+        # The allocator must not reuse the memory while a replay still runs.
         self._wait_for_replay()
 
     def run(
@@ -85,13 +86,13 @@ class Graphs:
         function: Callable[[Tensor], Tensor],
         kind: Hashable = None,
     ) -> Tensor:
-        """function(b) for b = buffer(x) after fill(b, x). The result is a new tensor. kind: what else, beside the size
-        of x, tells this function from others.
+        """Return function(b) for b = buffer(x) after fill(b, x), as a new tensor.
 
-        function must launch everything on the current stream, read no result on the host, and not change b. What it
-        reads must stay where it is.
+        function: must launch everything on the current stream, read no result on the host, and not change b. Whatever
+            else it reads must stay at its address.
+        kind: distinguishes this function from others for the same size of x.
 
-        Raises RuntimeError where the capture fails.
+        Raises RuntimeError if the capture fails.
         """
         with self._lock, torch.cuda.device(x.device):
             key = (tuple(x.shape), kind, _flags())
@@ -130,9 +131,9 @@ class Graphs:
         fill: Callable[[Tensor, Tensor], None],
         function: Callable[[Tensor], Tensor],
     ) -> None:
-        # A capture takes pool memory that an earlier replay may still be using.
+        # A capture allocates from the pool, whose memory an earlier replay may still use.
         self._wait_for_replay()
-        while len(self._captured) >= self.KEPT:
+        while len(self._captured) >= self.MAX_GRAPHS:
             self._captured.popitem(last=False)
         # Tensors made in inference mode could not be written to outside it.
         with _capturing, torch.inference_mode(False), torch.no_grad():
@@ -140,25 +141,25 @@ class Graphs:
             fill(b, x)
             try:
                 self._captured[key] = self._capture(b, function)
-            except Exception as error:  # whatever it was: raised again, with the way out
-                self._pool = None  # Of unknown state.
+            except Exception as error:  # any error, raised again with advice
+                self._pool = None  # Its state is unknown.
                 raise RuntimeError(
-                    f"CUDA graph: the capture failed ({error}); cuda_graphs=False runs without"
+                    f"CUDA graph: the capture failed ({error}); pass cuda_graphs=False to run without graphs"
                 ) from error
 
     def _capture(self, b: Tensor, function: Callable[[Tensor], Tensor]) -> Captured:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         if self._stream is None:
-            # One for all captures: the allocator reuses memory only on the stream that had it.
+            # One stream for all captures: the allocator reuses memory only on the stream that allocated it.
             self._stream = torch.cuda.Stream()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            # Compiles, chooses algorithms and packs weights: none of it may happen in a capture.
+            # This call compiles, chooses algorithms and packs weights, which must not happen in a capture.
             function(b)
             self._stream.synchronize()
             graph = torch.cuda.CUDAGraph()
-            # thread_local: what other threads launch is not this capture's.
+            # thread_local: the capture excludes what other threads launch.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 result = function(b)
         return Captured(b, result, graph.replay)

@@ -1,9 +1,10 @@
 """torchvision's BasicBlock and Bottleneck with a fused forward.
 
-They are torchvision's classes: same constructor, attributes, parameters and state dict. They hold no state of their
-own; a batch norm's scale and shift are computed at each call. The block is one op, differentiable: one for batch
-statistics (training), one for running statistics alone (evaluation, or frozen batch norms in a training model).
-Wherever `fusable` finds a reason, it is torchvision's own forward.
+They subclass torchvision's classes: same constructor, attributes, parameters and state dict. They hold no state of
+their
+own: the scale and shift of a batch norm are computed at each call. A block is one differentiable op: one for batch
+statistics (training), another for running statistics alone (evaluation, or frozen batch norms in a training model).
+Where `fusable` finds a reason, torchvision's own forward runs.
 """
 
 from __future__ import annotations
@@ -14,49 +15,38 @@ from torchvision.models import resnet
 
 from ..backends import select
 from ..backends.contract import BackendUnavailable
-from ..ops import preactivation_block, residual_block, residual_block_training, stem
+from ..ops import residual_block, residual_block_training
 from ..ops.batch_norm import affine_of, norm_of
-from .fusable import Parts, context, parts, trains, why_plain
+from .fusable import Parts, parts, trains, why_context_is_plain, why_plain
 
 
 def fused_forward(p: Parts, x: Tensor) -> Tensor:
-    """A block or stem as one op. Only where nothing speaks for plain modules."""
-    geometry = (
-        [conv.stride[0] for conv in p.convs],
-        [conv.dilation[0] for conv in p.convs],
-        [conv.groups for conv in p.convs],
-    )
+    """Return the result of a block or stem as one op. Call only if `why_plain` returned None."""
     weights = [conv.weight for conv in p.convs]
-    if p.pool is not None:
-        strides, dilations, groups = geometry
-        return stem(x, weights[0], norm_of(p.norms[0]), strides[0], dilations[0], groups[0], p.pool)
     if trains(p):
-        norms = [norm_of(bn) for bn in p.norms]
-        if p.preactivation:
-            return preactivation_block(x, weights, norms, *geometry, p.shortcut)
-        return residual_block_training(x, weights, norms, *geometry, p.shortcut, p.relu)
+        return residual_block_training(x, weights, [norm_of(bn) for bn in p.norms], p.spec)
     affines = [affine_of(bn) for bn in p.norms]
-    # Under autocast x is in its dtype already, the weights may not be.
+    # Under autocast x has its dtype already; the weights may not.
     weights = [w.to(x.dtype) for w in weights]
-    return residual_block(x, weights, [a for a, _ in affines], [b for _, b in affines], *geometry, p.shortcut, p.relu)
+    return residual_block(x, weights, [a for a, _ in affines], [b for _, b in affines], p.spec)
 
 
 class Fused(nn.Module):
-    """The forward that blocks share, before the plain one in the order of inheritance."""
+    """The forward that all fused blocks share. It comes before the plain forward in the order of inheritance."""
 
-    def _why_plain(self, x: Tensor) -> str | None:
-        """Why the forward runs as the plain chain of torch modules for this input, or None if it runs fused."""
+    def why_plain(self, x: Tensor) -> str | None:
+        """Return why the forward runs as plain torch modules for this input, or None if it runs fused."""
         return why_plain(self, x)
 
     def _fused(self, x: Tensor) -> Tensor:
-        """The forward where there is no such reason."""
+        """Return the fused forward. Call only if `why_plain` returned None."""
         p = parts(self)
         assert isinstance(p, Parts)
         return fused_forward(p, x)
 
     def forward(self, x: Tensor) -> Tensor:
-        reason = self._why_plain(x)
-        if not torch.compiler.is_compiling() and not context(x):
+        reason = self.why_plain(x)
+        if not torch.compiler.is_compiling() and not why_context_is_plain(x):
             name = select.named()
             if name == select.EAGER:
                 reason = "the backend 'eager' was named"

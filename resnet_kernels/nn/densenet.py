@@ -1,5 +1,5 @@
 """torchvision's layer of a DenseNet (Huang et al. 2017, arXiv 1608.06993) with a fused forward: a pre-activation
-bottleneck over the concatenation of what the layers before it gave, without a shortcut.
+bottleneck without a shortcut, over the concatenated results of the layers before it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
-from torch.nn.utils import parametrize
 from torchvision.models import densenet
 
 from ..backends import select
@@ -19,7 +18,7 @@ from . import fusable
 from .blocks import fused_forward
 from .fusable import Parts
 
-MEMORY_EFFICIENT = "memory_efficient: torchvision's checkpoint makes the concatenation again in the backward"
+MEMORY_EFFICIENT = "memory_efficient: torchvision's checkpoint concatenates again in the backward"
 MODULES = ("norm1", "relu1", "conv1", "norm2", "relu2", "conv2")
 
 
@@ -27,33 +26,31 @@ def _relu(module: nn.Module) -> str | None:
     return None if type(module) is nn.ReLU else f"expected ReLU, got {type(module).__name__}"
 
 
-FITS = {"norm": fusable.batch_norm, "relu": _relu, "conv": fusable.convolution}
+WHY_NOT = {"norm": fusable.why_not_batch_norm, "relu": _relu, "conv": fusable.why_not_convolution}
 
 
 def parts(layer: densenet._DenseLayer) -> Parts:
     return Parts([layer.conv1, layer.conv2], [layer.norm1, layer.norm2], "none", preactivation=True)
 
 
-def structure(layer: densenet._DenseLayer) -> str | None:
-    """Why the layer cannot be fused whatever its input, or None."""
+def why_unfused(layer: densenet._DenseLayer) -> str | None:
+    """Return why the layer cannot be fused whatever its input, or None."""
     if "bn_function" in layer.__dict__:
         return "its bn_function was overridden on the instance"
     for name in MODULES:
         module = getattr(layer, name)
-        hook = fusable.hook_on(module)
-        if hook:
-            return f"{name} carries {hook}"
-        if module.training and parametrize.is_parametrized(module):
-            return f"{name} has a parametrization in training mode, which may change each time it is read"
-        reason = FITS[name[:-1]](module)
+        reason = fusable.why_it_must_run(name, module)
+        if reason:
+            return reason
+        reason = WHY_NOT[name[:-1]](module)
         if reason:
             return f"{name}: {reason}"
     return None
 
 
-def note(layer: densenet._DenseLayer) -> str | None:
-    """Why the layer cannot be fused, or not where a gradient is wanted, whatever its input; or None."""
-    return structure(layer) or (MEMORY_EFFICIENT if layer.memory_efficient else None)
+def why_unfused_in_training(layer: densenet._DenseLayer) -> str | None:
+    """Return why the layer cannot be fused whatever its input, at least if a gradient is requested, or None."""
+    return why_unfused(layer) or (MEMORY_EFFICIENT if layer.memory_efficient else None)
 
 
 def features(x: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -61,34 +58,37 @@ def features(x: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 
 def concatenated(x: Tensor | Sequence[Tensor]) -> Tensor:
-    """Of tensors of different layouts torch makes one in NCHW, which the op would lay out anew."""
+    """Return the concatenation in channels_last.
+
+    torch would return NCHW for tensors of different layouts, which the op would copy again.
+    """
     maps = features(x)
     return torch.cat([t.contiguous(memory_format=torch.channels_last) for t in maps], 1) if len(maps) > 1 else maps[0]
 
 
 def _context(x: Tensor | Sequence[Tensor]) -> str | None:
     if isinstance(x, Proxy):
-        return fusable.context(x)
+        return fusable.why_context_is_plain(x)
     maps = features(x)
-    return fusable.context(maps[0]) if maps else "x: expected a tensor or some, got none"
+    return fusable.why_context_is_plain(maps[0]) if maps else "x: expected a tensor or some, got none"
 
 
 def _why_not_concatenated(layer: densenet._DenseLayer, x: Tensor | Sequence[Tensor]) -> str | None:
-    """Why the layer cannot run fused, as far as that does not need the concatenation."""
+    """Return why the layer cannot run fused, as far as that can be known before the concatenation, or None."""
     maps = features(x)
     if any(not isinstance(t, Tensor) or t.dim() != 4 for t in maps):
         return f"x: expected tensors (N, C, H, W), got {[tuple(getattr(t, 'shape', ())) for t in maps]}"
     if layer.memory_efficient and torch.is_grad_enabled() and any(t.requires_grad for t in maps):
         return MEMORY_EFFICIENT
-    return structure(layer)
+    return why_unfused(layer)
 
 
 def _why_not_of(layer: densenet._DenseLayer, x: Tensor) -> str | None:
-    return fusable.tensors(parts(layer), x) or fusable.training(parts(layer), x)
+    return fusable.why_not_tensors(parts(layer), x) or fusable.why_not_trained(parts(layer), x)
 
 
 def why_plain(layer: densenet._DenseLayer, x: Tensor | Sequence[Tensor]) -> str | None:
-    """Why the layer's forward runs as the plain chain of torch modules for this input, or None if it runs fused."""
+    """Return why the layer's forward runs as plain torch modules for this input, or None if it runs fused."""
     return _context(x) or _why_not_concatenated(layer, x) or _why_not_of(layer, concatenated(x))
 
 
@@ -98,8 +98,8 @@ class DenseLayer(densenet._DenseLayer):
     The arguments, attributes and state dict of torchvision's `densenet._DenseLayer`.
     x: one or a list of (N, C_i, H, W) fp64|fp32|bf16|fp16, num_input_features the sum of C_i ->
         (N, growth_rate, H, W), channels_last if fused.
-    With memory_efficient, where a gradient is wanted, it is torchvision's forward.
-    Numerics: see `ops.preactivation_block`.
+    With memory_efficient it is torchvision's forward if a gradient is requested.
+    Numerics: see `ops.residual_block_training`.
     """
 
     def forward(self, input: Tensor | Sequence[Tensor]) -> Tensor:

@@ -1,5 +1,7 @@
-"""Whether a block's forward may run fused. The fused forward bypasses the inner modules' own forward, so whatever
-could change what those would do sends the block down the plain chain, with the reason.
+"""Whether a block's forward may run fused.
+
+The fused forward bypasses the forward of the inner modules. So whatever could change what these would compute makes the
+block run as plain torch modules, with a reason. A function why_... returns such a reason, or None.
 """
 
 from __future__ import annotations
@@ -17,17 +19,19 @@ from torchvision.ops import FrozenBatchNorm2d
 from ..backends import select
 from ..backends.contract import Call, Geometry, Pool
 from ..ops.batch_norm import group_of, uses_batch_statistics
-from ..ops.block_inference import same_padding, total_stride, walk
-from ..ops.block_training import MOST_POOLED, call_of_training, pooled_size
+from ..ops.block_training import MAX_POOL_KERNEL, call_of_training
+from ..ops.spec import BlockSpec, map_sizes, pooled_size, same_padding, total_stride
 from .shortcuts import Preactivation, ZeroPadShortcut
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 
 
 class Parts(NamedTuple):
-    """A block taken apart. `convs` and `norms` end with the projection's when there is one (before a pre-activation it
-    has no batch norm); what they are is for `structure` to say. A network's stem is a chain of one convolution
-    without a shortcut, pool what ends it. relu: whether it ends with a ReLU; only one without a shortcut may not."""
+    """The convolutions and batch norms of a block, and how they are connected. See `BlockSpec`.
+
+    convs, norms: the chain's, then the projection's if there is one (in a pre-activation block it has no batch norm).
+    Their types are not checked yet. A stem is a chain of one convolution without a shortcut; pool ends it.
+    """
 
     convs: list[nn.Conv2d]
     norms: list[nn.Module]
@@ -36,9 +40,31 @@ class Parts(NamedTuple):
     pool: Pool | None = None
     relu: bool = True
 
+    @property
+    def spec(self) -> BlockSpec:
+        return BlockSpec(
+            tuple(conv.stride[0] for conv in self.convs),
+            tuple(conv.dilation[0] for conv in self.convs),
+            tuple(conv.groups for conv in self.convs),
+            self.shortcut,
+            self.relu,
+            self.preactivation,
+            self.pool,
+        )
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The sizes of the weights, (K, C/groups, R, S)."""
+        return [tuple(conv.weight.shape) for conv in self.convs]
+
+    @property
+    def geometries(self) -> list[Geometry]:
+        """The geometries of convolutions that passed `why_not_convolution`."""
+        return [geometry(conv) for conv in self.convs]
+
 
 def parts(block: nn.Module) -> Parts | str:
-    """The block's parts, or why its structure cannot be fused."""
+    """Return the block's parts, or why its structure cannot be fused."""
     names = ["1", "2", "3"] if hasattr(block, "conv3") else ["1", "2"]
     convs = [getattr(block, f"conv{n}") for n in names]
     norms = [getattr(block, f"bn{n}") for n in names]
@@ -63,7 +89,7 @@ def _name(module: object) -> str:
 
 
 def inner_modules(block: nn.Module, p: Parts) -> Iterator[tuple[str, nn.Module]]:
-    """Every module that the fused forward bypasses."""
+    """Yield every module that the fused forward bypasses, with its name."""
     n = len(p.convs) - (p.shortcut == "projection")
     for i in range(n):
         yield f"conv{i + 1}", p.convs[i]
@@ -77,7 +103,7 @@ def inner_modules(block: nn.Module, p: Parts) -> Iterator[tuple[str, nn.Module]]
 
 
 def hook_on(module: nn.Module) -> str | None:
-    """The kind of hook or override the module carries, if any."""
+    """Return the kind of hook or override that the module carries, or None."""
     if module._forward_pre_hooks:
         return "a forward pre-hook"
     if module._forward_hooks:
@@ -89,8 +115,8 @@ def hook_on(module: nn.Module) -> str | None:
     return None
 
 
-def seen_inside(name: str, module: nn.Module) -> str | None:
-    """Why a module that would be bypassed must run itself, or None."""
+def why_it_must_run(name: str, module: nn.Module) -> str | None:
+    """Return why the forward of a module that would be bypassed must run, or None."""
     hook = hook_on(module)
     if hook:
         return f"{name} carries {hook}"
@@ -99,28 +125,28 @@ def seen_inside(name: str, module: nn.Module) -> str | None:
     return None
 
 
-def structure(block: nn.Module) -> str | None:
-    """Why the block cannot be fused whatever its input, or None."""
+def why_unfused(block: nn.Module) -> str | None:
+    """Return why the block cannot be fused whatever its input, or None."""
     p = parts(block)
     if isinstance(p, str):
         return p
     for name, module in inner_modules(block, p):
-        reason = seen_inside(name, module)
+        reason = why_it_must_run(name, module)
         if reason:
             return reason
     if type(block.relu) is not nn.ReLU:
         return f"relu: expected ReLU, got {_name(block.relu)}"
-    for kind, modules, why in (("conv", p.convs, convolution), ("bn", p.norms, batch_norm)):
+    for kind, modules, why in (("conv", p.convs, why_not_convolution), ("bn", p.norms, why_not_batch_norm)):
         for i, module in enumerate(modules):
             reason = why(module)
             if reason:
                 chain = len(p.convs) - (p.shortcut == "projection")
                 return f"{f'{kind}{i + 1}' if i < chain else 'downsample'}: {reason}"
-    return misfit(block, p)
+    return why_shortcut_misfits(block, p)
 
 
-def misfit(block: nn.Module, p: Parts) -> str | None:
-    """Why the shortcut does not fit the chain, or None. A projection's sizes are for `tensors`."""
+def why_shortcut_misfits(block: nn.Module, p: Parts) -> str | None:
+    """Return why the shortcut does not fit the chain, or None. `why_not_tensors` checks the sizes of a projection."""
     chain = p.convs[:-1] if p.shortcut == "projection" else p.convs
     stride = total_stride([geometry(conv) for conv in chain])
     C, K = chain[0].in_channels, chain[-1].out_channels
@@ -134,12 +160,12 @@ def misfit(block: nn.Module, p: Parts) -> str | None:
 
 
 def geometry(conv: nn.Conv2d) -> Geometry:
-    """Of a convolution that passed `convolution`."""
+    """Return the geometry of a convolution that passed `why_not_convolution`."""
     return same_padding(conv.weight, conv.stride[0], conv.dilation[0], conv.groups)
 
 
-def convolution(conv: nn.Module) -> str | None:
-    """Why the convolution is not one that is computed here, or None."""
+def why_not_convolution(conv: nn.Module) -> str | None:
+    """Return why the convolution is not one that the fused ops compute, or None."""
     base = parametrize.type_before_parametrizations(conv)
     if base is not nn.Conv2d:
         return f"expected Conv2d, got {_name(conv)}"
@@ -161,8 +187,8 @@ def convolution(conv: nn.Module) -> str | None:
     return None
 
 
-def batch_norm(bn: nn.Module) -> str | None:
-    """Why the batch norm is not one that is computed here, or None."""
+def why_not_batch_norm(bn: nn.Module) -> str | None:
+    """Return why the batch norm is not one that the fused ops compute, or None."""
     if parametrize.type_before_parametrizations(bn) not in BATCH_NORMS:
         return f"expected one of {', '.join(c.__name__ for c in BATCH_NORMS)}, got {_name(bn)}"
     if (bn.running_mean is None) != (bn.running_var is None):
@@ -170,17 +196,17 @@ def batch_norm(bn: nn.Module) -> str | None:
     return None
 
 
-# Of torchvision's ResNets and backbones.
+# The names of the stem's modules in torchvision's ResNets and backbones.
 STEM = ("conv1", "bn1", "relu", "maxpool")
 
 
 def stem(model: nn.Module) -> Parts | str:
-    """The parts of a ResNet's stem, or why it cannot be fused whatever its input."""
+    """Return the parts of a ResNet's stem, or why it cannot be fused whatever its input."""
     if not all(hasattr(model, name) for name in STEM):
         return f"expected {', '.join(STEM)}"
     conv, bn, relu, pool = (getattr(model, name) for name in STEM)
     for name, module in zip(STEM, (conv, bn, relu, pool), strict=True):
-        reason = seen_inside(name, module)
+        reason = why_it_must_run(name, module)
         if reason:
             return reason
     if type(relu) is not nn.ReLU:
@@ -189,61 +215,60 @@ def stem(model: nn.Module) -> Parts | str:
     if type(pool) is nn.MaxPool2d:
         window = Pool(*cast(tuple[int, int, int], (pool.kernel_size, pool.stride, pool.padding)))
         if not all(isinstance(v, int) for v in window) or pool.dilation != 1 or pool.ceil_mode or pool.return_indices:
-            return f"maxpool: expected square windows, each result of a whole one, and no indices, got {pool}"
+            return f"maxpool: expected square windows without dilation, ceil_mode or indices, got {pool}"
     elif type(pool) is not nn.Identity:
         return f"maxpool: expected MaxPool2d or Identity, got {_name(pool)}"
-    reason = convolution(conv)
+    reason = why_not_convolution(conv)
     if reason:
         return f"conv1: {reason}"
-    reason = batch_norm(bn)
+    reason = why_not_batch_norm(bn)
     if reason:
         return f"bn1: {reason}"
     return Parts([conv], [bn], "none", pool=window)
 
 
-def known_statistics(bn: nn.Module) -> str | None:
-    """Why a batch norm that passed `batch_norm` is not an affine map by its running statistics, or None."""
+def why_not_affine(bn: nn.Module) -> str | None:
+    """Return why a batch norm that passed `why_not_batch_norm` is no affine map by running statistics, or None."""
     if not uses_batch_statistics(bn):
         return None
     return "it is in training mode" if bn.training else "the batch norm keeps no running statistics"
 
 
-def statistics(block: nn.Module) -> str | None:
-    """Why the batch norms of a block that passed `structure` are not affine maps, or None."""
+def why_not_frozen(block: nn.Module) -> str | None:
+    """Return why the batch norms of a block that passed `why_unfused` are no affine maps, or None."""
     p = parts(block)
     assert isinstance(p, Parts)
-    return next((reason for reason in map(known_statistics, p.norms) if reason), None)
+    return next((reason for reason in map(why_not_affine, p.norms) if reason), None)
 
 
 def trains(p: Parts) -> bool:
-    """Whether the block runs as the op of training: some of its statistics are the batch's, or it is one of those for
-    which there is no other."""
+    """Return whether the block runs as the training op: some batch norm uses the batch's statistics, or it is a
+    pre-activation block, for which there is no other op."""
     return p.preactivation or any(uses_batch_statistics(bn) for bn in p.norms)
 
 
-def training(p: Parts, x: Tensor) -> str | None:
-    """Why what `trains` cannot be fused for this input, or None."""
+def why_not_trained(p: Parts, x: Tensor) -> str | None:
+    """Return why a block that `trains` cannot be fused for this input, or None. None also if it does not train."""
     if not trains(p):
         return None
     if p.shortcut == "projection" and (p.convs[-1].kernel_size != (1, 1) or p.convs[-1].groups != 1):
         return f"downsample: expected an ungrouped 1x1 convolution in training, got {p.convs[-1]}"
-    shapes = [tuple(conv.weight.shape) for conv in p.convs]
-    _, maps = walk(x.shape[1:], shapes, [geometry(conv) for conv in p.convs], p.shortcut)
-    if p.pool is not None and (p.pool.kernel > MOST_POOLED or min(pooled_size(maps[-1][1:], p.pool)) < 1):
-        return f"maxpool: expected a kernel of at most {MOST_POOLED} that fits the map, got {p.pool.kernel}"
-    seen = maps if p.preactivation else [*maps[1:], maps[-1]]
-    for bn, (_, P, Q) in zip(p.norms, seen, strict=False):
-        # Those of a group have more on its other processes.
+    sizes = map_sizes(x.shape[1:], p.shapes, p.geometries, p.shortcut)
+    if p.pool is not None and (p.pool.kernel > MAX_POOL_KERNEL or min(pooled_size(sizes.maps[-1][1:], p.pool)) < 1):
+        return f"maxpool: expected a kernel of at most {MAX_POOL_KERNEL} that fits the map, got {p.pool.kernel}"
+    normalized = sizes.maps if p.preactivation else sizes.outputs
+    for bn, (_, P, Q) in zip(p.norms, normalized, strict=False):
+        # A batch norm over a process group has more values on the other processes.
         if uses_batch_statistics(bn) and not group_of(bn) and x.shape[0] * P * Q < 2:
             return f"x: expected more than one value per channel in training, got {tuple(x.shape)}"
     # A compiler's sizes may be symbols.
     size = () if torch.compiler.is_compiling() else tuple(x.shape)
-    rows = [tuple(geometry(conv)) for conv in p.convs]
-    return untrained(x.device, x.dtype, shapes, rows, size, p.pool is not None, select.named())
+    rows = [tuple(g) for g in p.geometries]
+    return _why_no_backend_trains(x.device, x.dtype, p.shapes, rows, size, p.pool is not None, select.named())
 
 
 @torch.compiler.assume_constant_result
-def untrained(
+def _why_no_backend_trains(
     device: torch.device,
     dtype: torch.dtype,
     shapes: list[tuple[int, ...]],
@@ -252,8 +277,10 @@ def untrained(
     pool: bool,
     name: str | None,
 ) -> str | None:
-    """Why the named backend (None: every one) cannot train a block or stem, or None. A compiler asks and looks no
-    further: what is built, and which tables there are, is no part of its graph."""
+    """Return why the named backend (None: every backend) cannot train a block or stem, or None.
+
+    A compiler takes the result as a constant: what is built, and which tables exist, is not part of its graph.
+    """
     call = call_of_training(device, dtype, shapes, [Geometry(*g) for g in geometries], size, pool)
     if name and name != select.EAGER:
         return select.BY_NAME[name].why_not(call)
@@ -264,14 +291,12 @@ def untrained(
 
 
 def training_call(p: Parts, x: Tensor) -> Call:
-    """The metadata of a block or stem in training."""
-    shapes = [tuple(conv.weight.shape) for conv in p.convs]
-    geometries = [geometry(conv) for conv in p.convs]
-    return call_of_training(x.device, x.dtype, shapes, geometries, tuple(x.shape), p.pool is not None)
+    """Return the metadata of a block or stem in training."""
+    return call_of_training(x.device, x.dtype, p.shapes, p.geometries, tuple(x.shape), p.pool is not None)
 
 
-def context(x: Tensor) -> str | None:
-    """Why what is being done to the model needs to see the plain chain, or None."""
+def why_context_is_plain(x: Tensor) -> str | None:
+    """Return why the current context (tracing, export, transforms, hooks) needs the plain modules, or None."""
     if isinstance(x, torch.fx.Proxy):
         return "the model is being traced by FX"
     if torch.onnx.is_in_onnx_export():
@@ -294,8 +319,8 @@ def context(x: Tensor) -> str | None:
     return None
 
 
-def tensors(p: Parts, x: Tensor) -> str | None:
-    """Why these tensors cannot be fused, or None. Wrong ones are left to the plain chain, which raises for them."""
+def why_not_tensors(p: Parts, x: Tensor) -> str | None:
+    """Return why these tensors cannot be fused, or None. For wrong tensors the plain modules raise the error."""
     compiling = torch.compiler.is_compiling()
     if not compiling and type(x) is not Tensor and type(x) is not nn.Parameter:
         return f"x: expected a Tensor, got {_name(x)}"
@@ -335,10 +360,10 @@ def tensors(p: Parts, x: Tensor) -> str | None:
 
 
 def why_plain(block: nn.Module, x: Tensor) -> str | None:
-    """Why the block's forward runs as the plain chain of torch modules for this input, or None if it runs fused."""
-    reason = context(x) or structure(block)
+    """Return why the block's forward runs as plain torch modules for this input, or None if it runs fused."""
+    reason = why_context_is_plain(x) or why_unfused(block)
     if reason:
         return reason
     p = parts(block)
     assert isinstance(p, Parts)
-    return tensors(p, x) or training(p, x)
+    return why_not_tensors(p, x) or why_not_trained(p, x)

@@ -29,7 +29,7 @@ class ZeroPadShortcut(nn.Module):
 
 
 class Preactivation(nn.Module):
-    """Marks a block whose batch norms and ReLUs stand in front of its convolutions."""
+    """Marks a block whose batch norms and ReLUs stand before its convolutions."""
 
 
 def make_shortcut(
@@ -39,11 +39,11 @@ def make_shortcut(
     stride: int = 1,
     norm_layer: Callable[[int], nn.Module] | None = nn.BatchNorm2d,
 ) -> nn.Module | None:
-    """The `downsample` of a block from in_channels to out_channels with this stride.
+    """Return the `downsample` of a block from in_channels to out_channels with this stride.
 
     option: "A" zero padding where the shape changes, "B" projection where it changes (torchvision's), "C" projection
         always. Where it does not change, A and B are the identity: None.
-    norm_layer: of a projection; None for a pre-activation block's, which has none.
+    norm_layer: the batch norm of a projection; None for a pre-activation block, whose projection has none.
     Raises ValueError for another option.
     """
     if option not in ("A", "B", "C"):

@@ -12,7 +12,7 @@ from .blocks import fused_forward
 
 
 def why_plain(model: resnet.ResNet, x: Tensor) -> str | None:
-    """Why the model's stem runs as torch's modules for this input, or None if it runs as one op."""
+    """Return why the model's stem runs as plain torch modules for this input, or None if it runs as one op."""
     p = fusable.stem(model)
     if isinstance(p, str):
         return p
@@ -20,24 +20,26 @@ def why_plain(model: resnet.ResNet, x: Tensor) -> str | None:
         return "its batch norm does not use the batch's statistics"
     if select.named() == select.EAGER:
         return "the backend 'eager' was named"
-    reason = fusable.context(x)
+    reason = fusable.why_context_is_plain(x)
     if reason:
         return reason
     x = as_autocast(x)
-    return fusable.tensors(p, x) or fusable.training(p, x)
+    return fusable.why_not_tensors(p, x) or fusable.why_not_trained(p, x)
 
 
 def as_autocast(x: Tensor) -> Tensor:
-    """What autocast would make of a convolution's input: images come in fp32."""
+    """Return x in the dtype that autocast gives a convolution's input: images come in fp32."""
     if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 
 
 class ResNet(resnet.ResNet):
-    """torchvision's ResNet whose stem, max_pool(relu(bn1(conv1(x)))), is one op where its batch norm uses the batch's
-    statistics. Arguments, attributes and state dict are torchvision's; so is the forward, wherever `why_plain` finds a
-    reason, a backend that was named and does not train the stem among them.
+    """torchvision's ResNet whose stem, max_pool(relu(bn1(conv1(x)))), is one op if its batch norm uses the batch's
+    statistics.
+
+    Arguments, attributes and state dict are torchvision's. The forward is torchvision's too where `why_plain` finds a
+    reason; one reason is a named backend that does not train the stem.
     """
 
     def _forward_impl(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A batch norm as the ops take it, made from a module; its running statistics; statistics of a group of processes."""
+"""Batch norms as the ops take them: from a module, their running statistics, and statistics over a process group."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..backends.contract import Stats, accumulator_dtype
 
 
 class BatchNorm(NamedTuple):
-    """A batch norm's tensors and numbers, as `torch.nn.functional.batch_norm` takes them.
+    """The tensors and numbers of a batch norm over K channels, as `torch.nn.functional.batch_norm` takes them.
 
-    weight, bias: (K,) or None for ones and zeros. running_mean, running_var: (K,) or None. batch: normalise by the
-    batch's statistics, and move the running ones, where there are any, towards them by `momentum` (None: their mean
-    over num_batches_tracked batches, counted on the device); else by the running ones. group: name of the process
-    group whose batch it is, "" for this process alone.
+    weight, bias: (K,), or None for ones and zeros. running_mean, running_var: (K,) or None. batch: normalise by the
+    statistics of the batch and update the running statistics, if there are any, by `momentum` (None: the cumulative
+    mean over num_batches_tracked batches, counted on the device); if False normalise by the running statistics. group:
+    the name of the process group over which the batch is distributed, "" for this process alone.
     """
 
     weight: Tensor | None = None
@@ -34,7 +34,7 @@ class BatchNorm(NamedTuple):
     group: str = ""
 
     def vectors(self, like: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """weight, bias, mean and variance; empty ones where the batch's are used."""
+        """Return weight, bias, mean and variance; mean and variance are empty if the batch's are used."""
         dtype = accumulator_dtype(like.dtype)
         weight = like.new_ones(channels, dtype=dtype) if self.weight is None else self.weight
         bias = like.new_zeros(channels, dtype=dtype) if self.bias is None else self.bias
@@ -47,7 +47,7 @@ class BatchNorm(NamedTuple):
 
 @torch.no_grad()
 def update_running(norms: Sequence[BatchNorm], tables: Sequence[Tensor]) -> None:
-    """running = (1 - momentum) * running + momentum * batch's, of all norms at once."""
+    """running = (1 - momentum) * running + momentum * batch's, for all norms at once. tables: see `contract.Affine`."""
     groups: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
     counters = [n.num_batches_tracked for n in norms if n.batch and n.num_batches_tracked is not None]
     if counters:
@@ -76,14 +76,14 @@ def update_running(norms: Sequence[BatchNorm], tables: Sequence[Tensor]) -> None
 
 
 def uses_batch_statistics(bn: nn.Module) -> bool:
-    """Whether the batch norm normalises by the statistics of what it is given."""
+    """Return whether the batch norm normalises by the statistics of its input."""
     return not isinstance(bn, FrozenBatchNorm2d) and (
         bn.training or (bn.running_mean is None and bn.running_var is None)
     )
 
 
 def group_of(bn: nn.Module) -> str:
-    """The name of the process group whose statistics a SyncBatchNorm in training uses, "" for this process's own."""
+    """Return the name of the process group whose statistics a SyncBatchNorm in training uses, "" for this process."""
     if not (isinstance(bn, nn.SyncBatchNorm) and bn.training and dist.is_available() and dist.is_initialized()):
         return ""
     group = bn.process_group or dist.group.WORLD
@@ -92,19 +92,19 @@ def group_of(bn: nn.Module) -> str:
 
 
 def norm_of(bn: nn.Module) -> BatchNorm:
-    """bn: a BatchNorm2d, SyncBatchNorm or FrozenBatchNorm2d."""
+    """Return the `BatchNorm` of a BatchNorm2d, SyncBatchNorm or FrozenBatchNorm2d module."""
     if isinstance(bn, FrozenBatchNorm2d):
         return BatchNorm(bn.weight, bn.bias, bn.running_mean, bn.running_var, batch=False, eps=bn.eps)
     assert isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm))
     batch = uses_batch_statistics(bn)
-    # Statistics that training does not move are none that it should know.
+    # The op must not see running statistics that training does not update.
     known = not batch or (bn.training and bn.track_running_stats)
     mean, var, count = (bn.running_mean, bn.running_var, bn.num_batches_tracked) if known else (None, None, None)
     return BatchNorm(bn.weight, bn.bias, mean, var, count, batch, bn.momentum, bn.eps, group_of(bn))
 
 
 def affine_of(bn: nn.Module) -> tuple[Tensor, Tensor]:
-    """a = weight / sqrt(running_var + eps), b = bias - running_mean * a, computed anew at each call.
+    """Return a = weight / sqrt(running_var + eps) and b = bias - running_mean * a, computed at each call.
 
     bn: a BatchNorm2d, SyncBatchNorm or FrozenBatchNorm2d with running statistics. Differentiable in weight and bias.
     Returns: a, b: (C,) fp32 (fp64 for fp64 statistics).
@@ -121,17 +121,17 @@ def affine_of(bn: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def _exchanged(rows: int | Tensor, *vectors: Tensor) -> Tensor:
-    """What a process tells the others: the same whether its rows are many enough for moments or not."""
+    """Return what a process sends to the others: the same form whether it used moments or not."""
     return torch.cat([vectors[0].new_full((1,), float(rows), dtype=torch.float64), *(v.double() for v in vectors)])
 
 
 def _group(name: str) -> dist.ProcessGroup:
-    # GroupName, a str to the checker alone, is not in every torch.
+    # The type GroupName, a str for type checkers only, is not in every torch.
     return dist.distributed_c10d._resolve_process_group(cast(Any, name))
 
 
 def merged(stats: Stats, name: str) -> Stats:
-    """The statistics of all processes' rows by Chan's formula."""
+    """Return the statistics of the rows of all processes, merged by Chan's formula."""
     mine = _exchanged(stats.rows, stats.mean, stats.M2)
     group = _group(name)
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
@@ -139,7 +139,7 @@ def merged(stats: Stats, name: str) -> Stats:
     table = torch.stack(everyone)
     K = stats.mean.numel()
     rows, means, M2s = table[:, :1], table[:, 1 : K + 1], table[:, K + 1 :]
-    # A process without rows has no mean.
+    # The mean of a process without rows is NaN.
     means, M2s = (torch.where(rows > 0, t, 0) for t in (means, M2s))
     total = rows.sum()
     mean = (rows * means).sum(0) / total
@@ -148,7 +148,7 @@ def merged(stats: Stats, name: str) -> Stats:
 
 
 def summed(name: str, rows: int, dbeta: Tensor, dgamma: Tensor) -> Group:
-    """The sums over all processes."""
+    """Return the sums over all processes."""
     flat = _exchanged(rows, dbeta, dgamma)
     dist.all_reduce(flat, group=_group(name))
     return Group(*flat.split([1, dbeta.numel(), dgamma.numel()]))

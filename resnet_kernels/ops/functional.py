@@ -1,5 +1,5 @@
-"""The blocks as functions, by the names of their modules. All are `residual_block_training` or `preactivation_block`,
-which tell dtypes, errors and numerics."""
+"""The blocks as functions, named as their modules. All are `residual_block_training`, whose docstring has dtypes,
+errors and numerics."""
 
 from __future__ import annotations
 
@@ -7,19 +7,42 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..backends.contract import Pool
 from .batch_norm import BatchNorm
-from .block_training import preactivation_block, residual_block_training
+from .block_training import residual_block_training
+from .spec import BlockSpec
 
 
-def _shortcut(chain: int, weights: Sequence[Tensor], shortcut: str | None) -> str:
+def _spec(
+    chain: int,
+    where: int,
+    weights: Sequence[Tensor],
+    shortcut: str | None,
+    stride: int,
+    dilation: int = 1,
+    groups: int = 1,
+    preactivation: bool = False,
+) -> BlockSpec:
+    """Return the spec of a block of `chain` convolutions.
+
+    The convolution of index `where` has stride, dilation and groups; a projection has the stride too. shortcut: None
+    for "identity" or "projection" by the number of weights.
+    """
     if len(weights) not in (chain, chain + 1):
         raise ValueError(f"weights: expected {chain}, or {chain + 1} with a projection's, got {len(weights)}")
-    return shortcut or ("identity" if len(weights) == chain else "projection")
 
+    def per_convolution(value: int, projection: int) -> tuple[int, ...]:
+        values = [value if i == where else 1 for i in range(chain)]
+        return (*values, *[projection] * (len(weights) - chain))
 
-def _per_conv(chain: int, where: int, value: int, other: int, projection: int, weights: Sequence[Tensor]) -> list[int]:
-    """`value` at convolution `where` of the chain, `other` at the rest of it, and what a projection has."""
-    return [value if i == where else other for i in range(chain)] + [projection] * (len(weights) - chain)
+    return BlockSpec(
+        per_convolution(stride, stride),
+        per_convolution(dilation, 1),
+        per_convolution(groups, 1),
+        shortcut or ("identity" if len(weights) == chain else "projection"),
+        relu=not preactivation,
+        preactivation=preactivation,
+    )
 
 
 def bottleneck(
@@ -33,13 +56,17 @@ def bottleneck(
 ) -> Tensor:
     """y = relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x))
 
-    weights: (J, C, 1, 1), (J, J/groups, 3, 3), (K, J, 1, 1), and of a projection (K, C, 1, 1). norms: as many. stride,
-    dilation and groups are conv2's. shortcut: "identity" or "projection" by the number of weights, or "zero_pad".
-    x: (N, C, H, W) -> (N, K, ceil(H/stride), ceil(W/stride)).
+    Args:
+        x: (N, C, H, W).
+        weights: with J inner and K output channels (J, C, 1, 1), (J, J/groups, 3, 3), (K, J, 1, 1), and for a
+            projection (K, C, 1, 1).
+        norms: one per weight.
+        stride, dilation, groups: of conv2. A projection has the stride too.
+        shortcut: None for "identity" or "projection" by the number of weights, or "zero_pad".
+    Returns:
+        y: (N, K, ceil(H/stride), ceil(W/stride)).
     """
-    strides = _per_conv(3, 1, stride, 1, stride, weights)
-    dilations, per_conv = _per_conv(3, 1, dilation, 1, 1, weights), _per_conv(3, 1, groups, 1, 1, weights)
-    return residual_block_training(x, weights, norms, strides, dilations, per_conv, _shortcut(3, weights, shortcut))
+    return residual_block_training(x, weights, norms, _spec(3, 1, weights, shortcut, stride, dilation, groups))
 
 
 def basic_block(
@@ -47,12 +74,16 @@ def basic_block(
 ) -> Tensor:
     """y = relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))
 
-    weights: (K, C, 3, 3), (K, K, 3, 3), and of a projection (K, C, 1, 1). norms: as many. stride is conv1's. shortcut:
-    "identity" or "projection" by the number of weights, or "zero_pad".
-    x: (N, C, H, W) -> (N, K, ceil(H/stride), ceil(W/stride)).
+    Args:
+        x: (N, C, H, W).
+        weights: with K output channels (K, C, 3, 3), (K, K, 3, 3), and for a projection (K, C, 1, 1).
+        norms: one per weight.
+        stride: of conv1 and of a projection.
+        shortcut: None for "identity" or "projection" by the number of weights, or "zero_pad".
+    Returns:
+        y: (N, K, ceil(H/stride), ceil(W/stride)).
     """
-    strides, ones = _per_conv(2, 0, stride, 1, stride, weights), [1] * len(weights)
-    return residual_block_training(x, weights, norms, strides, ones, ones, _shortcut(2, weights, shortcut))
+    return residual_block_training(x, weights, norms, _spec(2, 0, weights, shortcut, stride))
 
 
 def preactivation_bottleneck(
@@ -66,11 +97,11 @@ def preactivation_bottleneck(
 ) -> Tensor:
     """h = relu(bn1(x));  y = conv3(relu(bn3(conv2(relu(bn2(conv1(h))))))) + shortcut
 
-    weights as of `bottleneck`; norms of C, J and J channels. shortcut: x, or by a projection or "zero_pad" of h.
+    weights: as of `bottleneck`. norms: three, of C, J and J channels. The shortcut is x, or a projection or zero
+    padding of h.
     """
-    strides = _per_conv(3, 1, stride, 1, stride, weights)
-    dilations, per_conv = _per_conv(3, 1, dilation, 1, 1, weights), _per_conv(3, 1, groups, 1, 1, weights)
-    return preactivation_block(x, weights, norms, strides, dilations, per_conv, _shortcut(3, weights, shortcut))
+    spec = _spec(3, 1, weights, shortcut, stride, dilation, groups, preactivation=True)
+    return residual_block_training(x, weights, norms, spec)
 
 
 def preactivation_basic_block(
@@ -78,17 +109,35 @@ def preactivation_basic_block(
 ) -> Tensor:
     """h = relu(bn1(x));  y = conv2(relu(bn2(conv1(h)))) + shortcut
 
-    weights as of `basic_block`; norms of C and K channels. shortcut: x, or by a projection or "zero_pad" of h.
+    weights: as of `basic_block`. norms: two, of C and K channels. The shortcut is x, or a projection or zero padding of
+    h.
     """
-    strides, ones = _per_conv(2, 0, stride, 1, stride, weights), [1] * len(weights)
-    return preactivation_block(x, weights, norms, strides, ones, ones, _shortcut(2, weights, shortcut))
+    return residual_block_training(x, weights, norms, _spec(2, 0, weights, shortcut, stride, preactivation=True))
 
 
 def conv_bn_act(
     x: Tensor, weight: Tensor, norm: BatchNorm, stride: int = 1, dilation: int = 1, groups: int = 1, relu: bool = True
 ) -> Tensor:
-    """y = relu(bn(conv(x, weight))), without the ReLU if not `relu`.
+    """y = relu(bn(conv(x, weight))), without the ReLU if `relu` is False.
 
     weight: (K, C/groups, R, R), R odd, padding dilation * (R // 2). x: (N, C, H, W) -> (N, K, ceil(H/stride), ...).
     """
-    return residual_block_training(x, [weight], [norm], [stride], [dilation], [groups], "none", relu)
+    return residual_block_training(x, [weight], [norm], BlockSpec((stride,), (dilation,), (groups,), "none", relu))
+
+
+def stem(
+    x: Tensor,
+    weight: Tensor,
+    norm: BatchNorm,
+    stride: int = 2,
+    dilation: int = 1,
+    groups: int = 1,
+    pool: Sequence[int] = (3, 2, 1),
+) -> Tensor:
+    """y = max_pool(relu(bn(conv(x, weight))))
+
+    weight: (K, C/groups, R, R), R odd, padding dilation * (R // 2). pool: kernel, stride and padding of the pooling;
+    the padding is below every value.
+    """
+    spec = BlockSpec((stride,), (dilation,), (groups,), "none", pool=Pool(*pool))
+    return residual_block_training(x, [weight], [norm], spec)

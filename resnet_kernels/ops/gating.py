@@ -1,7 +1,7 @@
 """The end of a block whose branch is gated: y = relu(gate * z + shortcut), differentiable.
 
-gate is per image and channel (squeeze-and-excitation, Hu et al. 2018, arXiv 1709.01507), per image (stochastic depth,
-Huang et al. 2016, 1603.09382), or there is none (a branch or shortcut that ends with something else).
+The gate is per image and channel (squeeze-and-excitation, Hu et al. 2018, arXiv 1709.01507), per image (stochastic
+depth, Huang et al. 2016, 1603.09382), or absent (a branch or shortcut that ends with another module).
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ NEEDS = frozenset({"gated"})
 
 
 def call_of_gated(device: torch.device, dtype: torch.dtype) -> Call:
+    """Return what a backend must support to run the block's end."""
     return Call(device, dtype, NEEDS)
 
 
-# A compiler takes what it says for granted: what is built is no part of its graph.
+# A compiler takes the result as a constant: what is built is not part of its graph.
 @torch.compiler.assume_constant_result
 def _chosen(device: torch.device, dtype: torch.dtype) -> str:
     return select.choose(call_of_gated(device, dtype)).NAME
@@ -49,7 +50,7 @@ def _backward(
     y, z = (None if t is None else _nhwc(t) for t in (y, z))
     gate = None if gate is None else gate.contiguous()
     found = select.BY_NAME[backend].gated_grad(_nhwc(dy), y, z, gate, wanted)
-    # An op's results are no views of each other, nor of its arguments.
+    # The results of an op are no views of each other, nor of its arguments.
     return [dy.new_empty(0) if t is None else t.clone() if t is dy else t for t in found]
 
 
@@ -70,7 +71,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _gradients(ctx: Any, dy: Tensor) -> tuple:
     y, z, gate = ctx.saved_tensors
     need_z, need_gate, need_shortcut = ctx.needs_input_grad[:3]
-    # Where z is not scaled its gradient is the shortcut's, which without a ReLU is dy.
+    # Without a gate z's gradient equals the shortcut's; without a ReLU that is dy itself.
     same = need_shortcut or (need_z and gate is None)
     wanted = [need_z and gate is not None, need_gate, same and ctx.relu]
     dz, dgate, g = None, None, dy if same else None
@@ -89,11 +90,12 @@ def _setup_second(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
 
 
 def _second(ctx: Any, grads: Sequence[Tensor | None]) -> tuple:
-    """Of dz = g * gate, dgate = sum(g * z) and g, which is linear in dy; in differentiable torch ops."""
+    """Return the gradients of dz = g * gate, dgate = sum(g * z) and g, all linear in dy, in differentiable torch
+    ops."""
     dy, y, z, gate = ctx.saved_tensors
     to_z, to_gate, to_g = (None if t is None or not t.numel() else t for t in grads)
 
-    def kept(t: Tensor) -> Tensor:
+    def masked(t: Tensor) -> Tensor:
         return t if y is None else torch.where(y <= 0, 0, t)
 
     parts, dz, dgate = [], None, None
@@ -101,12 +103,12 @@ def _second(ctx: Any, grads: Sequence[Tensor | None]) -> tuple:
         parts.append(to_g)
     if to_z is not None:
         parts.append(to_z * gate[:, :, None, None])
-        dgate = (kept(dy).to(gate.dtype) * to_z).sum((2, 3))
+        dgate = (masked(dy).to(gate.dtype) * to_z).sum((2, 3))
     if to_gate is not None:
         parts.append(to_gate[:, :, None, None] * z)
-        dz = (kept(dy) * to_gate[:, :, None, None]).to(z.dtype)
-    # mypy: a sum of nothing would be 0, no tensor; there is a part here.
-    return kept(sum(parts)).to(dy.dtype) if parts else None, None, dz, dgate, None, None  # type: ignore[arg-type]
+        dz = (masked(dy) * to_gate[:, :, None, None]).to(z.dtype)
+    # mypy: the sum of an empty list would be 0 and no tensor, but parts is not empty here.
+    return masked(sum(parts)).to(dy.dtype) if parts else None, None, dz, dgate, None, None  # type: ignore[arg-type]
 
 
 LIBRARY.define(
@@ -127,7 +129,7 @@ for _name, _run, _of_fakes, _grads, _setup in (
 
 
 def gated_tail(z: Tensor, gate: Tensor | None = None, shortcut: Tensor | None = None, relu: bool = True) -> Tensor:
-    """y = relu(gate * z + shortcut), without the ReLU if not `relu`.
+    """y = relu(gate * z + shortcut), without the ReLU if `relu` is False.
 
     Args:
         z: (N, K, P, Q) fp64|fp32|bf16|fp16, channels_last (converted if not).
@@ -138,9 +140,10 @@ def gated_tail(z: Tensor, gate: Tensor | None = None, shortcut: Tensor | None = 
     Raises:
         TypeError, ValueError: dtypes, devices or shapes do not fit, before anything runs.
         BackendUnavailable: the backend that was named cannot run it.
-    Numerics: in fp32 (fp64 for fp64), rounded once. ReLU keeps NaN, and a NaN's gradient passes. The gate's gradient is
-        summed in fp32 without atomics, in an order that sizes alone decide. Second derivatives are there.
-    Keeps for the gradient: y where there is a ReLU, gate, and z where the gate wants a gradient.
+    Numerics: computed in fp32 (fp64 for fp64) and rounded once. ReLU propagates NaN, and a NaN's gradient passes. The
+        gate's gradient is summed in fp32 without atomics, in an order that depends on the sizes alone. Second
+        derivatives are supported.
+    Saves for the backward: y if there is a ReLU, the gate, and z if a gradient of the gate is requested.
     """
     if z.dim() != 4:
         raise ValueError(f"z: expected (N, K, P, Q), got {tuple(z.shape)}")

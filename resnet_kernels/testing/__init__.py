@@ -1,4 +1,4 @@
-"""What tests, benchmarks and `resnet-kernels verify` share: block shapes, inputs, and the rule of comparison."""
+"""Block shapes, inputs and the rule of comparison, shared by tests, benchmarks and `resnet-kernels verify`."""
 
 from .cases import ODD_CASES, RESNET_CASES, RESNEXT_CASES, BlockCase
 from .comparison import Errors, assert_matches, compare

@@ -1,4 +1,4 @@
-"""Shapes of residual blocks: those of the ResNets, and odd ones where kernels go wrong."""
+"""Shapes of residual blocks: those of the ResNets, and odd ones on which kernels tend to fail."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from .parameters import randomize_
 
 @dataclasses.dataclass(frozen=True)
 class BlockCase:
-    """A residual block and its input. basic: BasicBlock, else Bottleneck; option: its shortcut (`nn.make_shortcut`)."""
+    """A residual block and its input.
+
+    name: the case's name in test ids and results files.
+    basic: True for torchvision's BasicBlock, False for its Bottleneck.
+    inplanes, planes, stride, groups, base_width, dilation: the block's arguments, as torchvision names them.
+    N, H, W: images, and height and width of the input.
+    option: the kind of shortcut, as `nn.make_shortcut` takes it.
+    """
 
     name: str
     basic: bool
@@ -34,21 +41,22 @@ class BlockCase:
         return self.name
 
     def make(self) -> nn.Module:
-        """torchvision's block, in evaluation mode, with random statistics and affine parameters."""
+        """Return torchvision's block in evaluation mode, with random statistics and affine parameters."""
         kind: type[resnet.BasicBlock | resnet.Bottleneck] = resnet.BasicBlock if self.basic else resnet.Bottleneck
         shortcut = make_shortcut(self.option, self.inplanes, self.planes * kind.expansion, self.stride)
         block = kind(self.inplanes, self.planes, self.stride, shortcut, self.groups, self.base_width, self.dilation)
         return randomize_(block).eval()
 
     def input(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
-        """What a block sees: the ReLU of something, channels_last."""
+        """Return a random input (N, inplanes, H, W), channels_last, non-negative like the result of a ReLU."""
         x = torch.relu(torch.randn(self.N, self.inplanes, self.H, self.W, device=device))
         return x.to(dtype, memory_format=torch.channels_last)
 
     def flops(self) -> int:
-        """Multiplications and additions of the forward's convolutions."""
+        """Return the multiplications and additions of the forward's convolutions."""
         P, Q = -(-self.H // self.stride), -(-self.W // self.stride)
         C, width = self.inplanes, self.planes
+        # K: output channels. J: inner channels of a bottleneck. macs: multiply-adds of one image.
         if self.basic:
             K, macs = width, P * Q * 9 * (C * width + width * width)
         else:
@@ -86,7 +94,7 @@ RESNET_CASES = (
     _bottleneck("r50-layer4", 2048, 512, 7, 7),
 )
 
-# Every distinct block of ResNeXt-50 32x4d, and the widest groups of the 32x8d and 64x4d.
+# Every distinct block of ResNeXt-50 32x4d, and the blocks with the widest groups of the 32x8d and 64x4d models.
 RESNEXT_CASES = (
     _bottleneck("x50-layer1-first", 64, 64, 56, 56, groups=32, base_width=4),
     _bottleneck("x50-layer1", 256, 64, 56, 56, groups=32, base_width=4),
@@ -100,7 +108,8 @@ RESNEXT_CASES = (
     _bottleneck("x101-64x4d-layer1", 256, 64, 56, 56, groups=64, base_width=4),
 )
 
-# Where kernels go wrong: channels that fill no vector, odd maps with stride, tiny maps and batches, groups.
+# Shapes on which kernels tend to fail: channels that fill no vector, odd maps with stride, tiny maps and batches,
+# groups.
 ODD_CASES = (
     _bottleneck("odd-channels", 20, 5, 9, 7),
     _bottleneck("odd-channels-down", 13, 5, 9, 7, 2),

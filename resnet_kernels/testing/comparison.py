@@ -11,7 +11,11 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Errors:
-    """Of a result and of PyTorch's own in the same dtype, both against fp64; `worst` is the index of `max`."""
+    """The errors of a result and of eager PyTorch's in the same dtype, both against fp64, and the allowed errors.
+
+    rms, max: of the result. eager_rms, eager_max: of eager PyTorch's. scale: RMS of the exact values. worst: the index
+    of the largest error. misplaced: number of elements whose NaN or Inf is missing or should not be there.
+    """
 
     rms: float
     max: float
@@ -25,6 +29,7 @@ class Errors:
 
     @property
     def ok(self) -> bool:
+        """Whether the result is within the rule, by RMS and by maximum."""
         return self.misplaced == 0 and self.rms <= self.allowed_rms and self.max <= self.allowed_max
 
     def __str__(self) -> str:
@@ -37,19 +42,24 @@ class Errors:
 
 
 def compare(out: Tensor, eager: Tensor, exact: Tensor, reduction: int = 1) -> Errors:
-    """The rule: the error against fp64 is at most twice PyTorch's own on the same inputs in the same dtype, as RMS and
-    as maximum, plus a floor: eps / 4 of the dtype (what rounding once leaves) and sqrt(reduction) eps / 8 of the
-    accumulator, of the values' own RMS and maximum. NaN and Inf stand where fp64 has them, except where the result or
-    eager itself overflows.
+    """Return the errors of a result under the rule of comparison.
 
-    out, eager: results in the dtype under test. exact: the same in fp64; compared where it is. reduction: terms in the
-    longest sum.
-    Raises AssertionError where shape or dtype differ.
+    The rule: the error against fp64 is at most twice that of eager PyTorch on the same inputs in the same dtype, as RMS
+    and as maximum, plus a floor. The floor is eps / 4 of the dtype (the error of rounding once) plus
+    sqrt(reduction) * eps / 8 of the accumulator, both relative to the exact values' RMS or maximum. NaN and Inf are
+    where fp64 has them, except where the result or eager PyTorch overflows.
+
+    Args:
+        out, eager: results of one shape in the dtype under test.
+        exact: the result in fp64. The comparison runs on its device.
+        reduction: the number of terms in the longest sum.
+    Raises:
+        AssertionError: shapes or dtypes differ.
     """
     assert out.shape == exact.shape == eager.shape, f"shape: expected {exact.shape} ({eager.shape}), got {out.shape}"
     assert out.dtype == eager.dtype, f"dtype: expected {eager.dtype}, got {out.dtype}"
     wide = torch.float64 if out.dtype == torch.float64 else torch.float32
-    # fp64 is compared with fp64: there the reference errs as much as the result.
+    # If the result is fp64 too, the reference errs as much as the result: then the floor is eight times as large.
     terms = torch.finfo(wide).eps * math.sqrt(reduction) / (1 if wide == torch.float64 else 8)
     unit = torch.finfo(out.dtype).eps / 4 + terms
     o, e, x = (t.detach().to(exact.device).double() for t in (out, eager, exact))
@@ -83,7 +93,14 @@ def compare(out: Tensor, eager: Tensor, exact: Tensor, reduction: int = 1) -> Er
 def assert_matches(
     out: Tensor, eager: Tensor, exact: Tensor, reduction: int = 1, name: str = "result", maximum: bool = True
 ) -> None:
-    """Raises AssertionError with the errors unless they are within the rule; by RMS alone if not `maximum`."""
+    """Assert that a result is within the rule of `compare`, which also describes the arguments.
+
+    Args:
+        name: the result's name, for the message.
+        maximum: if False, the error is compared by RMS alone.
+    Raises:
+        AssertionError: with the errors, if they exceed the rule.
+    """
     errors = compare(out, eager, exact, reduction)
     ok = errors.ok if maximum else errors.misplaced == 0 and errors.rms <= errors.allowed_rms
     assert ok, f"{name}: {errors}"

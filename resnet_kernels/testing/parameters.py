@@ -1,4 +1,4 @@
-"""Batch norms with statistics and affine parameters as a trained model has."""
+"""Gives batch norms the kind of statistics and affine parameters that a trained model has."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def randomize_(model: nn.Module) -> nn.Module:
-    """Give every batch norm statistics and affine parameters as a trained model has, away from 0 and 1."""
+    """Give every batch norm random statistics and affine parameters, away from 0 and 1; returns the model."""
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             assert m.running_mean is not None and m.running_var is not None
@@ -20,13 +20,16 @@ def randomize_(model: nn.Module) -> nn.Module:
 
 
 def calibrate_(model: nn.Module, images: Tensor) -> nn.Module:
-    """Set the batch norms' statistics to those of the images, layer by layer, as training would have."""
+    """Set the statistics of every batch norm to those of its input for these images; returns the model.
+
+    images: (N, 3, H, W), one batch, which the model runs once in training mode.
+    """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [m.momentum for m in norms]
     training = model.training
     for m in norms:
         m.reset_running_stats()
-        m.momentum = None
+        m.momentum = None  # cumulative average: after one batch the statistics are those of the batch
     with torch.no_grad():
         model.train()(images)
     for m, momentum in zip(norms, momenta, strict=True):

@@ -1,6 +1,6 @@
-"""Measured choices: the tuner, and beside it the tables it made that are shipped, one JSON file per GPU.
+"""The tuner, and beside it the tables that it made and that are shipped: one JSON file per GPU.
 
-backends/measured.py reads and writes tables; tuner.py measures.
+backends/tables.py reads tables; store.py writes them; tuner.py measures; launches.py lists the candidate launches.
 """
 
 from .tuner import CANDIDATES, TuningReport, tune

@@ -1,4 +1,4 @@
-"""Writing tables of measured choices."""
+"""Writes the tables of measured choices that `backends/tables.py` reads."""
 
 from __future__ import annotations
 
@@ -12,8 +12,16 @@ from ..backends.tables import SCHEMA, Table, forget, read
 
 
 def store(path: Path, holds_for: Mapping[str, str], measured: Table) -> None:
-    """Add to the file, or begin it. Other processes may read and write it meanwhile; a file that is no table of these
-    is replaced, with a warning."""
+    """Add the measured choices to the table in the file, which is created if it does not exist.
+
+    Other processes may read and write the file at the same time. A file that is no table, or the table of another
+    machine, is replaced, with a warning.
+
+    Args:
+        path: the table's file.
+        holds_for: the identity of the machine and versions that the measurements hold for.
+        measured: the choices to add; they replace earlier choices for the same calls and launches.
+    """
     from filelock import FileLock
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,7 +33,7 @@ def store(path: Path, holds_for: Mapping[str, str], measured: Table) -> None:
                 if found != dict(holds_for):
                     raise ValueError(f"{path}: expected a table for {dict(holds_for)}, got one for {found}")
             except ValueError as error:
-                warnings.warn(f"{error}; replaced", stacklevel=2)
+                warnings.warn(f"{error}; the file is replaced", stacklevel=2)
                 merged = Table({}, {})
         merged.calls.update(measured.calls)
         merged.launches.update(measured.launches)

@@ -1,26 +1,26 @@
-"""tune: measure, on this device, what runs a model's calls right and fastest, and keep it in a table.
+"""Measure, on this device, which implementations run a model's calls right and fastest, and save them in a table.
 
-Measured are: for each launch of the Triton backend the kernel and its configuration; then for each residual block and
-stem the backend; then whether those choices together beat what would be chosen without them, as a run of blocks may
-gain by having one backend. A candidate is checked against fp64, on random inputs of the call's own sizes and strides,
-before it is timed; one that is wrong, or does not compile without spills, is out.
+The tuner measures three things: for each Triton launch, the kernel and its configuration; for each residual block and
+stem, the backend; and for each run of consecutive blocks, whether those choices together beat the default choices, as a
+run may gain by staying on one backend. Each candidate is first checked against fp64, on random inputs of the call's own
+sizes and strides. A candidate that is wrong, or whose kernel spills, is not timed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import math
+import tempfile
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from ..analysis.roofline import launches_of
@@ -32,17 +32,28 @@ from ..ops import block_inference as block_op
 from ..testing import compare
 from .store import store
 
-# Launch configurations to time per launch, beside the one that is chosen without.
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# Launch configurations to time per launch, in addition to the default.
 CANDIDATES = 8
 
-# A challenger replaces what would be chosen anyway only if it takes less than this share of its time, most of the time.
+# A challenger replaces the default only if its median is below this share of the default's, and its 80th percentile is
+# below the default's median.
 WORTH = 0.98
+RULE = (
+    f"A candidate replaces the default if its median time is below {WORTH:.0%} of the default's and its 80th "
+    "percentile is below the default's median."
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """One choice. seconds: of every candidate that was right, by name. out: candidates that were not timed, and why.
-    default: what would be chosen without a table."""
+    """The measurement of one choice.
+
+    chosen, default: names of candidates; the default is the choice without a table. seconds: the median of every
+    candidate that was right. out: the candidates that were not timed, and why.
+    """
 
     what: str
     chosen: str
@@ -52,7 +63,7 @@ class Measured:
 
     def __str__(self) -> str:
         if not self.seconds:
-            return f"{self.what}: nothing ran right"
+            return f"{self.what}: no candidate ran right" + self._refused()
         before = self.seconds.get(self.default)
         gain = (
             f", {before / self.seconds[self.chosen]:.2f}x {self.default}"
@@ -60,13 +71,22 @@ class Measured:
             else ""
         )
         text = f"{self.what}: {self.chosen}, {1e6 * self.seconds[self.chosen]:.1f} us{gain}"
-        return text + "".join(f"\n    out: {name}: {reason}" for name, reason in self.out.items())
+        best = min(self.seconds, key=lambda name: self.seconds[name])
+        if self.seconds[best] < self.seconds[self.chosen]:
+            text += f" (the default; {best}, {1e6 * self.seconds[best]:.1f} us, is not faster by more than the noise)"
+        return text + self._refused()
+
+    def _refused(self) -> str:
+        return "".join(f"\n    not timed: {name}: {reason}" for name, reason in self.out.items())
 
 
 @dataclasses.dataclass(frozen=True)
 class TuningReport:
-    """What was tables, in order; how many choices the table held before, and how many the budget left. path: of the
-    table."""
+    """The result of `tune`.
+
+    path: of the table. measured: the choices, in the order they were measured. kept: the number of choices that the
+    table already held. left: the number that the budget did not reach.
+    """
 
     path: Path
     measured: tuple[Measured, ...]
@@ -75,7 +95,12 @@ class TuningReport:
 
     def __str__(self) -> str:
         lines = [str(m) for m in self.measured]
-        lines.append(f"{len(self.measured)} choices measured, {self.kept} known before, {self.left} left; {self.path}")
+        if self.measured:
+            lines.append(RULE)
+        lines.append(
+            f"{len(self.measured)} choices measured, {self.kept} already in the table, {self.left} left by the budget; "
+            f"{self.path}"
+        )
         return "\n".join(lines)
 
 
@@ -91,32 +116,38 @@ def tune(
     console: Console | None = None,
     before: Callable[[str], None] = lambda what: None,
 ) -> TuningReport:
-    """Measure what runs a model's residual blocks and stem fastest on its device, for inputs like the example, and keep
-    it in a table that later calls with these sizes follow: replaced models and models frozen from then on.
+    """Measure which implementations run a model's residual blocks and stem fastest on its device, and save them.
+
+    Replaced models, and models frozen from then on, follow the table for inputs of the example's sizes.
 
     Args:
-        model: a model that `freeze` takes, in evaluation mode, or a frozen one. It is not changed.
-        example_input: (N, C, H, W) on the model's device; choices hold for its sizes and dtype (a frozen model's own).
-        candidates: launch configurations to time per launch of the Triton backend, best predicted first.
-        budget: seconds after which no further choice is begun; launches have the first half.
-        path: of the table; None for one in the user's cache folder, named after device and versions.
-        again: measure also what the table holds already.
-        console: where a progress bar goes; None for none.
+        model: a model that `freeze` accepts, in evaluation mode, or a frozen model. It is not changed.
+        example_input: (N, C, H, W) on the model's device. The choices hold for its sizes and dtype, or for the dtype of
+            a frozen model.
+        candidates: number of launch configurations to time per Triton launch, the best predicted first.
+        budget: seconds after which no further measurement begins; launches have the first half.
+        path: of the table; by default a file in the user's cache folder, named after the device and the versions.
+        again: measure again what the table already holds.
+        console: where the progress bar is drawn; by default there is none.
         before: called with the name of each choice before it is measured.
     Returns:
-        TuningReport. The table is written after every choice: what was measured before an interruption stays.
+        TuningReport. The table is written after every choice, so an interruption loses only the choice in progress.
     Raises:
-        ValueError: as `freeze` does.
-        ModuleNotFoundError: no path was given and the cache folder is not known.
+        ValueError: the budget is negative, the table cannot be written at its path, or `freeze` refuses the model.
+        ModuleNotFoundError: `path` is None, and platformdirs, which finds the cache folder, is not installed.
     Numerics: a candidate's error against fp64 is at most twice that of torch's own chain in the same dtype
-        (`testing.compare`), over the whole batch.
+        (`testing.compare`), over the whole batch. A candidate replaces the default if its median time is below 98 % of
+        the default's and its 80th percentile is below the default's median.
     """
+    if not budget >= 0:
+        raise ValueError(f"budget: expected a number of seconds that is not negative, got {budget}")
     if isinstance(model, FrozenModel):
         frozen = model
     else:
         frozen = freeze(model, example_input.dtype, cuda_graphs=False)
     holds_for = tables.identity(frozen.device)
     path = path or tables.cache_folder() / tables.file_of(holds_for)
+    _check_writable(path)
     if again or not path.exists():
         known = tables.Table({}, {})
     else:
@@ -126,28 +157,60 @@ def tune(
     todo = [job for job in jobs if job.key not in known.calls and job.key not in known.launches]
     begun, done = time.monotonic(), 0
     rows: list[Measured] = []
-    progress = Progress(console=console, transient=True, disable=console is None)
-    # What was measured first already serves those that follow.
-    with progress, tables.also(path.parent):
-        bar = progress.add_task("tuning", total=len(todo))
+    # Each measurement uses the choices stored before it.
+    with _progress(console, len(todo)) as advance, tables.also(path.parent):
         for job in todo:
-            # The launches' half of the time; without the backends' choices theirs would count for nothing.
+            # Launches have half of the time: without a choice of the backend theirs has no effect.
             if time.monotonic() - begun > (budget / 2 if job.launch else budget):
                 continue
-            progress.update(bar, description=job.what[:60])
+            advance(job.what[:60], 0)
             before(job.what)
             row = job.run(functools.partial(store, path, holds_for))
             rows += [] if row is None else [row]
             done += 1
-            progress.advance(bar)
+            advance(job.what[:60], 1)
     return TuningReport(path, tuple(rows), len(jobs) - len(todo), len(todo) - done)
+
+
+@contextlib.contextmanager
+def _progress(console: Console | None, total: int) -> Iterator[Callable[[str, int], None]]:
+    """Yield a function of a description and the steps to advance by; without a console it does nothing."""
+    if console is None:
+        yield lambda what, steps: None
+        return
+    # Imported here, so that `import resnet_kernels` loads no tooling.
+    from rich.progress import Progress
+
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("tuning", total=total)
+        yield lambda what, steps: progress.update(bar, description=what, advance=steps)
+
+
+def _check_writable(path: Path) -> None:
+    """Raise ValueError if the table cannot be written: its lock would be waited for without end."""
+    reason = "is a folder" if path.is_dir() else None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        # The lock's file may be another user's.
+        for file in (path, Path(f"{path}.lock")):
+            if file.is_file():
+                file.open("r+b").close()
+    except OSError as error:
+        reason = f"cannot be written: {error.strerror}"
+    if reason:
+        raise ValueError(
+            f"table: expected a file in a folder that can be written, got {path}, which {reason}; name a file with "
+            "--table (`path` in Python), or a folder with RESNET_KERNELS_CACHE"
+        )
 
 
 def _known(path: Path, holds_for: dict[str, str]) -> tables.Table:
     try:
         found, table = tables.read(path)
     except ValueError:
-        return tables.Table({}, {})  # `store` replaces the file, and says so
+        return tables.Table({}, {})  # `store` replaces the file with a warning
     return table if found == holds_for else tables.Table({}, {})
 
 
@@ -156,8 +219,11 @@ Store = Callable[[tables.Table], None]
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A choice to be measured. run stores what it finds, first what holds if it never ends: a kernel that takes the
-    process along is not tried again. It returns what was found, None if there was nothing to choose."""
+    """A choice to be measured.
+
+    run first stores the default as unfinished, so that a kernel that kills the process is not tried again, then stores
+    and returns the measurement, or None if there was only one candidate. launch: whether it is a choice of a kernel.
+    """
 
     key: str
     what: str
@@ -166,7 +232,7 @@ class Job:
 
 
 def _trunks(frozen: FrozenModel, example: Tensor) -> list[tuple[FrozenTrunk, tuple[int, ...]]]:
-    """The trunks that run, with the sizes of their inputs."""
+    """Return the trunks that a forward runs, with the sizes of their inputs."""
     seen: list[tuple[FrozenTrunk, tuple[int, ...]]] = []
     hooks = [
         m.register_forward_pre_hook(lambda m, args: seen.append((m, tuple(args[0].shape))))
@@ -175,7 +241,7 @@ def _trunks(frozen: FrozenModel, example: Tensor) -> list[tuple[FrozenTrunk, tup
     ]
     graphs = [(m, m.graphs) for m in frozen.modules() if isinstance(m, (FrozenTrunk, FrozenResNet))]
     for m, _ in graphs:
-        m.graphs = None  # a graph runs past its trunk's hooks
+        m.graphs = None  # a graph's replay calls no hooks of its trunk
     try:
         frozen(example)
     finally:
@@ -192,7 +258,7 @@ def _time(calls: Mapping[str, Callable[[], Any]], device: torch.device) -> dict[
 
 
 def _best(samples: Mapping[str, Sample], default: str) -> str:
-    """The fastest, if it is so by more than noise."""
+    """Return the name of the fastest candidate, if it beats the default by more than noise, else the default."""
     best = min(samples, key=lambda name: samples[name].median)
     if default not in samples:
         return best
@@ -217,20 +283,20 @@ def _call_jobs(trunks: Iterable[tuple[FrozenTrunk, tuple[int, ...]]]) -> list[Jo
 
 
 def _names(step: Step, call: Call) -> list[str]:
-    """Of the backends that may run it. All steps of a trunk compute in one dtype: that of the default."""
+    """Return the backends that may run the call, in the dtype of the default: a trunk's steps all compute in one."""
     dtype = select.BY_NAME[_default(step)].compute_dtype(call.dtype)
     able = [b for b in select.CANDIDATES if b.why_not(call) is None and b.compute_dtype(call.dtype) == dtype]
-    # The definition is no candidate, and the interpreter is for proofs.
+    # The reference and the interpreted kernels are too slow to be candidates.
     left_out = (reference.NAME, *[gpu.NAME] * gpu.interpreting())
     return [b.NAME for b in able if b.NAME not in left_out]
 
 
 def _plain_step(step: Step, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """As torch's own modules compute it, in dtype."""
+    """Return the step's result as torch's own modules compute it, in dtype."""
 
     def conv_bn(h: Tensor, i: int) -> Tensor:
         c = F.conv2d(h, step.weights[i].to(dtype), None, *step.geometries[i])
-        # The chain's shifts are one fewer than its weights if there is a projection, whose shift is in the last.
+        # A projection has no shift of its own: the last convolution's includes it.
         shift = step.shifts[i] if i < len(step.shifts) else torch.zeros_like(step.scales[i])
         a, b = (t.to(accumulator_dtype(dtype))[:, None, None] for t in (step.scales[i], shift))
         return (c.to(a.dtype) * a + b).to(dtype)
@@ -241,32 +307,32 @@ def _plain_step(step: Step, x: Tensor, dtype: torch.dtype) -> Tensor:
     for i in range(last):
         h = torch.relu(conv_bn(h, i))
     h = conv_bn(h, last)
-    if step.pool is not None:
-        return F.max_pool2d(torch.relu(h), *step.pool)
-    if step.shortcut == "projection":
+    if step.spec.pool is not None:
+        return F.max_pool2d(torch.relu(h), *step.spec.pool)
+    if step.spec.shortcut == "projection":
         return torch.relu(h + conv_bn(x, last + 1))
-    if step.shortcut == "zero_pad":
+    if step.spec.shortcut == "zero_pad":
         x = block_op.zero_pad(x, block_op.total_stride(step.geometries), h.shape[1])
     return torch.relu(h + x)
 
 
 def _by_images(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Some at a time: in fp64 the intermediates of all may not fit."""
+    """Apply the function to 32 images at a time: in fp64 the intermediates of a whole batch may not fit."""
     return torch.cat([function(part) for part in x.split(32)]) if len(x) else function(x)
 
 
 def _checked(
     calls: Mapping[str, Callable[[], Any]], wrong: Callable[[Any], str], out: dict[str, str], device: torch.device
 ) -> dict[str, Callable[[], Any]]:
-    """Those that are right, as they are to be timed: on a GPU as graphs, for what launching takes is no kernel's doing.
-    Why the others are not goes to `out`. Raises where a candidate took the device along."""
+    """Return the candidates that are right, as they are to be timed: on a GPU as CUDA graphs, which leave out the time
+    of launching. Write the reasons against the others to `out`. Raise if a candidate left the device unusable."""
     right = {}
     for name, call in calls.items():
         try:
             reason = wrong(call())
             if not reason:
                 right[name] = captured(call, ())[0] if device.type == "cuda" else call
-        except Exception as error:  # whatever it was, the candidate is out
+        except Exception as error:  # any failure excludes the candidate
             reason = f"{type(error).__name__}: {error}"[:200]
         if reason:
             out[name] = reason
@@ -278,7 +344,7 @@ def _tune_call(step: Step, size: tuple[int, ...], names: list[str], key: str, st
     default = _default(step)
     store(tables.Table({key: {"call": key, "fastest": default, "unfinished": True}}, {}))
     x = torch.randn(size, device=step.shifts[0].device)
-    x = (x if step.pool is not None else torch.relu(x)).to(step.call.dtype, memory_format=torch.channels_last)
+    x = (x if step.spec.pool is not None else torch.relu(x)).to(step.call.dtype, memory_format=torch.channels_last)
     exact = _by_images(lambda part: _plain_step(step, part, torch.float64), x)
     plain = _by_images(lambda part: _plain_step(step, part, x.dtype), x)
     terms = max(w[0].numel() for w in step.weights)
@@ -301,16 +367,16 @@ def _tune_call(step: Step, size: tuple[int, ...], names: list[str], key: str, st
 
 
 def _default(step: Step) -> str:
-    """The backend without a table: none knows a call of no size."""
+    """Return the backend that is chosen without a table: tables hold no calls without a size."""
     return select.choose(dataclasses.replace(step.call, size=())).NAME
 
 
 def _calls(trunk: FrozenTrunk, size: tuple[int, ...]) -> Iterator[Call]:
-    """Each step's, of the sizes it sees."""
+    """Yield the call of each step, with the size of the step's input."""
     N, *image = size
     for step in trunk.steps:
         yield dataclasses.replace(step.call, size=(N, *image))
-        image = list(step.walk((image[0], image[1], image[2]))[1][-1])
+        image = list(step.map_sizes((image[0], image[1], image[2]))[1][-1])
 
 
 def _trunk_jobs(trunks: Iterable[tuple[FrozenTrunk, tuple[int, ...]]]) -> list[Job]:
@@ -326,7 +392,7 @@ def _trunk_jobs(trunks: Iterable[tuple[FrozenTrunk, tuple[int, ...]]]) -> list[J
 def _tune_trunk(
     trunk: FrozenTrunk, size: tuple[int, ...], keys: list[str], key: str, what: str, store: Store
 ) -> Measured | None:
-    """Whether the steps' choices hold when they run one after the other; else all take what they would without."""
+    """Measure the steps' choices together; if they do not beat the defaults, store the defaults for all steps."""
     device = trunk.steps[0].shifts[0].device
     table = {k: row for k, row in tables.table(device).calls.items() if k in keys}
     default = [_default(step) for step in trunk.steps]
@@ -350,7 +416,7 @@ def _tune_trunk(
 
 
 def _launch_jobs(trunks: Iterable[tuple[FrozenTrunk, tuple[int, ...]]], most: int, known: Container[str]) -> list[Job]:
-    """Of the Triton backend, where it runs. What is known already is not compiled again."""
+    """Return the choices of kernels, where the backend gpu runs. Launches that the table holds are not compiled."""
     from . import launches
 
     problems: dict[str, Any] = {}
@@ -361,7 +427,7 @@ def _launch_jobs(trunks: Iterable[tuple[FrozenTrunk, tuple[int, ...]]], most: in
             x = torch.empty(size, dtype=trunk.dtype, device=device)
             problems |= {p.key: p for p in launches.problems_of(launches_of(trunk, x))}
     unknown = [p for key, p in problems.items() if key not in known]
-    # All at once, when the first is asked for: a process a problem would begin as often.
+    # All are compiled together when the first is needed: one pool of processes serves them all.
     prune = functools.cache(lambda: launches.prune(unknown, device, most))
     return [
         Job(key, _what(key), functools.partial(_tune_launch, p, device, prune), True) for key, p in problems.items()
@@ -394,7 +460,7 @@ def _tune_launch(
         bad = [str(e) for e in errors if not e.ok]
         return "wrong: " + "; ".join(bad) if bad else ""
 
-    calls = {name: functools.partial(launches.run_so, real, choice) for name, choice in named.items()}
+    calls = {name: functools.partial(launches.run_candidate, real, choice) for name, choice in named.items()}
     samples = _time(_checked(calls, wrong, out, device), device)
     seconds = _medians(samples)
     chosen = _best(samples, default) if samples else ""

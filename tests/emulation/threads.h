@@ -1,5 +1,6 @@
-// CUDA's threads on one thread of a CPU: those of a block are fibers that take turns, blocks follow each other. What
-// waits for what will never come is told as a deadlock, with who waits.
+// An emulator of CUDA's execution model on one CPU thread. The threads of a block are fibers that take turns; blocks
+// run one after another. A wait that can never end is reported as a deadlock, with the threads that wait and what they
+// wait for.
 #pragma once
 
 #include <setjmp.h>
@@ -20,20 +21,21 @@ namespace emulation {
 constexpr int kWarp = 32;
 constexpr size_t kStackBytes = 256 << 10;
 
-// Where a fiber runs, kept from block to block: to make one asks the system for memory. _setjmp and _longjmp, unlike
-// swapcontext, do not ask it at every turn for the signals that are blocked.
+// A fiber's context and stack. They are reused from block to block, because creating one asks the system for memory.
+// _setjmp and _longjmp make no system call; swapcontext would save the signal mask at every switch.
 struct Place {
   jmp_buf at;
   std::unique_ptr<char[]> stack;
 };
 
+// A thread of the block: what it waits for, and whether it has ended.
 struct Fiber {
   dim3 thread;
   const char* waits_for = nullptr;
   bool done = false;
 };
 
-// A point where `threads` meet, as often as they like.
+// A reusable barrier: threads that have arrived, and how often it has opened.
 struct Meeting {
   unsigned arrived = 0, generation = 0;
 };
@@ -48,8 +50,8 @@ struct Block {
   std::string failure;
   Meeting all, named[16];
   std::vector<Meeting> warps;
-  std::vector<uint64_t> exchanged;               // of a thread, what it gives to its warp
-  std::vector<std::function<void()>> under_way;  // what the copy engine has yet to do, in no order
+  std::vector<uint64_t> exchanged;               // per thread: the value of a shuffle
+  std::vector<std::function<void()>> in_flight;  // TMA loads in flight, completed in random order
   uint32_t random = 1;
 
   unsigned threads() const { return size.x * size.y * size.z; }
@@ -58,18 +60,22 @@ struct Block {
 
 inline Block* block = nullptr;
 
-// What was started and nobody awaited when a thread ends: null, or what it is.
-inline const char* (*left_behind)(unsigned thread) = nullptr;
+// Set by an emulated unit: returns what a thread had started and not awaited when it ended ("it had waited for its TMA stores"),
+// or null.
+inline const char* (*unawaited)(unsigned thread) = nullptr;
 
 inline std::vector<Place> places;
 
-// Whether threads of every second block take their turns from the last to the first: who is first must not matter.
-inline bool turned = false;
+// Whether every second block runs its threads from the last to the first, to find kernels that depend on the order of
+// threads.
+inline bool reverse_odd_blocks = false;
 
+// Return to the scheduler; run on at this thread's next turn.
 inline void yield() {
   if (!_setjmp(places[block->current].at)) _longjmp(block->scheduler, 1);
 }
 
+// Let other threads run until the predicate holds.
 template <class Predicate>
 void await(const char* what, Predicate there) {
   block->me().waits_for = what;
@@ -78,7 +84,7 @@ void await(const char* what, Predicate there) {
   block->progress = true;
 }
 
-// A kernel's fault: the launch fails by it.
+// Report a kernel's error: the launch fails with this message.
 [[noreturn]] inline void fail(const std::string& what) {
   Block& b = *block;
   b.failure = what + ", thread " + std::to_string(b.current) + " of block " + std::to_string(b.index.x);
@@ -86,6 +92,7 @@ void await(const char* what, Predicate there) {
   __builtin_unreachable();
 }
 
+// Wait at a barrier until `threads` threads have arrived.
 inline void meet(const char* what, Meeting& at, std::function<unsigned()> threads) {
   const unsigned generation = at.generation;
   ++at.arrived;
@@ -106,11 +113,11 @@ inline void sync_warp() {
   meet("its warp", block->warps[warp], [=] { return std::min<unsigned>(kWarp, block->threads() - first); });
 }
 
-// What lane `from` of the warp gives. All lanes take part.
+// Return what lane `from` of the warp passes. All lanes must take part.
 template <class T>
 T exchange(uint32_t mask, T mine, unsigned from) {
   static_assert(sizeof(T) <= 8);
-  if (mask != ~0u) fail("a shuffle of some lanes is not emulated");
+  if (mask != ~0u) fail("shuffles are emulated for full masks only, got a partial mask");
   std::memcpy(&block->exchanged[block->current], &mine, sizeof(T));
   sync_warp();
   T theirs;
@@ -120,18 +127,19 @@ T exchange(uint32_t mask, T mine, unsigned from) {
 }
 inline unsigned lane() { return block->current % kWarp; }
 
-// One thread of each block after the other.
+// A fiber's body: this thread of one block after another.
 inline void run_fibers() {
   for (;; yield()) {
     (*block->body)();
-    if (const char* what = left_behind ? left_behind(block->current) : nullptr) fail(std::string("ends before ") + what);
+    if (const char* what = unawaited ? unawaited(block->current) : nullptr)
+      fail(std::string("the thread ended before ") + what);
     block->me().done = true;
     --block->alive;
     block->progress = true;
   }
 }
 
-// Runs the current thread until it waits or ends.
+// Run the current thread until it waits or ends.
 [[gnu::noinline]] inline void resume() {
   if (_setjmp(block->scheduler)) return;
   Place& place = places[block->current];
@@ -144,24 +152,25 @@ inline void run_fibers() {
   setcontext(&context);
 }
 
-// Those that wait for what will never come are given up, with what they hold.
-[[noreturn]] inline void give_up(const std::string& why) {
+// Abandon all fibers, with what they hold, and fail the launch.
+[[noreturn]] inline void abandon(const std::string& why) {
   places.clear();
   throw std::runtime_error(why);
 }
 
-inline bool chance(Block& b) { return (b.random = b.random * 1664525u + 1013904223u) >> 31; }
+// A pseudorandom bit, the same in every run.
+inline bool coin_flip(Block& b) { return (b.random = b.random * 1664525u + 1013904223u) >> 31; }
 
-inline std::string who_waits(const Block& b) {
-  std::string text = "deadlock in block " + std::to_string(b.index.x) + ":";
+inline std::string deadlock_report(const Block& b) {
+  std::string text = "deadlock: every thread waits in block " + std::to_string(b.index.x) + ":";
   const char* last = nullptr;
   for (size_t i = 0; i < b.fibers.size(); ++i)
     if (!b.fibers[i].done && b.fibers[i].waits_for != last)
-      text += " from thread " + std::to_string(i) + " for " + (last = b.fibers[i].waits_for) + ";";
+      text += " from thread " + std::to_string(i) + " on for " + (last = b.fibers[i].waits_for) + ";";
   return text;
 }
 
-// Throws std::runtime_error where a thread fails, or all wait.
+// Run one block. Throws std::runtime_error if a thread fails, or if all threads wait.
 inline void run_block(dim3 grid, dim3 size, dim3 index, const std::function<void()>& body) {
   Block b;
   block = &b;
@@ -171,24 +180,24 @@ inline void run_block(dim3 grid, dim3 size, dim3 index, const std::function<void
   for (unsigned i = 0; i < b.fibers.size(); ++i)
     b.fibers[i].thread = dim3(i % size.x, i / size.x % size.y, i / size.x / size.y);
   if (places.size() < b.fibers.size()) places.resize(b.fibers.size());
-  while (b.alive > 0 || !b.under_way.empty()) {
+  while (b.alive > 0 || !b.in_flight.empty()) {
     b.progress = false;
     for (unsigned turn = 0; turn < b.fibers.size(); ++turn) {
-      b.current = turned && index.x % 2 ? static_cast<unsigned>(b.fibers.size()) - 1 - turn : turn;
+      b.current = reverse_odd_blocks && index.x % 2 ? static_cast<unsigned>(b.fibers.size()) - 1 - turn : turn;
       if (b.me().done) continue;
       resume();
-      if (!b.failure.empty()) give_up(b.failure);
+      if (!b.failure.empty()) abandon(b.failure);
     }
-    // What is under way arrives sooner or later, the last first.
-    for (size_t i = b.under_way.size(); i-- > 0;)
-      if (chance(b) || !b.progress) {
-        auto arrives = std::move(b.under_way[i]);
-        b.under_way.erase(b.under_way.begin() + i);
+    // Loads in flight complete at random, latest first; at least one does if no thread has made progress.
+    for (size_t i = b.in_flight.size(); i-- > 0;)
+      if (coin_flip(b) || !b.progress) {
+        auto arrives = std::move(b.in_flight[i]);
+        b.in_flight.erase(b.in_flight.begin() + i);
         arrives();
         b.progress = true;
       }
-    if (!b.failure.empty()) give_up(b.failure);
-    if (!b.progress) give_up(who_waits(b));
+    if (!b.failure.empty()) abandon(b.failure);
+    if (!b.progress) abandon(deadlock_report(b));
   }
 }
 
@@ -200,7 +209,7 @@ inline void run_grid(dim3 grid, dim3 size, const std::function<void()>& body) {
 
 }  // namespace emulation
 
-// What nvcc knows.
+// CUDA's built-in variables, qualifiers and intrinsics.
 #define threadIdx (emulation::block->me().thread)
 #define blockIdx (emulation::block->index)
 #define blockDim (emulation::block->size)
@@ -219,7 +228,8 @@ inline void run_grid(dim3 grid, dim3 size, const std::function<void()>& body) {
 #ifndef __grid_constant__
 #define __grid_constant__
 #endif
-// One block runs at a time. What a kernel takes without a size is the emulator's of the kernel's library.
+// One block runs at a time, so static is as good as shared. Dynamic shared memory is provided by each library's
+// emulator.
 #undef __shared__
 #define __shared__ static
 

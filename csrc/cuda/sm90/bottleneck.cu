@@ -1,3 +1,4 @@
+// Host side of bottleneck.cuh.
 #include "cuda/sm90/bottleneck.cuh"
 
 #include <cuda_runtime_api.h>

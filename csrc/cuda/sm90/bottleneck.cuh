@@ -1,24 +1,38 @@
-// A bottleneck of 64 channels for sm_90a:
+// A whole bottleneck of 64 inner channels, for sm_90a:
 //
 //   a = relu(x w1^T + shift1), rounded                  256 channels to 64, or with a projection 64 to 64
 //   h = relu(conv3x3(a, w) + shift), rounded            64 channels, only ever in registers
-//   y = relu(h w3^T + shift3 + x), rounded              256 channels; or x wp^T in place of x
+//   y = relu(h w3^T + shift3 + x), rounded              256 channels; with a projection x wp^T instead of x
 //
-// All weights stay in shared memory (136 or 144 KB). A block goes down a strip of an image's rows, two at a time: output row 2n
-// belongs to the first of two warp groups, 2n + 1 to the second. Rows of a lie in a ring of five, W + 2 columns each,
-// whose first and last are zeros for good; the nine taps are nine addresses, as in tail.cuh. Each row of a is made once,
-// in order: row 2n + 2 by the first warp group before it convolves row 2n, row 2n + 3 by the second before row 2n + 1.
-// So the second wants what the first makes in the same round, the first what the second made in the round before: they
-// run half a round apart, and one multiplies while the other stores. Rows outside the map are zeros. A row takes the
-// place of the one five before: who makes it has convolved what is four before, and seen that the row before it was made,
-// by one who had convolved what is five before.
+// A persistent kernel, one CTA per multiprocessor, with all weights (136 or 144 KB) resident in shared memory. A unit
+// of work is a strip of an image's rows. The CTA walks down it two output rows at a time: row 2n belongs to the first
+// of two consumer warp groups, row 2n + 1 to the second.
 //
-// x streams through a ring, 64 channels of a row an item, in the order in which rows of a are made; two rows later it
-// comes again, from L2, as the residual, into the buffers where y takes its place, or for the projection, into one of its
-// own.
+// Rows of a are in a ring of five, W + 2 columns each, whose first and last columns stay zero; the nine taps are nine
+// descriptors, as in tail.cuh. Each row of a is made once, in order: row 2n + 2 by the first warp group before it
+// convolves row 2n, row 2n + 3 by the second before row 2n + 1. So the second needs what the first makes in the same
+// round, and the first what the second made in the round before: they run half a round apart, and one multiplies while
+// the other stores. Rows outside the map are zeros.
 //
-// Moves: x and y once, and x once more from L2; with several strips an image, two rows of x a strip besides; the weights
-// once per multiprocessor.
+// Why five rows need no `empty` barriers: row r of a overwrites row r - 5, which output rows r - 6 to r - 4 read. The
+// warp group that makes row r has itself convolved output rows r - 6 and r - 4. It has also waited for row r - 1 of a,
+// whose maker had by then convolved output row r - 5.
+//
+// Warp-specialized, three warp groups:
+//
+//   producer, warp 0
+//       The weights once; then x through a ring of items (64 channels of a row; barriers brought, multiplied), in the
+//       order in which rows of a are made.
+//   producer, warp 1
+//       With a projection: x again, from L2, two rows later, into a buffer per consumer warp group (there, projected).
+//   producer, warps 2-3
+//       One per consumer warp group: with the identity, x again, from L2, as the residual, into the results buffers
+//       where y replaces it (handover.cuh); and y out of them.
+//   consumers
+//       Two warp groups as above. Barriers made guard the rows of a.
+//
+// Memory traffic: x and y once, and x once more from L2; with several strips per image, two more rows of x per strip;
+// the weights once per multiprocessor.
 #pragma once
 
 #include "cuda/sm90/bottleneck.h"
@@ -29,19 +43,20 @@ namespace resnet_kernels::sm90 {
 template <class T, bool kProjection>
 struct WholeBottleneck {
   static constexpr BottleneckShape kShape{kProjection};
-  static constexpr int kSlices = kShape.slices(), kParts = kBottleneckK / kSlice;  // of x, of y
+  static constexpr int kSlices = kShape.slices(), kParts = kBottleneckK / kSlice;  // slices of x; slices of y
   static constexpr int kSlots = kShape.slots(), kBuffers = kShape.buffers();
   static constexpr int kTapBytes = 64 * kRow;
 
   struct Barriers {
-    uint64_t weights;
-    uint64_t brought[kSlots], multiplied[kSlots];  // of x
-    uint64_t made[kRowsOfA];                       // of a
-    uint64_t there[2], projected[2];               // of x, for a warp group's projection
-    StepBarriers<kBuffers> steps[2];               // of the warp groups
+    uint64_t weights;                              // the weights have landed
+    uint64_t brought[kSlots], multiplied[kSlots];  // of x's ring: landed; read
+    uint64_t made[kRowsOfA];                       // of each slot of the ring of a: made, by all 128 threads
+    uint64_t there[2], projected[2];               // of x for a warp group's projection: landed; read
+    StepBarriers<kBuffers> steps[2];               // of each consumer warp group
   };
   static_assert(sizeof(Barriers) <= 256);
 
+  // Addresses in shared memory.
   struct Shared {
     uint32_t w, w3, w1, wp, a, slots, projected, buffers;
     __device__ explicit Shared(uint32_t base)
@@ -53,25 +68,27 @@ struct WholeBottleneck {
           slots(a + kBottleneckA),
           projected(slots + kSlots * kBottleneckItem),
           buffers(projected + 2 * kShape.projected() * kBottleneckItem) {}
-    // Operands of 64 rows, of which the last lie in what is behind: never last.
+    // A wgmma reads 64 rows and a buffer has W: the rest lies in whatever follows. Neither is last in shared memory, so
+    // that this is always inside it.
     __device__ uint32_t x_of(int group) const { return projected + group * kBottleneckItem; }
     __device__ uint32_t of(int group) const { return buffers + group * kBuffers * kBottleneckItem; }
     __device__ uint32_t end() const { return of(2); }
   };
 
   struct Strip {
-    int n, first, pairs;  // the image, the first output row, and of rows
+    int n, first, pairs;  // image, first output row, number of row pairs
     __device__ Strip(const BottleneckParams& p, int strip)
         : n(strip / p.strips_of_image),
           first(strip % p.strips_of_image * p.rows),
           pairs(((p.H - first < p.rows ? p.H - first : p.rows) + 1) / 2) {}
-    // What rows of a there are: -1 to this.
+    // The last row of a that the strip needs; the first is -1.
     __device__ int last() const { return 2 * pairs; }
     __device__ bool in_map(const BottleneckParams& p, int row) const { return first + row >= 0 && first + row < p.H; }
   };
 
+  // The operands' producer: the weights, then x for the rows of a.
   static __device__ void move_operands(const BottleneckParams& p, const Shared& at, Barriers& barriers) {
-    await_previous();  // who may have made the weights
+    await_previous();  // the preceding kernel may have written the weights
     BytesBarrier::arrive_and_expect_tx(&barriers.weights, kShape.weights());
     for (int tap = 0; tap < 9; ++tap)
       cute::SM90_TMA_LOAD_3D::copy(&p.w, &barriers.weights, kNoHint, pointer(at.w + tap * kTapBytes), 0, tap, 0);
@@ -101,7 +118,7 @@ struct WholeBottleneck {
     }
   }
 
-  // x of output rows, as the projection sees it.
+  // The projection's producer: x of each output row.
   static __device__ void move_projected(const BottleneckParams& p, const Shared& at, Barriers& barriers) {
     uint32_t phase = 1;
     await_previous();
@@ -118,7 +135,7 @@ struct WholeBottleneck {
     }
   }
 
-  // Which strip the next residual, or the next result, is of.
+  // An iterator over the steps (output row, slice of y) of a warp group, for its residuals or its results.
   struct Place {
     int strip, step = 0;
     template <class Use>
@@ -129,6 +146,7 @@ struct WholeBottleneck {
     }
   };
 
+  // A results producer: x as residual in (identity only), y out.
   static __device__ void move_results(const BottleneckParams& p, const Shared& at, Barriers& barriers, int group) {
     Place loads{static_cast<int>(blockIdx.x)}, stores{static_cast<int>(blockIdx.x)};
     int steps = 0;
@@ -156,7 +174,7 @@ struct WholeBottleneck {
     if (threadIdx.x % kWarpGroup == 0) Barrier::arrive(&barrier);
   }
 
-  // A warp group's, over all strips.
+  // A consumer warp group and its pipeline states, over all strips.
   struct Consumer {
     const BottleneckParams& p;
     const Shared& at;
@@ -164,14 +182,15 @@ struct WholeBottleneck {
     const int group;
     Steps<kBuffers, kBottleneckItem> steps;
     Ring<kSlots> item;
+    // Rows of a made before this strip.
     int begun = 0;
-    uint32_t phase = 0;  // of what the projection sees
+    uint32_t phase = 0;  // of `there`
 
     __device__ Consumer(const BottleneckParams& p, const Shared& at, Barriers& barriers, int group)
         : p(p), at(at), barriers(barriers), group(group), steps(barriers.steps[group], at.of(group)) {}
 
-    // Row of a. The row before is the other warp group's, and so are its items, which come first: with neither brought nor
-    // multiplied a slot's phase could be taken for that of two rounds before.
+    // Make one row of a. First wait for the row before, which the other warp group makes from the items before these:
+    // while those were neither brought nor multiplied, a slot's phase could be taken for that of two rounds before.
     __device__ void make(const Strip& strip, int row) {
       const RowOfA to(begun, row);
       if (row >= 0) {
@@ -213,12 +232,12 @@ struct WholeBottleneck {
       Barrier::arrive(&barriers.made[to.slot]);
     }
 
-    // The items of a row that the other warp group makes, if there is one.
+    // Skip the items of a row that the other warp group makes, if there is such a row.
     __device__ void pass_over(const Strip& strip, int row) {
       if (row <= strip.last() && strip.in_map(p, row)) item.advance(kSlices);
     }
 
-    // Output row, of the strip.
+    // One output row of the strip: the 3x3 from three rows of a, then y, 64 channels at a time.
     __device__ void convolve(int row) {
       float d[32];
       const Shift inner(p.shift);
@@ -279,12 +298,12 @@ struct WholeBottleneck {
       for (int i = blockIdx.x; i < p.strips; i += gridDim.x) {
         const Strip strip(p, i);
         const int last = strip.last();
-        // Of a: 0, 2, ... or -1, 1, ...
+        // The next row of a to make: 0, 2, ... by the first warp group, -1, 1, ... by the second.
         int next = -group;
         if (group == 0) pass_over(strip, -1);
 #pragma unroll 1
         for (int row = group; row < last; row += 2) {
-          // One, but for the strip's first.
+          // One row per round; two in the strip's first round.
 #pragma unroll 1
           for (; next <= last && next <= row + 2; next += 2) {
             make(strip, next);
@@ -316,7 +335,7 @@ struct WholeBottleneck {
       }
       cutlass::arch::fence_barrier_init();
     }
-    // Left and right of the map, for good.
+    // Zero the ring of a: the columns left and right of the map stay zero.
     for (uint32_t i = threadIdx.x; i < kBottleneckA / 4; i += kBottleneckThreads) store_shared(at.a + 4 * i, 0u);
     cutlass::arch::fence_view_async_shared();
     __syncthreads();

@@ -1,4 +1,4 @@
-// A bottleneck of 64 channels for sm_90a, seen from the host.
+// A whole bottleneck of 64 inner channels, for sm_90a: kernel parameters and shared memory sizes, without device code.
 #pragma once
 
 #include <cuda.h>
@@ -9,21 +9,22 @@ namespace resnet_kernels::sm90 {
 
 struct BottleneckParams {
   CUtensorMap x, y;           // (N, H, W, C) and (N, H, W, 256)
-  CUtensorMap w1, w, w3, wp;  // (64, C), (64, 9, 64), (256, 64), and of the projection (256, 64)
+  CUtensorMap w1, w, w3, wp;  // (64, C), (64, 9, 64), (256, 64), and the projection's (256, 64)
   const float *shift1, *shift, *shift3;
-  int strips, strips_of_image, rows, H, W;  // rows: of a strip, an even number
+  int strips, strips_of_image, rows, H, W;  // rows: output rows of a strip, even
 };
 
 constexpr int kBottleneckThreads = 384;
-constexpr int kBottleneckJ = 64, kBottleneckK = 256, kBottleneckColumns = 56;  // inside, outside; columns at most
+constexpr int kBottleneckJ = 64, kBottleneckK = 256, kBottleneckColumns = 56;  // inner, outer channels; max width
 
-// A slice of 64 channels of a row is an item.
+// Bytes of an item: one slice of 64 channels of one row of the map.
 constexpr int kBottleneckItem = kBottleneckColumns * kRow;
-// Rows of a, and what a product of 64 positions reads beyond the last; in multiples of 1024 bytes.
+// Bytes of the ring of rows of a, with the rows that a 64-position wgmma reads beyond the last, rounded up to multiples
+// of 1024 bytes.
 constexpr int kBottleneckA = (kRowsOfA * (kBottleneckColumns + 2) + 14) / 8 * 8 * kRow;
 
-// With the identity x has 256 channels, with a projection 64. Slots of the ring of x; a warp group's buffers of y, and
-// of x as the projection sees it.
+// With the identity shortcut x has 256 channels, with a projection 64. slices: of x. slots: of the ring of x. buffers:
+// results buffers of a consumer warp group. projected: 1 if each warp group has a buffer of x for the projection.
 struct BottleneckShape {
   bool projection;
   constexpr int slices() const { return projection ? 1 : kBottleneckK / kSlice; }

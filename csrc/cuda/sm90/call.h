@@ -1,4 +1,4 @@
-// From a call of the library to a launch, on the host.
+// Helpers of the host functions that turn a call of the library into a launch.
 #pragma once
 
 #include <exception>
@@ -7,11 +7,13 @@
 
 namespace resnet_kernels::sm90 {
 
+// Output size of a convolution or pooling along one axis.
 inline int output_size(int size, int kernel, int stride, int padding, int dilation) {
   return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
 }
 
-// Null, or what went wrong: good until the thread's next call.
+// Run `function` and convert an exception to the C interface's error: returns null, or a message that stays valid until
+// the thread's next call.
 template <class Function>
 const char* told(const char* what, Function function) {
   static thread_local std::string message;

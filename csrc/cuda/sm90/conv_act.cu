@@ -1,4 +1,4 @@
-// Host side of conv_act.cuh.
+// Host side of conv_act.cuh: tensor maps, kernel parameters and the launch; and the library's queries.
 #include <cuda_runtime_api.h>
 
 #include <iterator>
@@ -26,7 +26,8 @@ ConvParams parameters(const ResnetKernelsConv& c, TileShape t) {
   p.tiles = (p.M + positions - 1) / positions * p.k_tiles;
   p.stride = c.stride, p.padding = c.padding, p.dilation = c.dilation;
   p.S = c.S, p.taps = c.R * c.S, p.slices = slices(c.C);
-  p.parts = c.parts, p.masks = reinterpret_cast<const float4*>(c.masks), p.scale = c.scale, p.shift = c.shift, p.relu = c.relu, p.residual_there = c.residual;
+  p.parts = c.parts, p.masks = reinterpret_cast<const float4*>(c.masks), p.scale = c.scale, p.shift = c.shift,
+  p.relu = c.relu, p.residual_there = c.residual;
   const bool half = c.half;
   p.x = im2col_map("x", half, c.x, {c.N, c.H, c.W, c.C}, {c.x_strides[0], c.x_strides[1], c.x_strides[2]}, c.stride,
                    c.padding, c.dilation * (c.S - 1), c.dilation * (c.R - 1), positions);

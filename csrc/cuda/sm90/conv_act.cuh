@@ -1,24 +1,31 @@
-// y = relu(scale * conv(x, w) + conv1x1(x2, w2) + shift + residual) on channels_last tensors of 16 bits, for sm_90a: an
-// implicit matrix product of M = N*P*Q output positions by K output channels.
+// conv_act for sm_90a: y = relu(scale * conv(x, w) + conv1x1(x2, w2) + shift + residual) on channels_last 16-bit
+// tensors, as an implicit GEMM of M = N*P*Q output positions by K output channels. K extent: taps x input channels, in
+// steps of one tap and one slice of 64 channels, then the slices of the second product.
 //
-// One block per multiprocessor goes over tiles, output channels first, so that x is still in L2 for the next. Three
-// warp groups: one moves, two multiply.
+// A persistent kernel: one CTA per multiprocessor walks over tiles, output channels fastest, so that x is still in L2
+// for the next channel tile. Warp-specialized, three warp groups:
 //
-//   mover, warp 0     brings slices of 64 channels of x and w into a ring, taps inside slices. x comes by im2col: the
-//                     copy engine walks the output positions of a tile over rows and images, outside the map are zeros.
-//   movers 2 and 3    per multiplying warp group: bring the residual's tile into its buffer while products are made,
-//                     and take the result's out of it.
-//   consumers         wgmma from shared memory, accumulators in registers; then scale, shift, residual, ReLU, rounding
-//                     once, in place in the buffer. With statistics, mean and squared deviations per channel of what
-//                     was rounded: of a warp's rows by shuffles (statistics.h), of the tile's through shared
-//                     memory. With sums the buffer's tile is not added, but tells where the result is kept, and what it
-//                     is multiplied with: the gradient through a batch norm and its ReLU.
+//   producer, warp 0     One thread loads slices of 64 channels of x and w by TMA into a ring of kStages stages, all
+//                        taps of a slice before the next slice. x comes by im2col TMA: the engine walks a tile's output
+//                        positions over rows and images, and fills in zeros outside the map. Barriers full (bytes) and
+//                        empty guard a stage.
+//   producer, warps 2-3  One per consumer warp group: loads the residual's tile into that group's results buffer during
+//                        the mainloop, and stores the result from the same buffer. Barriers loaded and ready guard the
+//                        buffer.
+//   consumers            Two warp groups. Mainloop: wgmma from shared memory, fp32 accumulators in registers. Epilogue:
+//                        scale, shift, residual, ReLU and one rounding, in place in the results buffer.
 //
-// In turn (TileShape), a warp group begins its products when the other has begun its last, so tensor cores and stores
-// overlap; the turn is also what keeps a warp group from looking at a barrier two phases ahead.
+// The reducing tiles extend the epilogue. Statistics: mean and sum of squared deviations per channel of the rounded
+// result, merged over a warp's rows by shuffles (statistics.h) and over the warps through shared memory. Sums: the
+// buffer holds z, the input of a batch norm, which is not added; it decides where the result is kept (the ReLU's mask)
+// and multiplies it. This is the gradient through a batch norm and its ReLU.
 //
-// Moves: x once per tap and per tile of output channels from L2, once from device memory; w once per tile of positions
-// from L2; residual, y once; of what is reduced 8 bytes per channel and tile.
+// In turn (ping-pong, see TileShape): a consumer warp group starts its mainloop when the other has issued its last
+// wgmma, so tensor cores overlap with epilogues. The `turn` barriers also keep a warp group from waiting on a stage's
+// barrier two phases ahead, which parity could not tell apart.
+//
+// Memory traffic: x once from device memory, and from L2 once per tap and tile of output channels; w once per tile of
+// positions, from L2; residual and y once; a reduction 8 bytes per channel and tile.
 #pragma once
 
 #include "cuda/sm90/conv_act_tiles.h"
@@ -31,26 +38,32 @@ template <class T, int kRows, int kColumns, int kStages, bool kInTurn, Reduce kR
 struct ConvAct {
   static constexpr TileShape kShape{kRows, kColumns, kStages, kInTurn, kReduce};
   static constexpr int kPositions = kShape.positions();
+  // A stage: the A tile (positions x 64 channels of x), then the B tile (output channels x 64 channels of w).
   static constexpr int kABytes = kPositions * kRow, kBBytes = kColumns * kRow, kStageBytes = kABytes + kBBytes;
+  // A results buffer: the tile in slices of 64 channels, kRows rows of 128 bytes each.
   static constexpr int kChunkBytes = kRows * kRow, kBufferBytes = kColumns / kSlice * kChunkBytes;
+  // wgmma's M is 64: a warp group's rows are kParts sets of accumulators.
   static constexpr int kParts = kRows / 64;
-  static constexpr int kPasses = kInTurn ? kWarpGroup / 32 : 1;  // of a turn, each by a warp; not in turn nobody waits
+  // arrivals that pass the turn, one per warp; without turns nobody waits
+  static constexpr int kPasses = kInTurn ? kWarpGroup / 32 : 1;
 
   struct Barriers {
+    // Of the operands' ring: the stage's TMA bytes have landed; its consumers have read it.
     uint64_t full[kStages], empty[kStages];
-    uint64_t turn[2];    // of a warp group to multiply
-    uint64_t loaded[2];  // a warp group's buffer holds the residual, or is free
-    uint64_t ready[2];   // ... the result
+    uint64_t turn[2];    // this warp group may run its mainloop
+    uint64_t loaded[2];  // this warp group's results buffer holds the residual, or is free
+    uint64_t ready[2];   // this warp group's results buffer holds the result
   };
   static_assert(sizeof(Barriers) <= 256);
   static_assert(shared_bytes(kShape) <= 227 * 1024);
-  // A thread merges what the four warps know of a channel.
+  // In store_reduced one thread merges the four warps' partial results of a channel.
   static_assert(kReduce == Reduce::kNothing || (kInTurn && kColumns <= kWarpGroup));
 
-  // Which tiles a warp group has: every one of the block's, or every other.
+  // The tiles of a consumer warp group: all of the CTA's tiles, or in turn every other one.
   static __device__ int first_tile(int group) { return blockIdx.x + (kInTurn ? group * gridDim.x : 0); }
   static __device__ int next_tile(int tile) { return tile + (kInTurn ? 2 : 1) * gridDim.x; }
 
+  // The operands' producer: fills the ring for all tiles of this CTA, by one thread.
   static __device__ void move_operands(const ConvParams& p, uint32_t ring, Barriers& barriers) {
     Ring<kStages> at;
     await_previous();
@@ -80,6 +93,7 @@ struct ConvAct {
                                         static_cast<uint16_t>(r));
   }
 
+  // A results producer: moves one consumer warp group's residuals in and results out, by one thread.
   static __device__ void move_results(const ConvParams& p, uint32_t buffer, Barriers& barriers, int group) {
     uint64_t* const loaded = &barriers.loaded[group];
     uint32_t phase = 0;
@@ -102,11 +116,14 @@ struct ConvAct {
       for (int i = 0; i < kColumns / kSlice; ++i)
         cute::SM90_TMA_STORE_2D::copy(&p.y, pointer(buffer + i * kChunkBytes), k0 + i * kSlice, m0);
       cute::tma_store_arrive();
-      cute::tma_store_wait<0>();  // the buffer has been read
+      cute::tma_store_wait<0>();  // the store has read the buffer
     }
-    await_stores();  // and all has been written
+    await_stores();  // all stores have been written to global memory
   }
 
+  // The mainloop of one tile: d = the sum over all steps. One wgmma batch stays in flight: a stage is released when the
+  // batch after its own has been issued. In turn, passes the turn after the last batch and skips the ring past the
+  // other warp group's tile.
   static __device__ void multiply_tile(const ConvParams& p, float (&d)[kParts][kColumns / 2], uint32_t ring,
                                        Barriers& barriers, Ring<kStages>& at, int group) {
     const int steps = p.taps * p.slices + p.slices2;
@@ -135,10 +152,10 @@ struct ConvAct {
       at.advance();
     }
     if constexpr (kInTurn) {
-      // Every warp for itself: of a single step none is awaited here, and a warp that had not yet seen its turn would find
-      // it passed on and back, and wait for ever.
+      // Every warp arrives for itself. With a single step nothing has been awaited here, so a warp that had not yet
+      // seen its own turn would find it passed on and back, and would wait forever.
       if (threadIdx.x % 32 == 0) Barrier::arrive(&barriers.turn[group ^ 1]);
-      at.advance(steps);  // the other's
+      at.advance(steps);  // skip the steps of the other warp group's tile
     }
     await_products<0>();
 #pragma unroll
@@ -146,7 +163,8 @@ struct ConvAct {
     if (threadIdx.x % kWarpGroup == 0) Barrier::arrive(&barriers.empty[released]);
   }
 
-  // left: rows before the last output position. reduced: of the warp group, (4, kColumns).
+  // The epilogue of a tile without sums. left: valid rows of the tile (positions before M). reduced: the warp group's
+  // reduction memory, (4, kColumns).
   static __device__ void finish(const ConvParams& p, float (&d)[kParts][kColumns / 2], uint32_t buffer, int k0,
                                 int left, float2* reduced) {
     const int t = threadIdx.x % kWarpGroup;
@@ -180,7 +198,7 @@ struct ConvAct {
     if constexpr (kReduce == Reduce::kStatistics) take_statistics(d, left, reduced + t / 32 * kColumns);
   }
 
-  // The same with masks and sums.
+  // The epilogue of a sums tile. Rows from `left` on are masked but not summed.
   static __device__ void finish_sums(const ConvParams& p, float (&d)[kParts][kColumns / 2], uint32_t buffer, int k0,
                                      int left, float2* reduced) {
     const int t = threadIdx.x % kWarpGroup;
@@ -188,7 +206,7 @@ struct ConvAct {
 #pragma unroll
     for (int i = 0; i < kColumns / 8; ++i) {
       const uint32_t at = masks + (8 * i + 2 * (t % 4)) * 16;
-      const float4 x = load_shared_four(at), y = load_shared_four(at + 16);  // shift, a, b, centre
+      const float4 x = load_shared_four(at), y = load_shared_four(at + 16);  // of two channels: shift, a, b, centre
       float2 sum{0.f, 0.f}, product{0.f, 0.f};
 #pragma unroll
       for (int part = 0; part < kParts; ++part)
@@ -207,13 +225,13 @@ struct ConvAct {
             product.y = fmaf(rounded.y, z.y - y.w, product.y);
           }
         }
-      // Of the accumulators that are done with.
+      // These accumulators are no longer needed: they carry the thread's partial sums to take_sums.
       d[0][4 * i] = sum.x, d[0][4 * i + 1] = sum.y, d[0][4 * i + 2] = product.x, d[0][4 * i + 3] = product.y;
     }
     take_sums(d[0], reduced + t / 32 * kColumns);
   }
 
-  // The tile's, behind what is reduced.
+  // Load the tile's masks into shared memory, behind the reduction's values, and return their address.
   static __device__ uint32_t bring_masks(const ConvParams& p, int k0, float2* reduced) {
     float4* const masks = reinterpret_cast<float4*>(reduced + 4 * kColumns);
     const int t = threadIdx.x % kWarpGroup;
@@ -222,14 +240,14 @@ struct ConvAct {
     return cute::cast_smem_ptr_to_uint(masks);
   }
 
-  // v where relu(a * z + b), rounded, is positive or NaN, else 0.
+  // Return v where relu(a * z + b), rounded, is positive or NaN, else 0.
   static __device__ float2 kept(float2 v, float2 z, float2 a, float2 b) {
     const float2 h = Pair<T>::widen(Pair<T>::narrow(relu(float2{fmaf(a.x, z.x, b.x), fmaf(a.y, z.y, b.y)})));
     return {h.x <= 0.f ? 0.f : v.x, h.y <= 0.f ? 0.f : v.y};
   }
 
-  // Of the thread's rows, sums of a channel number j of the i-th eight in d[4 * i + j], of products in d[4 * i + 2 + j]:
-  // a warp's.
+  // Reduce a thread's partial sums to its warp's: on entry d[4 * i + j] holds the sum of channel j of the i-th eight,
+  // and d[4 * i + 2 + j] that of the products.
   static __device__ void take_sums(const float (&d)[kColumns / 2], float2* of_warp) {
     const unsigned lane = threadIdx.x % 32;
 #pragma unroll
@@ -255,7 +273,8 @@ struct ConvAct {
     for (int j = 0; j < kLeft; ++j) v[j] += __shfl_xor_sync(~0u, given[j], 2 * kLeft);
   }
 
-  // Of rounded values, what a warp knows: mean and squared deviations of its rows before `left`.
+  // A warp's statistics of its rows before `left`, from the rounded values in d: mean and M2 of each channel to
+  // of_warp.
   static __device__ void take_statistics(const float (&d)[kParts][kColumns / 2], int left, float2* of_warp) {
     const unsigned lane = threadIdx.x % 32;
     float there[kParts][2], rows = 0;
@@ -279,7 +298,7 @@ struct ConvAct {
       float mean[16], M2[16];
 #pragma unroll
       for (int j = 0; j < 16; ++j) {
-        const int column = 32 * slice + j / 2 * 4 + j % 2;  // of the accumulators, in the thread's first row
+        const int column = 32 * slice + j / 2 * 4 + j % 2;  // index into the accumulators, at the thread's first row
         float sum = 0;
         M2[j] = 0;
 #pragma unroll
@@ -312,7 +331,7 @@ struct ConvAct {
       merge(mean[j], M2[j], __shfl_xor_sync(~0u, mean_given[j], 2 * kLeft), __shfl_xor_sync(~0u, M2_given[j], 2 * kLeft));
   }
 
-  // Of what its four warps know, once per channel.
+  // Merge the four warps' partial results, one thread per channel, and store the tile's part.
   static __device__ void store_reduced(const ConvParams& p, int tile, int left, const float2* reduced, int group) {
     cutlass::arch::NamedBarrier::sync(kWarpGroup, group);
     const int column = threadIdx.x % kWarpGroup, k = tile % p.k_tiles * kColumns + column;
@@ -334,6 +353,7 @@ struct ConvAct {
     to[int64_t{p.tiles / p.k_tiles} * p.K] = second;
   }
 
+  // A consumer warp group: mainloop and epilogue of each of its tiles.
   static __device__ void consume(const ConvParams& p, uint32_t ring, uint32_t buffer, Barriers& barriers,
                                  float2* reduced, int group) {
     const int steps = p.taps * p.slices + p.slices2;
@@ -350,8 +370,8 @@ struct ConvAct {
         finish_sums(p, d, buffer, tile % p.k_tiles * kColumns, left, reduced);
       else
         finish(p, d, buffer, tile % p.k_tiles * kColumns, left, reduced);
-      cutlass::arch::fence_view_async_shared();  // the copy engine reads what was written
-      // Before `ready`: who passes the next `loaded` may write what is read here.
+      cutlass::arch::fence_view_async_shared();  // makes the results visible to the TMA store
+      // Before `ready`: a warp that passes the next `loaded` may overwrite the reduction memory read here.
       if constexpr (kReduce != Reduce::kNothing) store_reduced(p, tile, left, reduced, group);
       Barrier::arrive(&barriers.ready[group]);
       phase ^= 1;
@@ -405,7 +425,7 @@ const void* conv_act_pointer() {
   return reinterpret_cast<const void*>(&conv_act_kernel<T, t.rows, t.columns, t.stages, t.in_turn, t.reduce>);
 }
 
-// What a tile's file consists of.
+// The content of a tile's file: its two kernels' pointers.
 #define RESNET_KERNELS_CONV_TILE(NAME)                                                 \
   namespace resnet_kernels::sm90 {                                                     \
   const void* NAME##_bf16() { return conv_act_pointer<__nv_bfloat16, tiles::NAME>(); } \

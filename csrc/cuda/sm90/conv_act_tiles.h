@@ -1,11 +1,12 @@
-// The tiles that conv_act.cuh is compiled for, each in a file of its own, so that they compile side by side.
+// The tile shapes of conv_act. Each is compiled in a file of its own, conv_act_NAME.cu, so that they compile in
+// parallel. launchers.py lists the same tiles in the same order.
 #pragma once
 
 #include "cuda/sm90/conv_act.h"
 
 namespace resnet_kernels::sm90 {
 
-// Positions per warp group, output channels, stages, in turn, what it reduces.
+// Name; positions per warp group, output channels, stages, in_turn (ping-pong), reduction.
 #define RESNET_KERNELS_TILES(X)                           \
   X(turn128x128, 128, 128, 5, true, Reduce::kNothing)     \
   X(turn128x64, 128, 64, 8, true, Reduce::kNothing)       \

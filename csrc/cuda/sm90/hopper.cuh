@@ -1,4 +1,5 @@
-// What the sm_90a kernels share beside the instructions: descriptors of matrices in shared memory, and pairs of values.
+// Shared by the sm_90a kernels, on top of instructions.cuh: shared memory matrix descriptors for wgmma, and pairs of
+// 16-bit values.
 #pragma once
 
 #include <cuda.h>
@@ -12,31 +13,33 @@
 
 namespace resnet_kernels::sm90 {
 
-// A matrix of rows of 128 bytes in shared memory, swizzled as the copy engine writes it: 16-byte chunk j of row r lies
-// in place j ^ (r % 8), counted from a multiple of 1024 bytes. The matrix may begin at any row.
+// The descriptor of a K-major matrix with rows of 128 bytes and the 128-byte swizzle, as TMA writes it: 16-byte chunk j
+// of row r is stored in place j ^ (r % 8), with r counted from a multiple of 1024 bytes. The hardware swizzles by
+// address bits, so the matrix may begin at any row with base offset 0.
 __device__ inline uint64_t swizzled_matrix(uint32_t address) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightRows = uint64_t{8 * kRow / 16} << 32, kUnused = 1 << 16;
   return kSwizzle128 | kEightRows | kUnused | ((address & 0x3FFFF) >> 4);
 }
 
-// 16 channels further along the rows.
+// Descriptor increment from one k-step of wgmma to the next: 16 channels, 32 bytes, along the rows.
 constexpr uint64_t kNextProduct = 32 / 16;
 
-// The same memory seen the other way: what is summed over are rows, 16 a product, and channels are the result's rows or
-// columns. `slice`: bytes from 64 channels to the next 64. Begins at a multiple of 1024 bytes.
+// The descriptor of the same memory as an MN-major matrix: the reduction runs over rows (positions), 16 per wgmma, and
+// channels are the result's rows or columns. slice: bytes from one slice of 64 channels to the next. Must begin at a
+// multiple of 1024 bytes.
 __device__ inline uint64_t transposed_matrix(uint32_t address, uint32_t slice) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightRows = uint64_t{8 * kRow / 16} << 32;
   return kSwizzle128 | kEightRows | uint64_t{slice / 16} << 16 | ((address & 0x3FFFF) >> 4);
 }
 
-// 16 rows further down.
+// Descriptor increment to the next 16 rows.
 constexpr uint64_t kNextTransposed = 16 * kRow / 16;
 
 __device__ inline float relu(float v) { return max_nan(v, 0.f); }
 
 __device__ inline float2 relu(float2 v) { return {relu(v.x), relu(v.y)}; }
 
-// Two values of 16 bits, next to each other in memory.
+// Conversions of two 16-bit values packed in one register, adjacent in memory.
 template <class T>
 struct Pair;
 template <>

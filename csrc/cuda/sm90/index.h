@@ -1,4 +1,5 @@
-// Which element lies where: what the kernels for sm_90a compute of indices, on the host as well, where tests run it.
+// Index arithmetic of the sm_90a kernels: swizzle, pipeline state, accumulator layout, taps and strips. Free of CUDA,
+// so that tests/hopper_index.cpp checks it on the host.
 #pragma once
 
 #include <cstdint>
@@ -11,33 +12,36 @@
 
 namespace resnet_kernels::sm90 {
 
-// Bytes of a row in shared memory: 64 channels of 16 bits, which is what a swizzle of 128 bytes spans.
+// Bytes of a row in shared memory, the span of the 128-byte swizzle: one slice of 64 channels of 16 bits.
 constexpr int kRow = 128;
 constexpr int kSlice = 64;
 
-// Where the copy engine puts 16-byte chunk j of a row, in bytes from a multiple of 1024.
+// Byte offset, from a multiple of 1024, at which TMA's 128-byte swizzle puts 16-byte chunk j of a row.
 RESNET_KERNELS_BOTH constexpr uint32_t swizzled(int row, int j) { return row * kRow + ((j ^ row % 8) * 16); }
 
-// Of a ring of kStages buffers: which one step n uses, and the parity of the phase of its barriers.
+// Pipeline state: the stage (slot) that step n of a ring of kStages buffers uses, and the parity of the mbarrier phase
+// to wait for. A consumer waits for `phase` on a full barrier, a producer for `phase ^ 1` on an empty one, which passes
+// at once in the first round.
 template <int kStages>
 struct Ring {
   int slot = 0;
   uint32_t phase = 0;
   RESNET_KERNELS_BOTH void advance(int steps = 1) {
     slot += steps;
-    // Both at once: steps may pass several rounds.
+    // Divide before the remainder: a jump may pass several rounds of the ring.
     phase ^= (slot / kStages) & 1;
     slot %= kStages;
   }
 };
 
-// Thread t of a warp group holds of 64 rows of accumulators number `half` (0, 1) of two, and of each eight columns two.
+// wgmma's accumulator layout. Of 64 rows, thread t of the warp group holds two (half 0 and 1); of each group of eight
+// columns it holds two, from accumulator_column on.
 RESNET_KERNELS_BOTH constexpr int accumulator_row(unsigned t, int half) {
   return 16 * (t / 32) + t % 32 / 4 + 8 * half;
 }
 RESNET_KERNELS_BOTH constexpr unsigned accumulator_column(unsigned t) { return 2 * (t % 4); }
 
-// Output position m, counted over columns, rows, images.
+// Output position m of a P x Q map: image n, row i, column q; columns vary fastest.
 struct Position {
   int n, i, q;
   RESNET_KERNELS_BOTH Position(int m, int P, int Q) {
@@ -46,21 +50,23 @@ struct Position {
   }
 };
 
-// Where what a tap (r, s) of a 3x3 sees of an output row begins, where input rows lie `pitch` columns after each other.
+// The tap-as-address trick: in shared memory input rows of `pitch` columns follow each other, so the A operand of tap
+// (r, s) of a 3x3 for an output row is the same matrix, begun at this many rows (positions). tap = 3 * r + s.
 RESNET_KERNELS_BOTH constexpr int tap_column(int output_row, int tap, int pitch) {
   return (output_row + tap / 3) * pitch + tap % 3;
 }
 
-// Of the tail of 128 channels: columns of a row at most, positions of half a tile and so of a buffer, and columns of x
-// that its taps may see, in rows after each other.
+// The wide tail (128 channels, wide_tail.cuh): maximum map width; positions of half a tile, hence of one results
+// buffer; and positions of the x halo in shared memory, which is what the taps of a tile may read.
 constexpr int kWideColumns = 28, kWidePositions = 64, kWideHalo = 192;
-// Rows lie so far after each other: what lies left and right of a map is there once.
+// Positions from one halo row to the next: the map's W columns and one column of zeros on either side.
 constexpr int wide_pitch(int W) { return W + 2; }
 // Output rows of half a tile.
 constexpr int wide_rows(int W) { return kWidePositions / wide_pitch(W); }
 
-// Of a whole bottleneck: two warp groups make rows of a, what its first convolution makes of x, in turn, into a ring of
-// kRowsOfA. A strip of output rows 0 to rows - 1 needs those from -1 to rows; `begun`: how many were made before it.
+// The whole bottleneck (bottleneck.cuh): its two consumer warp groups alternate in making rows of a, the output of the
+// first 1x1, in a ring of kRowsOfA rows. A strip of output rows 0 to rows - 1 needs rows -1 to rows of a. RowOfA gives
+// a row's slot and mbarrier parity; begun: the number of rows of a that earlier strips of this CTA made.
 constexpr int kRowsOfA = 5;
 struct RowOfA {
   int slot;
@@ -68,7 +74,8 @@ struct RowOfA {
   RESNET_KERNELS_BOTH RowOfA(int begun, int row)
       : slot((begun + row + 1) % kRowsOfA), phase((begun + row + 1) / kRowsOfA & 1) {}
 };
-// Rows of a strip, so that the last round of blocks is nearly full and little is computed twice. An even number.
+// Output rows of a strip, always even: minimizes (rounds of CTAs) * (rows of a per strip), so that the last round is
+// nearly full and few halo rows are computed twice.
 inline int rows_of_strip(int N, int H, int multiprocessors) {
   int best = 0;
   int64_t least = 0;
@@ -81,7 +88,7 @@ inline int rows_of_strip(int N, int H, int multiprocessors) {
   return best;
 }
 
-// Of tiles of a symmetric matrix of n x n, those on and above the diagonal, number t of n (n + 1) / 2.
+// Tile number t of the n (n + 1) / 2 tiles on and above the diagonal of a symmetric matrix of n x n tiles.
 struct UpperTile {
   int row, column;
   RESNET_KERNELS_BOTH explicit UpperTile(int t) {

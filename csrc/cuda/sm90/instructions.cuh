@@ -1,6 +1,5 @@
-// The sm_90a kernels' instructions: tensor-core products by descriptors, barriers, bulk copies. CUTLASS's headers spell
-// most of them. All of PTX is here: tests/emulation/cuda/sm90/instructions.cuh takes this file's place where the kernels
-// run without a GPU.
+// Instructions of the sm_90a kernels: wgmma, mbarriers, TMA. CUTLASS's headers provide most of them. All PTX is in this
+// file: tests/emulation/cuda/sm90/instructions.cuh replaces it when the kernels run on a CPU.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -9,7 +8,7 @@
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 #include <cute/arch/mma_sm90_gmma.hpp>
-// Wants the one before.
+// Needs the header above.
 #include <cute/arch/mma_sm90_gmma_ext.hpp>
 #include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
@@ -20,15 +19,16 @@
 
 namespace resnet_kernels::sm90 {
 
+// mbarriers: one that counts arrivals, and one that also counts the bytes of TMA transactions.
 using Barrier = cutlass::arch::ClusterBarrier;
 using BytesBarrier = cutlass::arch::ClusterTransactionBarrier;
 
 constexpr int kWarpGroup = 128;
-// Of the copy engine's L2 accesses: nothing in particular, or what is read once.
+// L2 cache hints of TMA loads: none, or evict first, for data that is read once.
 constexpr uint64_t kNoHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
 constexpr uint64_t kOnce = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
 
-// What cute's copies take, of an address in shared memory.
+// The generic pointer that cute's TMA copies take, from a 32-bit shared memory address.
 __device__ inline void* pointer(uint32_t address) { return __cvta_shared_to_generic(address); }
 
 namespace detail {
@@ -101,41 +101,45 @@ __device__ inline void multiply(float (&d)[kColumns / 2], uint64_t a, uint64_t b
 }
 }  // namespace detail
 
-// d (64 x kColumns) = a (64 x 16) b^T (kColumns x 16) [+ d], begun, not awaited. Thread t of the warp group holds of d
-// rows 16 * (t / 32) + t % 32 / 4 + {0, 8}, columns 8 * i + 2 * (t % 4) + {0, 1}: d[4 * i + 2 * (row's half) +
-// column's].
+// Issue a wgmma, asynchronously: d (64 x kColumns) = a (64 x 16) b^T (kColumns x 16) [+ d if add], a and b as shared
+// memory descriptors, both K-major. Thread t of the warp group holds rows 16 * (t / 32) + t % 32 / 4 + {0, 8} and
+// columns 8 * i + 2 * (t % 4) + {0, 1} of d, as d[4 * i + 2 * (half of the row) + (odd column)].
 template <class T, int kColumns>
 __device__ inline void multiply(float (&d)[kColumns / 2], uint64_t a, uint64_t b, bool add) {
   detail::multiply<T, kColumns>(d, a, b, add, std::make_index_sequence<kColumns / 2>{});
 }
 
-// The same with a in registers: a[0] and a[1] the thread's rows of d, columns 2 * (t % 4) + {0, 1}; a[2], a[3] 8
-// further. Nothing may write them before the product is done.
+// The same with a from registers, in the accumulators' layout: a[0] and a[1] are the thread's two rows at columns 2 *
+// (t % 4) + {0, 1}, a[2] and a[3] the same at columns 8 further. The registers may not be written before the wgmma has
+// completed.
 template <class T, int kColumns>
 __device__ inline void multiply(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b, bool add) {
   detail::multiply<T, kColumns>(d, a, b, add, std::make_index_sequence<kColumns / 2>{});
 }
 
-// d (64 x kColumns) = a^T b [+ d], a (16 x 64) and b (16 x kColumns) with contiguous rows.
+// d (64 x kColumns) = a^T b [+ d], with a (16 x 64) and b (16 x kColumns) MN-major: contiguous along the result's rows
+// and columns.
 template <class T, int kColumns>
 __device__ inline void multiply_transposed(float (&d)[kColumns / 2], uint64_t a, uint64_t b, bool add) {
   detail::multiply_transposed<T, kColumns>(d, a, b, add, std::make_index_sequence<kColumns / 2>{});
 }
 
-// d (64 x 8) = a^T b [+ d], a as above, b (8 x 16) as `multiply` has it.
+// d (64 x 8) = a^T b^T [+ d], with a (16 x 64) MN-major as above and b (8 x 16) K-major as in `multiply`.
 template <class T>
 __device__ inline void multiply_by_ones(float (&d)[4], uint64_t a, uint64_t b, bool add) {
   detail::ProductByOnes<T>::fma(a, b, d[0], d[1], d[2], d[3], add ? detail::ScaleOut::One : detail::ScaleOut::Zero);
 }
 
+// wgmma.fence, commit_group and wait_group: a warp group brackets each batch of products with begin and end;
+// await_products<n> waits until at most n batches are in flight.
 __device__ inline void begin_products() { cute::warpgroup_arrive(); }
 __device__ inline void end_products() { cute::warpgroup_commit_batch(); }
 template <int kLeft>
 __device__ inline void await_products() {
   cute::warpgroup_wait<kLeft>();
 }
-// Accumulators that products still write, or have just written, as the compiler is to see them. A fold and not a loop:
-// what is indexed before loops are unrolled may end on the stack.
+// A compiler fence on accumulators around asynchronous products, so that no access moves across. A fold and not a loop:
+// an array that is indexed before the compiler unrolls loops may end up on the stack.
 template <size_t... I, int kValues>
 __device__ __forceinline__ void keep(float (&d)[kValues], std::index_sequence<I...>) {
   (cute::warpgroup_fence_operand(d[I]), ...);
@@ -145,12 +149,13 @@ __device__ __forceinline__ void keep(float (&d)[kValues]) {
   keep(d, std::make_index_sequence<kValues>{});
 }
 
-// Kernels of ours that follow each other overlap: the next one's blocks may begin where one of this has ended, and wait
-// before they touch what this or an earlier one writes or reads.
+// Programmatic dependent launch (griddepcontrol). let_next_begin: the next kernel's CTAs may start where CTAs of this
+// kernel have ended. await_previous: wait until the preceding kernels have completed and their writes are visible;
+// needed before touching anything that they read or write.
 __device__ inline void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
 __device__ inline void await_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
-// NaN wins; fmaxf would drop it.
+// The maximum, or NaN if either is NaN; fmaxf would drop it.
 __device__ inline float max_nan(float a, float b) {
   float m;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(m) : "f"(a), "f"(b));
@@ -189,7 +194,7 @@ __device__ inline void store_shared(uint32_t address, uint16_t v) {
   asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(v) : "memory");
 }
 
-// All that this thread's copies took out of shared memory has been written.
+// Wait until all TMA stores of this thread have been written to global memory (not only read from shared memory).
 __device__ inline void await_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 }  // namespace resnet_kernels::sm90

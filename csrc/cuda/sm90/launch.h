@@ -1,4 +1,5 @@
-// A launch of the kernels for sm_90a.
+// Launch of a persistent sm_90a kernel, one CTA per multiprocessor. tests/emulation/cuda/sm90/launch.h replaces this
+// file when the kernels run on a CPU.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,14 +11,16 @@
 
 namespace resnet_kernels::sm90 {
 
-// tiles: that blocks take in turn, at most one block a multiprocessor.
+// Launch min(tiles, multiprocessors) CTAs, which take the tiles in turn. bytes: dynamic shared memory. Throws
+// std::runtime_error.
 template <class Params>
 void run(const void* kernel, int64_t tiles, int multiprocessors, int threads, int bytes, Params& params,
          cudaStream_t stream) {
   if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
     throw std::runtime_error("no " + std::to_string(bytes) + " bytes of shared memory: " + cudaGetErrorString(error));
   void* arguments[] = {&params};
-  // Its blocks may begin before the kernel ahead of it in the stream has ended: they wait themselves.
+  // Programmatic dependent launch: CTAs may start before the preceding kernel of the stream has ended. The kernels call
+  // await_previous themselves before they touch its results.
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;

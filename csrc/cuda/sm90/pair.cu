@@ -1,3 +1,4 @@
+// Host side of pair.cuh.
 #include "cuda/sm90/pair.cuh"
 
 #include <cuda_runtime_api.h>

@@ -1,15 +1,24 @@
-// The last convolution of a bottleneck and the first of the next, for sm_90a:
+// The last 1x1 convolution of a bottleneck with the first 1x1 of the next block, for sm_90a:
 //
 //   y = relu(x w3^T + shift3 + residual), rounded       J channels to K
 //   ahead = relu(y w1^T + shift1)                       K channels to J1
 //
-// A block has 128 positions at a time, 64 for each of two warp groups, with all channels of x in shared memory and of
-// ahead in accumulators. It makes y 64 channels at a time, each the second product's operand straight from registers.
-// The weights that this takes, for part n of y those that make it (64 x J) and those that it is multiplied by (J1 x
-// 64), follow each other through a ring, the same for both warp groups: items 2n and 2n + 1.
+// A persistent kernel, one CTA per multiprocessor. A tile is 128 positions, 64 for each of two consumer warp groups,
+// with all channels of x in shared memory and all channels of ahead in accumulators. y is made 64 channels (a part) at
+// a time; each part, rounded, is the A operand of the second product straight from registers.
 //
-// Moves: x, residual once, y, ahead once; all weights once per 128 positions from L2. y is not read again but as the
-// next residual.
+// Warp-specialized, three warp groups:
+//
+//   producer, warp 0     Loads x into kTiles stages (barriers full, empty), and the weights into a ring of kSlots slots
+//                        (barriers brought, multiplied) that both consumers share. For part n of y, item 2n of the ring
+//                        is the rows of w3 that make it (64 x J), item 2n + 1 the columns of w1 that multiply it (J1 x
+//                        64).
+//   producer, warps 2-3  One per consumer warp group: residuals in and results out through kBuffers buffers
+//                        (handover.cuh).
+//   consumers            Two warp groups, 64 positions each.
+//
+// Memory traffic: x and residual once, y and ahead once; all weights once per 128 positions, from L2. y is not read
+// back; only the next block reads it, as its residual.
 #pragma once
 
 #include "cuda/sm90/handover.cuh"
@@ -24,12 +33,13 @@ struct TwoConvs {
   static constexpr int kTileBytes = pair_tile_bytes(kShape), kSlotBytes = pair_slot_bytes(kShape);
   static constexpr int kSliceBytes = kPairRows * kRow;
   struct Barriers {
-    uint64_t full[kTiles], empty[kTiles];          // of x
-    uint64_t brought[kSlots], multiplied[kSlots];  // of weights
+    uint64_t full[kTiles], empty[kTiles];          // stages of x: the bytes have landed; both consumers have read them
+    uint64_t brought[kSlots], multiplied[kSlots];  // slots of weights, likewise
     StepBarriers<kBuffers> steps[2];
   };
   static_assert(sizeof(Barriers) <= 256);
 
+  // The operands' producer: x of each tile, then the weights of each part of y.
   static __device__ void move_operands(const PairParams& p, uint32_t tiles, uint32_t slots, Barriers& barriers) {
     Ring<kTiles> at;
     Ring<kSlots> item;
@@ -60,6 +70,7 @@ struct TwoConvs {
     }
   }
 
+  // A results producer. Steps of a tile: the parts of y, with the residual, then the slices of ahead, without one.
   static __device__ void move_results(const PairParams& p, uint32_t buffers, StepBarriers<kBuffers>& barriers,
                                       int group) {
     const int tiles = (p.tiles - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) / gridDim.x;
@@ -90,6 +101,8 @@ struct TwoConvs {
     move_steps(tiles * steps, barriers, load, store);
   }
 
+  // A consumer warp group. The second product of a part stays in flight during the first product of the next part, and
+  // its slot (`held`) is released after that.
   static __device__ void consume(const PairParams& p, uint32_t tiles, uint32_t slots, uint32_t buffers,
                                  Barriers& barriers, int group) {
     Steps<kBuffers, kPairBuffer> steps(barriers.steps[group], buffers);
@@ -103,7 +116,7 @@ struct TwoConvs {
       float ahead[kAhead / 2];
       Barrier::wait(&barriers.full[at.slot], at.phase);
       const uint64_t x = swizzled_matrix(tiles + at.slot * kTileBytes + group * 64 * kRow);
-      int held = 0;  // the slot of the second product that is not yet awaited
+      int held = 0;  // the slot of the second product that is in flight
 #pragma unroll 1
       for (int part = 0; part < p.parts; ++part) {
         float d[32];

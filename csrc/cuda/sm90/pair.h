@@ -1,4 +1,5 @@
-// The last convolution of a bottleneck with the first of the next for sm_90a, seen from the host.
+// A bottleneck's last 1x1 with the first 1x1 of the next block, for sm_90a: kernel parameters and shared memory sizes,
+// without device code.
 #pragma once
 
 #include <cuda.h>
@@ -9,11 +10,11 @@ struct PairParams {
   CUtensorMap x, residual, y, ahead;  // (M, channels)
   CUtensorMap w3, w1;                 // (K, J) and (ahead's channels, K)
   const float *shift3, *shift1;
-  int tiles, parts;  // of 128 positions; of 64 channels of y
+  int tiles, parts;  // tiles of 128 positions; parts: slices of 64 channels of y
 };
 
-// Channels inside and of the next block's first convolution; buffers of x; slots of the weights' ring; buffers of a
-// warp group's results.
+// Channels inside (J) and of the next block's first convolution; stages of x; slots of the weights' ring; results
+// buffers of a consumer warp group.
 struct PairShape {
   int inside, ahead, tiles, slots, buffers;
 };

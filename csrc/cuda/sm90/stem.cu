@@ -1,3 +1,4 @@
+// Host side of stem.cuh.
 #include "cuda/sm90/stem.cuh"
 
 #include <cuda_runtime_api.h>

@@ -1,19 +1,21 @@
-// max_pool3x3/2(relu(conv7x7/2(x) + shift)) of an image with 4 channels in memory (the last zero in x or in w), for
-// sm_90a. The convolution's map, four times the result, never exists.
+// The stem for sm_90a: max_pool3x3/2(relu(conv7x7/2(x) + shift)) of an image with 4 channels in memory (the last one
+// zero in x or in w). The convolution's map, four times the result, is never materialized.
 //
-// wgmma makes im2col for nothing. Without swizzle a tile is made of bricks of 8 rows of 16 bytes, one after the other.
-// A pixel has 8 bytes and the convolution's stride is 2, so that next to each other in an input row, 16 bytes apart,
-// lie what successive output columns see: 8 output columns by 2 pixels are a brick, the next 2 pixels a brick that
-// begins 16 bytes later. So a row of the filter (a zero weight and 7 pixels) is two products, whose operand is the
-// input row as it is in memory, from 4 pixels left of the image: a brick begins at a multiple of 16 bytes. (NaN times a
-// zero weight is NaN: one in the image can reach a pooled column further than it should.)
+// im2col costs nothing here. wgmma's layout without swizzle is made of core matrices of 8 rows by 16 bytes. A pixel has
+// 8 bytes and the convolution's stride is 2, so what successive output columns see is 16 bytes apart in an input row: 8
+// output columns by 2 pixels form a core matrix, and the next 2 pixels one that begins 16 bytes later. So a filter row
+// (a zero weight and 7 pixels) is two wgmmas whose B operand is the input row as it lies in memory, from 4 pixels left
+// of the image: a core matrix begins at a multiple of 16 bytes. (NaN times the zero weight is NaN: a NaN in the image
+// can reach one pooled column further than it should.)
 //
-// D (64 channels x 112 columns) = w x, from shared memory both. Each of three warp groups has so many pooled rows of
-// all images and goes down them, two convolution rows for each: what one multiplies while the others pool. Rows meet in
-// registers, packed in pairs of columns, columns by one shuffle. One warp per warp group brings input rows, two at a
-// time, each once but where a warp group begins.
+// D (64 channels x 112 columns) = w x, both operands from shared memory. Warp-specialized, four warp groups (512
+// threads): one of producers, three of consumers. Each consumer warp group owns a contiguous share of the pooled rows
+// of all images and walks down it, two convolution rows per pooled row; one multiplies while the others pool. Rows are
+// pooled in registers, as packed pairs of columns; columns take one shuffle. One producer thread per consumer warp
+// group loads input rows, two per stage, into that group's ring of kStemStages stages (barriers full, empty); each row
+// is loaded once except where a share begins.
 //
-// Moves: x once (and 7 rows twice per warp group, from L2), y once.
+// Memory traffic: x once (and 7 rows twice per warp group, from L2), y once.
 #pragma once
 
 #include "cuda/sm90/hopper.cuh"
@@ -23,7 +25,7 @@ namespace resnet_kernels::sm90 {
 
 template <class T>
 struct Stem {
-  static constexpr int kValues = kStemColumns / 2;  // of D that a thread holds
+  static constexpr int kValues = kStemColumns / 2;  // accumulators of a thread
   static constexpr int kPairs = kValues / 2;
 
   struct Barriers {
@@ -31,13 +33,14 @@ struct Stem {
   };
   static_assert(sizeof(Barriers) <= kStemBarrierBytes);
 
-  // Pooled rows of one image that a warp group goes down.
+  // Consecutive pooled rows of one image that a consumer warp group walks down.
   struct Strip {
     int n, first, rows;
-    // Convolution rows 2 * first - 1 and on: one more than two for each pooled row.
+    // Convolution rows of the strip, from 2 * first - 1 on: two for each pooled row, and one more.
     __device__ int steps() const { return 2 * rows + 1; }
   };
 
+  // Call use(strip) for each strip of this warp group's share of all pooled rows.
   template <class Use>
   static __device__ void for_each_strip(const StemParams& p, int group, Use use) {
     const int64_t rows = int64_t{p.images} * p.PP, part = blockIdx.x * kStemGroups + group;
@@ -52,11 +55,12 @@ struct Stem {
     }
   }
 
+  // The producer of one consumer warp group: loads input rows, two per stage, by one thread.
   static __device__ void move_rows(const StemParams& p, uint32_t ring, uint64_t* full, uint64_t* empty, int group) {
     Ring<kStemStages> at;
     await_previous();
     for_each_strip(p, group, [&](const Strip& strip) {
-      // A convolution row sees 7 input rows, of which the last is in the fourth stage.
+      // A convolution row reads 7 input rows: three stages and the first row of the fourth.
       for (int stage = 0; stage < strip.steps() + 3; ++stage) {
         Barrier::wait(&empty[at.slot], at.phase ^ 1);
         BytesBarrier::arrive_and_expect_tx(&full[at.slot], kStemStageBytes);
@@ -70,12 +74,14 @@ struct Stem {
     });
   }
 
-  // Bricks 16 bytes apart along the pixels, 128 along the columns.
+  // The descriptor of the B operand at an input row: no swizzle, core matrices 16 bytes apart along the K extent
+  // (pixels) and 128 bytes apart along the output columns.
   static __device__ uint64_t columns(uint32_t address) {
     return uint64_t{128 / 16} << 32 | uint64_t{1} << 16 | (address & 0x3FFFF) >> 4;
   }
 
-  // (64, 7, 8, 4) into rows of 64 of its 224 values, swizzled; each filter row's last pixel, a zero, goes first.
+  // Load the weights (64, 7, 8, 4) into shared memory as the K-major A operand: rows of 64 of the 224 values, swizzled.
+  // In each filter row a zero pixel comes first, and the eighth pixel of w is dropped.
   static __device__ void bring_weights(const T* w, uint32_t to) {
     for (int i = threadIdx.x - kWarpGroup; i < kStemChannels * 7 * 8; i += kStemGroups * kWarpGroup) {
       const int k = i / 56, pixel = i % 56, value = 4 * pixel;
@@ -89,7 +95,7 @@ struct Stem {
     cutlass::arch::NamedBarrier::arrive_and_wait(kStemGroups * kWarpGroup, kStemGroups);
   }
 
-  // The convolution's row whose first input rows are in the stage `at`.
+  // One convolution row: d = w x from the 7 input rows that begin in stage `at`.
   static __device__ __forceinline__ void convolve(float (&d)[kValues], uint32_t w, uint32_t ring,
                                                   const Ring<kStemStages>& at) {
     keep(d);
@@ -108,7 +114,7 @@ struct Stem {
     keep(d);
   }
 
-  // Rounded pairs of columns, [2 * i + the channel's half], -inf outside the map.
+  // Add shift and round: pairs of columns [2 * i + half of the channel], -inf beyond the map's Q columns.
   static __device__ __forceinline__ void round(uint32_t (&v)[kPairs], const float (&d)[kValues],
                                                const float (&shift)[2], int Q) {
 #pragma unroll
@@ -123,15 +129,16 @@ struct Stem {
       }
   }
 
+  // m = max(m, v), NaN first.
   static __device__ __forceinline__ void raise(uint32_t (&m)[kPairs], const uint32_t (&v)[kPairs]) {
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) m[j] = Pair<T>::max_nan(m[j], v[j]);
   }
 
-  // Into the buffer, (PQ, 64) swizzled: of columns 2q - 1 to 2q + 1 the maximum, and ReLU.
+  // Pool the columns: the maximum of columns 2q - 1 to 2q + 1, with ReLU, into the results buffer, (PQ, 64) swizzled.
   static __device__ __forceinline__ void pool(const uint32_t (&m)[kPairs], uint32_t buffer) {
     const int t = threadIdx.x % kWarpGroup, lane = t % 32, q4 = lane % 4;
-    // Columns 8 * i - 1 of both channels, in the last lane of four.
+    // Column 8 * i - 1 of both channels, carried from one group of eight columns to the next in the last lane of four.
     uint32_t before = Pair<T>::kMinusInfinity * 0x10001;
 #pragma unroll
     for (int i = 0; i < kStemColumns / 8; ++i) {
@@ -150,12 +157,13 @@ struct Stem {
     }
   }
 
+  // A consumer warp group: convolve, pool and store each of its strips.
   static __device__ void consume(const StemParams& p, uint32_t w, uint32_t ring, uint32_t buffer, uint64_t* full,
                                  uint64_t* empty, int group) {
     const int t = threadIdx.x % kWarpGroup, k = 16 * (t / 32) + t % 32 / 4;
     bring_weights(static_cast<const T*>(p.w), w);
     const float shift[2] = {p.shift[k], p.shift[k + 8]};
-    Ring<kStemStages> first, last;  // stages of the next row
+    Ring<kStemStages> first, last;  // stages of the first and the last input rows of the next convolution row
     last.advance(3);
     auto release = [&] {
       if (t == 0) Barrier::arrive(&empty[first.slot]);
@@ -182,7 +190,7 @@ struct Stem {
         raise(m, v);
         row();
         if (2 * pooled + 1 < p.P) raise(m, v);
-        if (t == 0) cute::tma_store_wait<0>();  // what the buffer held has been read
+        if (t == 0) cute::tma_store_wait<0>();  // the previous store has read the buffer
         cutlass::arch::NamedBarrier::arrive_and_wait(kWarpGroup, group);
         pool(m, buffer);
         cutlass::arch::fence_view_async_shared();

@@ -1,4 +1,4 @@
-// A ResNet's stem for sm_90a, seen from the host.
+// A ResNet's stem for sm_90a: kernel parameters and shared memory sizes, without device code.
 #pragma once
 
 #include <cuda.h>
@@ -9,15 +9,16 @@ struct StemParams {
   CUtensorMap x, y;  // x (N, H, 2 * W): elements of 4 bytes; y (N * PP, PQ, 64)
   const void* w;     // (64, 7, 8, 4)
   const float* shift;
-  int images, P, Q, PP, PQ;  // of the convolution's map, and pooled
+  int images, P, Q, PP, PQ;  // P x Q: the convolution's map; PP x PQ: the pooled map
 };
 
-constexpr int kStemGroups = 3;  // warp groups that multiply, beside the one that moves
+constexpr int kStemGroups = 3;  // consumer warp groups, beside the producer's
 constexpr int kStemThreads = 128 * (kStemGroups + 1);
-constexpr int kStemChannels = 64, kStemColumns = 112;  // output channels; columns of a row of the convolution
-// Of an input row that are brought by one copy: 256 elements of 4 bytes, half a pixel, are the most.
+constexpr int kStemChannels = 64, kStemColumns = 112;  // output channels; maximum columns of a convolution row
+// Bytes of an input row per copy: a TMA box has at most 256 elements, here of 4 bytes (half a pixel), so a row takes
+// two.
 constexpr int kStemCopyBytes = 1024, kStemRowBytes = 2 * kStemCopyBytes;
-constexpr int kStemStages = 8;  // of two input rows
+constexpr int kStemStages = 8;  // of two input rows each
 constexpr int kStemStageBytes = 2 * kStemRowBytes;
 constexpr int kStemBufferBytes = kStemColumns / 2 * 128;
 constexpr int kStemWeightBytes = 4 * kStemChannels * 128;

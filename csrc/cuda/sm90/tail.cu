@@ -1,3 +1,4 @@
+// Host side of tail.cuh; calls with 128 channels go to wide_tail.cu.
 #include "cuda/sm90/tail.cuh"
 
 #include <cuda_runtime_api.h>

@@ -1,20 +1,25 @@
-// The end of a bottleneck of 64 channels, and the beginning of the next, for sm_90a:
+// The tail of a bottleneck of 64 channels, with the first convolution of the next block, for sm_90a:
 //
 //   h = relu(conv3x3(x, w) + shift), rounded            64 channels, only ever in registers
 //   y = relu(h w3^T + shift3 + residual), rounded       256 channels
 //   ahead = relu(y w1^T + shift1)                       64 or 128 channels
 //
-// All weights stay in shared memory: one block per multiprocessor goes over pairs of rows. A pair's four input rows are
-// brought once, W + 2 columns each from column -1, zeros outside the map. In shared memory rows follow each other, so
-// what a tap sees of an output row is the same matrix, begun (W + 2) * r + s rows further on: the nine taps are nine
-// addresses. (A swizzled matrix may begin at any row: the swizzle goes by address.) A product makes 64 positions of a
-// row, of which W are kept.
+// A persistent kernel, one CTA per multiprocessor, with all weights resident in shared memory. A tile is a pair of
+// output rows; its four input rows (the halo) are loaded once, W + 2 columns each from column -1, with zeros outside
+// the map. In shared memory the rows follow each other, so the A operand of a tap is the same matrix begun (W + 2) * r
+// + s rows further on: nine taps are nine descriptors. (A swizzled matrix may begin at any row, because the swizzle
+// goes by address.) A wgmma makes 64 positions of a row, of which W are kept.
 //
-// Each of two warp groups has a row. h and each 64 channels of y are the next product's operand straight from the
-// registers of the last. Per warp group one warp brings the residual, 64 channels at a time, into one of two buffers
-// where y takes its place, and takes it out.
+// Warp-specialized, three warp groups:
 //
-// Moves: x once (each row twice from L2), residual once, y and ahead once; the weights once per multiprocessor.
+//   producer, warp 0     Loads the weights once, then each tile's halo (one stage: barriers full and empty).
+//   producer, warps 2-3  One per consumer warp group: loads the residual, 64 channels a step, into a ring of results
+//                        buffers (StepBarriers in handover.cuh), and stores y and ahead from the same buffers.
+//   consumers            Two warp groups, one output row each. h and each slice of 64 channels of y become the next
+//                        product's A operand straight from the registers of the last.
+//
+// Memory traffic: x once from device memory (each row twice from L2), residual once, y and ahead once; the weights once
+// per multiprocessor.
 #pragma once
 
 #include "cuda/sm90/handover.cuh"
@@ -24,17 +29,19 @@ namespace resnet_kernels::sm90 {
 
 template <class T, int kAhead>
 struct Tail {
-  static constexpr int kParts = kTailK / kSlice;           // of y
-  static constexpr int kSteps = kParts + kAhead / kSlice;  // through the buffers, per row
-  static constexpr int kBuffers = tail_buffers(kAhead);    // of a warp group
+  static constexpr int kParts = kTailK / kSlice;           // slices of y, 64 channels each
+  static constexpr int kSteps = kParts + kAhead / kSlice;  // steps of the results ring, per output row
+  static constexpr int kBuffers = tail_buffers(kAhead);    // results buffers of a consumer warp group
   static constexpr int kTapBytes = 64 * kRow, kPartBytes = kAhead * kRow;
 
   struct Barriers {
+    // The weights have landed; the halo has landed; both consumers have read the halo.
     uint64_t weights, full, empty;
-    StepBarriers<kBuffers> steps[2];  // of the warp groups
+    StepBarriers<kBuffers> steps[2];  // of each consumer warp group
   };
   static_assert(sizeof(Barriers) <= 256);
 
+  // Addresses in shared memory.
   struct Shared {
     uint32_t w, w3, w1, halo, buffers;
     __device__ explicit Shared(uint32_t base)
@@ -47,6 +54,8 @@ struct Tail {
     __device__ uint32_t end() const { return of(2); }
   };
 
+  // The operands' producer. It loads the weights before await_previous, to overlap with the end of the preceding
+  // kernel, which must not write them.
   static __device__ void move_operands(const TailParams& p, const Shared& at, Barriers& barriers) {
     BytesBarrier::arrive_and_expect_tx(&barriers.weights, kTailWeights + kTailWeights3 + kParts * kPartBytes);
     for (int tap = 0; tap < 9; ++tap)
@@ -66,6 +75,7 @@ struct Tail {
     }
   }
 
+  // A results producer. Steps of a row: the slices of y, with the residual, then those of ahead, without one.
   static __device__ void move_results(const TailParams& p, uint32_t buffers, StepBarriers<kBuffers>& barriers,
                                       int group) {
     const int tiles = (p.tiles - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) / gridDim.x;
@@ -94,6 +104,7 @@ struct Tail {
     move_steps(tiles * kSteps, barriers, load, store);
   }
 
+  // A consumer warp group: one output row of each tile, through three chained products.
   static __device__ void consume(const TailParams& p, const Shared& at, Barriers& barriers, int group) {
     const int pitch = p.W + 2;
     Steps<kBuffers, kTailBuffer> steps(barriers.steps[group], at.of(group));

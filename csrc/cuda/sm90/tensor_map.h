@@ -1,5 +1,5 @@
-// Descriptors for the copy engine, made on the host. The driver's functions are asked for by name, so that the library
-// loads where there is no driver.
+// Tensor maps (TMA descriptors), encoded on the host. The driver's functions are looked up by name, so that the library
+// loads on machines without a driver.
 #pragma once
 
 #include <cuda.h>
@@ -32,7 +32,8 @@ inline CUtensorMapDataType type_of(bool half) {
   return half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
 }
 
-// sizes, innermost first, of a tensor whose next dimensions lie `strides` elements apart; box: what one copy brings.
+// A tiled map. sizes: innermost dimension first; strides: of the other dimensions, in elements; box: what one copy
+// brings. Out of bounds, loads give zeros and stores write nothing.
 template <size_t kRank>
 CUtensorMap tiled_map(const char* what, bool half, const void* data, std::array<int64_t, kRank> sizes,
                       std::array<int64_t, kRank - 1> strides, std::array<int, kRank> box,
@@ -52,8 +53,9 @@ CUtensorMap tiled_map(const char* what, bool half, const void* data, std::array<
   return map;
 }
 
-// x (N, H, W, C) as a filter of `reach` + 1 columns and rows sees it: one copy brings 64 channels of `positions`
-// outputs.
+// An im2col map of x (N, H, W, C): one copy brings 64 channels of `positions` consecutive output positions, for the tap
+// given by the copy's offsets. reach: dilation * (filter size - 1). The box of top-left input positions has its lower
+// corner at -padding and its upper at padding - reach; outside the map are zeros.
 inline CUtensorMap im2col_map(const char* what, bool half, const void* data, std::array<int64_t, 4> nhwc,
                               std::array<int64_t, 3> strides, int stride, int padding, int reach_w, int reach_h,
                               int positions) {
@@ -71,7 +73,8 @@ inline CUtensorMap im2col_map(const char* what, bool half, const void* data, std
   return map;
 }
 
-// x (N, H, W, 4), contiguous, as rows of 2 * W elements of 4 bytes: one copy brings `elements` of a row.
+// A map of x (N, H, W, 4), contiguous, as rows of 2 * W elements of 4 bytes (half a pixel): one copy brings `elements`
+// of one row, unswizzled.
 inline CUtensorMap row_map(const char* what, const void* data, int N, int H, int W, int elements) {
   static const auto encode = driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
   CUtensorMap map;

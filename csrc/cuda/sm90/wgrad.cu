@@ -1,3 +1,4 @@
+// Host side of wgrad.cuh.
 #include "cuda/sm90/wgrad.cuh"
 
 #include <cuda_runtime_api.h>

@@ -1,21 +1,25 @@
 // Weight gradients of convolutions, and second moments, for sm_90a: sums over output positions of outer products.
 //
-//   parts (part, k, tap, c) = sum over the part's positions m of g (m, k) * x (what the tap sees from m, c)
-//   sums (part, k) = sum over them of g (m, k)
+//   parts (part, k, tap, c) = sum over the part's positions m of g[m, k] * x[the input position of the tap at m, c]
+//   sums (part, k) = sum over the part's positions m of g[m, k]
 //
-// A unit of work is a tile of 128 channels of g by so many slices of 64 channels of x, of one tap or of several, and a
-// part of the positions; blocks, one per multiprocessor, take units in turn, all tiles of a part after each other, so
-// that g and x are still in L2. Three warp groups: one moves, two multiply 64 channels of g each.
+// A GEMM whose K extent is the positions, split-K over parts. A unit of work is one tile and one part: 128 channels of
+// g by 2 or 3 slices of 64 channels of x, of one tap or of several. A persistent kernel: one CTA per multiprocessor
+// takes units in turn, all tiles of a part after each other, so that g and x are still in L2. Warp-specialized, three
+// warp groups:
 //
-//   mover       brings 64 positions of each slice into a ring, by im2col both: any filter, stride, dilation, any view.
-//   consumers   wgmma with both operands transposed: in memory the channels are contiguous, and what is summed over are
-//               positions. Tensor cores truncate as they add: what 128 positions give is added in fp32 to a second set of
-//               accumulators. Sums are a product with ones.
+//   producer    One thread loads 64 positions of each slice of g and x into a stage of the ring (barriers full, empty),
+//               both by im2col TMA: any filter, stride, dilation, any view.
+//   consumers   Two warp groups of 64 channels of g each, wgmma with both operands transposed (MN-major): in memory
+//               channels are contiguous, and the reduction runs over positions. Tensor cores truncate as they
+//               accumulate, so the sum of each 128 positions is added in fp32 to a second set of accumulators. The sums
+//               of g are a product with ones.
 //
-// Slices beyond the channels are neither brought nor stored: what lies there multiplies into what nobody reads.
+// Slices beyond the channels are neither loaded nor stored: stale data there only reaches accumulators that are never
+// stored.
 //
-// Moves: g and x once from device memory, from L2 g once per tile of x's slices and x once per tile of g's channels and
-// tap; parts once.
+// Memory traffic: g and x once from device memory; from L2, g once per tile of x's slices, and x once per tile of g's
+// channels and tap; parts written once.
 #pragma once
 
 #include "cuda/sm90/hopper.cuh"
@@ -27,8 +31,8 @@ template <class T, int kColumns, int kStages>
 struct Wgrad {
   static constexpr WgradShape kShape{kColumns, kStages};
   static constexpr int kStageBytes = wgrad_stage_bytes(kShape), kGSlices = kWgradRows / kSlice;
-  static constexpr int kN = kColumns * kSlice;  // columns of a product
-  static constexpr int kFlush = 2;              // stages, of 128 positions together
+  static constexpr int kN = kColumns * kSlice;  // N of a wgmma
+  static constexpr int kFlush = 2;              // stages between flushes, 128 positions together
   static_assert(wgrad_shared_bytes(kShape) <= 227 * 1024);
 
   struct Barriers {
@@ -36,7 +40,7 @@ struct Wgrad {
   };
   static_assert(sizeof(Barriers) <= 256);
 
-  // What a block does at a time.
+  // A unit of work: its tile, its part, and the number of mainloop steps.
   struct Unit {
     int part, k0, slice0, g_slices, x_slices, first, steps;
     __device__ Unit(const WgradParams& p, int unit) {
@@ -53,6 +57,7 @@ struct Wgrad {
     static __device__ int at_most(int most, int n) { return n < most ? n : most; }
   };
 
+  // The producer: fills the ring for all units of this CTA, by one thread.
   static __device__ void move(const WgradParams& p, uint32_t ring, Barriers& barriers) {
     Ring<kStages> at;
     await_previous();
@@ -80,7 +85,8 @@ struct Wgrad {
     }
   }
 
-  // d += what a unit's products give, flushed every 128 positions.
+  // The mainloop of a unit: d = its sum over positions, flushed from `some` into d every 128 positions; with kSums,
+  // sums likewise.
   template <bool kSums>
   static __device__ __forceinline__ void multiply_unit(const Unit& unit, float (&d)[kN / 2], float (&sums)[4],
                                                        uint32_t ring, uint64_t ones, Barriers& barriers,
@@ -134,9 +140,10 @@ struct Wgrad {
     if (threadIdx.x % kWarpGroup == 0) Barrier::arrive(&barriers.empty[slot]);
   }
 
+  // The epilogue: write the warp group's accumulators to parts, from registers.
   static __device__ void store(const WgradParams& p, const Unit& unit, const float (&d)[kN / 2], int group) {
     const unsigned t = threadIdx.x % kWarpGroup;
-    const int64_t columns = int64_t{p.all_slices / p.slices} * p.C;  // taps
+    const int64_t columns = int64_t{p.all_slices / p.slices} * p.C;  // taps * C
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int k = unit.k0 + group * kSlice + accumulator_row(t, half);
@@ -160,7 +167,7 @@ struct Wgrad {
 
   static __device__ void store_sums(const WgradParams& p, const Unit& unit, const float (&sums)[4], int group) {
     const unsigned t = threadIdx.x % kWarpGroup;
-    if (t % 4 != 0) return;  // all columns are the same
+    if (t % 4 != 0) return;  // the product with ones has eight equal columns: one lane of four stores
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int k = unit.k0 + group * kSlice + accumulator_row(t, half);
@@ -168,13 +175,14 @@ struct Wgrad {
     }
   }
 
+  // A consumer warp group: mainloop and epilogue of each unit.
   static __device__ void consume(const WgradParams& p, uint32_t ring, uint64_t ones, Barriers& barriers, int group) {
     Ring<kStages> at;
-    await_previous();  // before `parts` are written, which an earlier kernel may still read
+    await_previous();  // before `parts` is written: an earlier kernel may still read it
     for (int i = blockIdx.x; i < p.units; i += gridDim.x) {
       const Unit unit(p, i);
       float d[kN / 2], sums[4];
-      // Of the tiles of channels k one tells of them alone.
+      // Of all tiles with the same channels k, only one stores their sums.
       if (p.sums && unit.slice0 == (p.upper ? unit.k0 / kSlice : 0)) {
         multiply_unit<true>(unit, d, sums, ring, ones, barriers, at, group);
         store_sums(p, unit, sums, group);
@@ -185,7 +193,7 @@ struct Wgrad {
     }
   }
 
-  // A matrix of 8 x 16 without swizzle: two bricks of 8 rows by 16 bytes.
+  // The descriptor of the 8 x 16 matrix of ones, without swizzle: two core matrices of 8 rows by 16 bytes.
   static __device__ uint64_t bricks(uint32_t address) {
     return uint64_t{kWgradOnesBytes / 2 / 16} << 16 | (address & 0x3FFFF) >> 4;
   }
@@ -197,7 +205,7 @@ struct Wgrad {
     Barriers& barriers = *reinterpret_cast<Barriers*>(memory + (ones + kWgradOnesBytes - base));
     const uint32_t one = Pair<T>::narrow(float2{1.f, 1.f});
     for (int i = threadIdx.x; i < kWgradOnesBytes / 4; i += kWgradThreads) store_shared(ones + 4 * i, one);
-    cutlass::arch::fence_view_async_shared();  // tensor cores read them
+    cutlass::arch::fence_view_async_shared();  // makes the ones visible to wgmma
     if (threadIdx.x == 0) {
       for (int i = 0; i < kStages; ++i) {
         Barrier::init(&barriers.full[i], 1);

@@ -1,3 +1,4 @@
+// Host side of wide_tail.cuh, called by tail.cu.
 #include "cuda/sm90/wide_tail.cuh"
 
 #include <stdexcept>

@@ -1,23 +1,35 @@
-// The end of a bottleneck of 128 channels, and the beginning of the next, for sm_90a:
+// The tail of a bottleneck of 128 channels, with the first convolution of the next block, for sm_90a:
 //
 //   h = relu(conv3x3(x, w) + shift), rounded            128 channels, only ever in shared memory
 //   y = relu(h w3^T + shift3 + residual), rounded       K channels
 //   ahead = relu(y w1^T + shift1)                       128 channels
 //
-// The weights do not fit beside it (557 KB for K = 512): they stream from L2. Each of two warp groups has a tile of its
-// own and all that goes with it: so many output rows of a map as make twice 64 positions, W + 2 columns a row, whose
-// last two are computed and not kept. The rows of x that they see are brought once, zeros outside the map; the nine taps
-// are nine addresses of them, as in tail.cuh. h takes their place. Then y, 64 channels and 64 positions at a time, each
-// the next product's operand straight from registers, while residuals come ahead into the buffers where y replaces them.
+// The weights (557 KB for K = 512) do not fit into shared memory and are streamed from L2. A persistent kernel, one CTA
+// per multiprocessor; each of two consumer warp groups has a tile, a weights' ring and buffers of its own. A tile is
+// two halves of up to 64 positions: as many output rows as fit, W + 2 columns each, of which the last two are computed
+// and dropped. The x rows that the tile sees (the halo) are loaded once, with zeros outside the map; nine taps are nine
+// descriptors, as in tail.cuh. h overwrites the halo. Then y is made 64 channels (a part) and 64 positions at a time,
+// each the A operand of the next product straight from registers.
 //
-// Weights are 16 KB an item through a ring, each used for all of a tile's positions: 18 of the 3x3, then for part n of y
-// those that make it (64 x 128) and those that it is multiplied by (128 x 64).
+// Weights pass through the ring in items of 16 KB, each used for all of a tile's positions: 18 for the 3x3 (9 taps x 2
+// slices), then for part n of y the rows of w3 that make it (64 x 128) and the columns of w1 that multiply it (128 x
+// 64).
 //
-// A tile's first half wants tensor cores, its second memory. So the second warp group begins when the first has made its
-// h, and one multiplies while the other stores.
+// Warp-specialized, three warp groups:
 //
-// Moves: x once (its rows (rows + 1) / rows times from L2), residual once, y and ahead once; all weights once per tile
-// from L2.
+//   producer, warps 0-1
+//       One per consumer warp group: the x halo (one stage: full, empty) and the weights (brought, multiplied).
+//   producer, warps 2-3
+//       One per consumer warp group: residuals ahead of time into the results buffers, where y replaces them
+//       (handover.cuh), and y and ahead out of them.
+//   consumers
+//       Two warp groups, a tile each.
+//
+// The 3x3 of a tile is bound by tensor cores, the rest by memory. So the second warp group begins when the first has
+// made its h (second_begins), and one multiplies while the other stores.
+//
+// Memory traffic: x once from device memory (its rows (rows + 1) / rows times from L2), residual once, y and ahead
+// once; all weights once per tile, from L2.
 #pragma once
 
 #include "cuda/sm90/handover.cuh"
@@ -30,18 +42,20 @@ struct WideTail {
   static constexpr int kSlices = kWideJ / kSlice;
   static constexpr int kSliceOfHalf = kWidePositions * kRow;  // of h: 64 positions, 64 channels
 
+  // Barriers of one consumer warp group and its two producers.
   struct OfGroup {
-    uint64_t full, empty;                                  // of x
-    uint64_t brought[kWideSlots], multiplied[kWideSlots];  // of weights
+    uint64_t full, empty;                                  // the x halo has landed; has been read
+    uint64_t brought[kWideSlots], multiplied[kWideSlots];  // a slot of weights has landed; has been read
     StepBarriers<kWideBuffers> steps;
   };
   struct Barriers {
     OfGroup groups[2];
+    // The first warp group has made the h of its first tile.
     uint64_t second_begins;
   };
   static_assert(sizeof(Barriers) <= 256);
 
-  // Of a warp group.
+  // Addresses of a warp group's shared memory.
   struct Shared {
     uint32_t halo, slots, buffers;
     __device__ Shared(uint32_t base, int group)
@@ -53,6 +67,7 @@ struct WideTail {
   static __device__ int first_tile(int group) { return blockIdx.x + group * gridDim.x; }
   static __device__ int next_tile(int tile) { return tile + 2 * gridDim.x; }
 
+  // The operands' producer of one consumer warp group: the halo and the weights of each tile.
   static __device__ void move_operands(const WideTailParams& p, const Shared& at, Barriers& barriers, int group) {
     OfGroup& mine = barriers.groups[group];
     Ring<kWideSlots> item;
@@ -91,7 +106,8 @@ struct WideTail {
     }
   }
 
-  // Steps of a tile: of y each half of part 0, of part 1, ...; of what is ahead both slices of a half, of the other.
+  // The results producer of one consumer warp group. Steps of a tile: both halves of part 0 of y, of part 1, ...; then
+  // of ahead both slices of the first half, then of the second.
   static __device__ void move_results(const WideTailParams& p, const Shared& at, Barriers& barriers, int group) {
     const int first = first_tile(group), every = 2 * gridDim.x;
     const int tiles = first < p.tiles ? (p.tiles - first + every - 1) / every : 0;
@@ -126,10 +142,11 @@ struct WideTail {
     if (threadIdx.x % kWarpGroup == 0) Barrier::arrive(&barrier);
   }
 
-  // h, in place of what it is made of.
+  // The 3x3: makes h, which overwrites the halo.
   static __device__ void convolve(const WideTailParams& p, const Shared& at, OfGroup& mine, Ring<kWideSlots>& item,
                                   int group) {
-    // Zeros: of what is read without having been written the compiler takes it that it lives since the tile before.
+    // Initialized to zero and always accumulated: if the first product read uninitialized accumulators, the compiler
+    // would take them to be live since the tile before.
     float d[2][kWideJ / 2]{};
     const uint64_t half_further = p.rows * p.pitch * kRow / 16;
     int released = item.slot;
@@ -159,7 +176,7 @@ struct WideTail {
 #pragma unroll
     for (auto& half : d) keep(half);
     release(mine.multiplied[released]);
-    // Other warps' products read what this one is to overwrite.
+    // Products of the other warps read the halo that this warp is about to overwrite.
     cutlass::arch::NamedBarrier::sync(kWarpGroup, group);
 #pragma unroll
     for (int slice = 0; slice < kSlices; ++slice) {
@@ -179,6 +196,8 @@ struct WideTail {
     cutlass::arch::NamedBarrier::sync(kWarpGroup, group);
   }
 
+  // A consumer warp group: per tile the 3x3, then for each part of y and each half its product, epilogue and the second
+  // product.
   static __device__ void consume(const WideTailParams& p, const Shared& at, Barriers& barriers, int group) {
     OfGroup& mine = barriers.groups[group];
     Steps<kWideBuffers, kWideBuffer> steps(mine.steps, at.buffers);
@@ -193,7 +212,7 @@ struct WideTail {
       convolve(p, at, mine, item, group);
       if (group == 0 && tile == first_tile(0)) release(barriers.second_begins);
       float ahead[2][kWideJ / 2]{};
-      int held = 0;  // the slot of the second product that is not yet awaited
+      int held = 0;  // the slot of the second product that is in flight
 #pragma unroll 1
       for (int part = 0; part < p.parts; ++part) {
         const uint64_t w3 = swizzled_matrix(at.slots + item.slot * kWideSlot);

@@ -12,7 +12,7 @@ Hopper's CUDA kernels among them where they were measured to be faster.
     training/convolutions.py  which kernel runs a convolution of training, or cuDNN
     training/products.py      sums of 1x1 products with the operands and epilogues of training
     training/reductions.py    passes with statistics, sums and masks
-    training/outer.py         weight gradients and moments
+    training/wgrad.py         weight gradients and moments
     training/finalize.py      the per-channel algebra
     training/gates.py         the end of a block whose branch is gated, and its gradient
     training/tape.py          a recorded training step, replayed without deciding it again
@@ -129,11 +129,11 @@ def masked_conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Operan
 def wgrad(
     g: Operand, x: Operand, kernel: tuple[int, int], geometry: Geometry, sums: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    return _training("outer").wgrad(g, x, kernel, geometry, sums)
+    return _training("wgrad").wgrad(g, x, kernel, geometry, sums)
 
 
 def moments(h: Operand) -> Moments:
-    return _training("outer").moments(h)
+    return _training("wgrad").moments(h)
 
 
 def bn_pass(x: Operand, epilogue: Epilogue, pool: Pool | None = None) -> tuple[Tensor, Any]:

@@ -1,5 +1,7 @@
-"""Launch configurations: data per architecture, and the rules that pick one. Those of sm_90 follow what was measured on
-an H200 for ResNet-50 at batch 256 (docs/triton.md); the others no GPU has timed. A measured table overrides them.
+"""Launch configurations: data per architecture, and the heuristics that pick one.
+
+The heuristics for sm_90 follow measurements on an H200 of ResNet-50 at batch 256 (docs/triton.md). No GPU has timed the
+ones for other architectures. A measured table overrides a heuristic for the problems and the device it was measured on.
 """
 
 from __future__ import annotations
@@ -10,23 +12,24 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-# Bytes of shared memory a program may use, beside those that the system keeps of it for each.
-RESERVED = 1024
+# Bytes of shared memory that the system reserves for each CTA, and bytes that one CTA may use, by architecture.
+RESERVED_SHARED = 1024
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
-# Whose tensor cores read operands from shared memory. The others' operands take registers, and so many instructions
-# and barriers that ptxas spills with the tensor copy engine (sm_120, Triton 3.6): they gather.
+# Architectures whose tensor cores read operands from shared memory. On the others, operands take registers. With the
+# tensor copy engine that leaves so many instructions and barriers that ptxas spills (sm_120, Triton 3.6): they gather.
 OPERANDS_IN_SHARED = (90, 100)
 
-# The share of a tile's rows that must be output positions, else rows are gathered.
+# The least share of a tile's rows that must be output positions. Below it, the gathering kernel runs instead of boxes.
 LEAST_FILLED = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A tile of BLOCK_M positions by BLOCK_N channels, summed BLOCK_K at a time.
+    """A tile of BLOCK_M output positions by BLOCK_N output channels, accumulated over slices of BLOCK_K.
 
-    persistent: programs as many as fit the GPU, each taking tiles in turn. cache: of the gathered operand (".ca": L1).
+    persistent: the grid has as many CTAs as the GPU has multiprocessors, and each CTA takes tiles in turn.
+    cache: cache modifier for loads of the gathered operand (".ca" caches them in L1).
     """
 
     BLOCK_M: int
@@ -38,7 +41,7 @@ class Config:
     cache: str = ""
 
     def steps(self, taps: int, channels: int) -> int:
-        """Of the sum over taps and input channels."""
+        """Return the mainloop steps over the K extent of the implicit GEMM: taps x input channels."""
         return taps * -(-channels // self.BLOCK_K)
 
     @property
@@ -47,7 +50,7 @@ class Config:
 
 
 def parse(fields: Any) -> Config:
-    """From a table's row. Raises ValueError where it is no configuration."""
+    """Return the configuration in a table's row. Raises ValueError if the fields or their types are not Config's."""
     kinds = {
         f.name: type(f.default) if f.default is not dataclasses.MISSING else int for f in dataclasses.fields(Config)
     }
@@ -56,41 +59,44 @@ def parse(fields: Any) -> Config:
     return Config(**fields)
 
 
-def known(arch: int) -> int:
-    """The architecture whose configurations one takes: its own, or the nearest older one's."""
+def nearest_arch(arch: int) -> int:
+    """Return the architecture whose configurations `arch` uses: itself, or the nearest older one listed here."""
     return max((a for a in SHARED_MEMORY if a <= arch), default=min(SHARED_MEMORY))
 
 
 def power_of_two(n: int) -> int:
-    """The least that is not smaller."""
+    """Return the smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
 
 
-def box(N: int, P: int, Q: int, rows: int) -> tuple[int, int, int]:
-    """The box of `rows` output positions (images, rows, columns; powers of two) that covers N x P x Q with the fewest,
-    and of those the one that lies most together in memory."""
+def box_shape(N: int, P: int, Q: int, rows: int) -> tuple[int, int, int]:
+    """Return the shape (images, rows, columns; powers of two) of the boxes of `rows` output positions that cover
+    N x P x Q with the fewest boxes. Among equals, prefer the shape with the longest contiguous runs in memory."""
     sizes = [2**i for i in range(rows.bit_length())]
     shapes = [(rows // (h * w), h, w) for h in sizes for w in sizes if h * w <= rows]
-    # A side of a box is at most 256 elements.
+    # The tensor copy engine limits each side of a box to 256 elements.
     shapes = [s for s in shapes if max(s) <= 256]
     return min(shapes, key=lambda s: (-(-N // s[0]) * -(-P // s[1]) * -(-Q // s[2]), -s[2], -s[1]))
 
 
-def filled(N: int, P: int, Q: int, shape: tuple[int, int, int]) -> float:
-    """The share of the boxes' rows that are output positions."""
+def filled_share(N: int, P: int, Q: int, shape: tuple[int, int, int]) -> float:
+    """Return the share of the boxes' rows that are output positions; the other rows are padding."""
     boxes = math.prod(-(-n // s) for n, s in zip((N, P, Q), shape, strict=True))
     return N * P * Q / (boxes * math.prod(shape))
 
 
-# fp32 that may not be rounded to tf32 is multiplied by FMA, all operands in registers.
-BY_FMA = Config(64, 64, 16, 8, 2)
+# fp32 that must not be rounded to tf32 is multiplied by FMA, with all operands in registers.
+FMA_CONFIG = Config(64, 64, 16, 8, 2)
 
 
 @dataclasses.dataclass(frozen=True)
-class Size:
-    """Of a convolution: M positions, C channels per group at `taps` taps, K channels in groups of `group`; operands of
-    `itemsize` bytes, multiplied by FMA if `fma`; whether a residual is added; on a GPU of an architecture with so many
-    multiprocessors."""
+class ProblemSize:
+    """The size of a convolution and of the GPU that runs it: the input of the heuristics below.
+
+    M: output positions. K: output channels, in groups of `group`. C: input channels per group. taps: filter positions.
+    itemsize: bytes per element. fma: whether the products run by FMA instead of tensor cores. residual: whether the
+    epilogue adds one. processors: multiprocessors of the GPU.
+    """
 
     M: int
     K: int
@@ -107,20 +113,20 @@ class Size:
         return -(-self.M // BLOCK_M) * -(-self.K // BLOCK_N)
 
 
-# Steps of a sum from which a tile of 128 by 256 pays: it copies 1.3 times less from L2, and has a multiprocessor for
-# itself, so that its start and its end are not hidden.
-LONG = 16
+# Mainloop steps of 64 from which a 128 x 256 tile pays off. Such a tile copies 1.3 times less from L2, but it occupies
+# a multiprocessor alone, so no other CTA hides its prologue and epilogue.
+WIDE_TILE_STEPS = 16
 
 
-def _wide(s: Size) -> bool:
-    """Whether a tile of 128 by 256 by 64 pays."""
+def _wide(s: ProblemSize) -> bool:
+    """Whether a tile of 128 x 256 x 64 pays off."""
     fits = s.itemsize == 2 and s.arch in OPERANDS_IN_SHARED and not s.residual and s.group % 256 == 0
-    return fits and s.taps * s.C >= LONG * 64 and s.tiles(128, 256) >= s.processors
+    return fits and s.taps * s.C >= WIDE_TILE_STEPS * 64 and s.tiles(128, 256) >= s.processors
 
 
-def _tile(s: Size) -> tuple[int, int]:
-    """BLOCK_M, BLOCK_N: large tiles read less again, small ones fill the GPU. Groups consist of whole tiles."""
-    BLOCK_M, BLOCK_N = (BY_FMA.BLOCK_M, BY_FMA.BLOCK_N) if s.fma else (128, 128)
+def _tile(s: ProblemSize) -> tuple[int, int]:
+    """Return (BLOCK_M, BLOCK_N): large tiles reread less, small ones fill the GPU. Groups consist of whole tiles."""
+    BLOCK_M, BLOCK_N = (FMA_CONFIG.BLOCK_M, FMA_CONFIG.BLOCK_N) if s.fma else (128, 128)
     if s.itemsize > 2 or s.arch == 120:
         BLOCK_N = min(BLOCK_N, 64)
     BLOCK_N = min(BLOCK_N, max(16, power_of_two(s.K)) if s.group == s.K else s.group & -s.group)
@@ -131,66 +137,69 @@ def _tile(s: Size) -> tuple[int, int]:
     return BLOCK_M, BLOCK_N
 
 
-def _warps(s: Size, BLOCK_M: int, BLOCK_N: int) -> int:
+def _warps(s: ProblemSize, BLOCK_M: int, BLOCK_N: int) -> int:
     many = BLOCK_M * BLOCK_N >= (128 * 128 if s.arch in OPERANDS_IN_SHARED else 128 * 64)
     return 8 if many or s.fma else 4
 
 
-def for_boxes(s: Size) -> Config:
+def for_boxes(s: ProblemSize) -> Config:
+    """Return the configuration of a convolution by boxes (boxes.py)."""
     measured = s.arch == 90 and s.itemsize == 2
     if measured and s.taps > 1 and s.group % 128 == 0 and not s.residual and s.tiles(256, 128) >= s.processors:
-        # Taps read x's tile nine times, the weights' once.
+        # The nine taps of a 3x3 read x's tile nine times, but each weight once: more rows reuse the weights.
         return Config(256, 128, 64, 8, 3)
     BLOCK_M, BLOCK_N = (128, 256) if _wide(s) else _tile(s)
-    most = BY_FMA.BLOCK_K if s.fma else 128 // s.itemsize
+    most = FMA_CONFIG.BLOCK_K if s.fma else 128 // s.itemsize
     BLOCK_K = min(most, max(16, power_of_two(s.C)))
     if s.taps == 1 and s.C <= BLOCK_K:
-        # One step: nothing to pipeline, several programs on a multiprocessor overlap instead.
+        # One step: there is nothing to pipeline, so several CTAs on a multiprocessor overlap instead.
         warps = 4 if measured else _warps(s, BLOCK_M, BLOCK_N)
         rows = BLOCK_M // 2 if measured and s.residual and BLOCK_M == BLOCK_N == 128 else BLOCK_M
         return Config(rows, BLOCK_N, BLOCK_K, warps, 1)
     stage, result = (BLOCK_M + BLOCK_N) * BLOCK_K * s.itemsize, BLOCK_M * BLOCK_N * s.itemsize
-    # Two programs on a multiprocessor: one multiplies while the other stores.
+    # Two CTAs on a multiprocessor: one multiplies while the other stores.
     programs = 1 if BLOCK_N == 256 else 2
-    stages = max(2, min(4, (SHARED_MEMORY[s.arch] // programs - RESERVED - result) // stage))
+    stages = max(2, min(4, (SHARED_MEMORY[s.arch] // programs - RESERVED_SHARED - result) // stage))
     return Config(BLOCK_M, BLOCK_N, BLOCK_K, _warps(s, BLOCK_M, BLOCK_N), stages)
 
 
-def for_gather(s: Size) -> Config:
+def for_gather(s: ProblemSize) -> Config:
+    """Return the configuration of a convolution that gathers its rows by pointers (gather.py)."""
     BLOCK_M, BLOCK_N = _tile(s)
-    # Where operands take registers, so do the addresses of what is copied.
-    most = BY_FMA.BLOCK_K if s.fma else 64 if s.itemsize == 2 and s.arch in OPERANDS_IN_SHARED else 32
+    # Where operands take registers, the addresses of the asynchronous copies take registers too: a narrower slice.
+    most = FMA_CONFIG.BLOCK_K if s.fma else 64 if s.itemsize == 2 and s.arch in OPERANDS_IN_SHARED else 32
     BLOCK_K = min(most, max(16, power_of_two(s.C)))
     num_warps = _warps(s, BLOCK_M, BLOCK_N)
     if s.C * s.itemsize % 16:
-        # Too narrow for asynchronous copies: what is loaded waits in registers.
+        # Rows too narrow for asynchronous copies: loaded values wait in registers.
         BLOCK_N, BLOCK_K, num_warps = min(BLOCK_N, 64), min(BLOCK_K, 32), 8
     stage = (BLOCK_M + BLOCK_N) * BLOCK_K * s.itemsize
-    stages = max(2, min(4, (SHARED_MEMORY[s.arch] // 2 - RESERVED) // stage))
+    stages = max(2, min(4, (SHARED_MEMORY[s.arch] // 2 - RESERVED_SHARED) // stage))
     return Config(BLOCK_M, BLOCK_N, BLOCK_K, num_warps, stages, cache=".ca" if s.taps > 1 else "")
 
 
-# Of fp32 accumulators a thread; with more ptxas spills.
-MOST_ACCUMULATORS = 128
+# fp32 accumulators per thread; with more, ptxas spills.
+MAX_ACCUMULATORS = 128
 
 
-def _tilings(s: Size, ms: tuple[int, ...], ns: tuple[int, ...], k: int) -> Iterator[Config]:
-    """Tiles, warps and stages that fit shared memory and registers, whole tiles to a group, none mostly padding."""
+def _tilings(s: ProblemSize, ms: tuple[int, ...], ns: tuple[int, ...], k: int) -> Iterator[Config]:
+    """Yield tiles, warps and stages that fit shared memory and registers. Groups consist of whole tiles, and no tile is
+    mostly padding."""
     if s.group < s.K:
         ns = tuple(n for n in ns if s.group % n == 0)
     else:
         ns = tuple(n for n in ns if n <= max(16, power_of_two(s.K)))
-    most = BY_FMA.num_warps * 32 * 16 if s.fma else MOST_ACCUMULATORS * 32 * 8
+    most = FMA_CONFIG.num_warps * 32 * 16 if s.fma else MAX_ACCUMULATORS * 32 * 8
     for m, n, warps, stages in itertools.product(ms, ns, (4, 8), (2, 3, 4)):
         accumulators = m * n / (warps * 32)
         buffers = stages * (m + n) * k * s.itemsize + m * n * s.itemsize
         small = m > 64 and s.M <= m // 2
-        if m * n <= most and 4 <= accumulators <= MOST_ACCUMULATORS and buffers <= SHARED_MEMORY[s.arch] and not small:
+        if m * n <= most and 4 <= accumulators <= MAX_ACCUMULATORS and buffers <= SHARED_MEMORY[s.arch] and not small:
             yield Config(m, n, k, warps, stages)
 
 
-def box_candidates(s: Size) -> Iterator[Config]:
-    """To be measured beside `for_boxes`."""
+def box_configs(s: ProblemSize) -> Iterator[Config]:
+    """Yield configurations to be measured beside `for_boxes`."""
     k = for_boxes(s).BLOCK_K
     for config in _tilings(s, (64, 128, 256), (32, 64, 128, 256), k):
         if s.taps * s.C > k:
@@ -202,25 +211,26 @@ def box_candidates(s: Size) -> Iterator[Config]:
             yield dataclasses.replace(config, num_stages=1)
 
 
-def gather_candidates(s: Size) -> Iterator[Config]:
-    """To be measured beside `for_gather`."""
-    chosen = for_gather(s)
-    for config in _tilings(s, (64, 128), (32, 64, 128), chosen.BLOCK_K):
-        yield dataclasses.replace(config, cache=chosen.cache)
+def gather_configs(s: ProblemSize) -> Iterator[Config]:
+    """Yield configurations to be measured beside `for_gather`."""
+    default = for_gather(s)
+    for config in _tilings(s, (64, 128), (32, 64, 128), default.BLOCK_K):
+        yield dataclasses.replace(config, cache=default.cache)
 
 
-def tail_candidates(arch: int, itemsize: int, J: int) -> Iterator[Config]:
-    """To be measured beside `for_tail`."""
+def tail_configs(arch: int, itemsize: int, J: int) -> Iterator[Config]:
+    """Yield configurations to be measured beside `for_tail`. J: output channels of the 3x3."""
     for m, warps, stages in itertools.product((64, 128), (4, 8), (2, 3, 4)):
         buffers = stages * (m + J) * 128
-        if m * J / (warps * 32) <= MOST_ACCUMULATORS and buffers <= SHARED_MEMORY[arch]:
+        if m * J / (warps * 32) <= MAX_ACCUMULATORS and buffers <= SHARED_MEMORY[arch]:
             yield Config(m, 64, 128 // itemsize, warps, stages)
 
 
 def for_tail(arch: int, itemsize: int, M: int, J: int, processors: int) -> Config:
-    """The 3x3 and the 1x1 behind it; BLOCK_N of the 1x1."""
+    """Return the configuration of a fused tail (tail.py): M output positions, J output channels of the 3x3. BLOCK_N
+    tiles the output channels of the 1x1 after it; the 3x3's J channels are one tile."""
     if arch == 90:
-        # Several programs on a multiprocessor: in each the products wait for each other.
+        # Small tiles, several CTAs on a multiprocessor: within one CTA each product waits for the one before.
         return Config(64, 64, 128 // itemsize, 4, 3 if J == 64 else 4)
     BLOCK_M = 128 if -(-M // 128) >= processors else 64
     stage = (BLOCK_M + J) * 128
@@ -228,8 +238,12 @@ def for_tail(arch: int, itemsize: int, M: int, J: int, processors: int) -> Confi
 
 
 @dataclasses.dataclass(frozen=True)
-class Stem:
-    """rows: pooled rows that a program stores, one less than it computes. taps: rows of the filter at a time."""
+class StemConfig:
+    """The configuration of the stem (conv_pool.py).
+
+    rows: pooled rows that a CTA stores; it computes one more. BLOCK_Q: pooled columns that a CTA computes; it stores
+    one less. taps: filter rows that one product covers.
+    """
 
     rows: int
     BLOCK_Q: int
@@ -238,10 +252,11 @@ class Stem:
     num_stages: int
 
 
-def for_conv_pool(arch: int, itemsize: int, images: int, pooled_rows: int, processors: int) -> Stem:
+def for_conv_pool(arch: int, itemsize: int, images: int, pooled_rows: int, processors: int) -> StemConfig:
+    """Return the configuration of the stem for a batch of `images` whose pooled maps have `pooled_rows` rows."""
     rows = next((r for r in (14, 8, 4, 2) if images * -(-pooled_rows // r) >= processors), 1)
-    # wgmma and tcgen05 want 64 rows. Elsewhere the operands are in registers, too many for four sums of 64.
+    # wgmma and tcgen05 want 64 rows. Elsewhere the operands are in registers, too many for four accumulators of 64.
     BLOCK_Q = 64 if arch in OPERANDS_IN_SHARED else 32
-    # Several rows of the filter at a time took twice as long (H200): Triton does not copy them asynchronously. `taps`
-    # is 1 everywhere; it stays as long as the shipped table is of a kernel that has it.
-    return Stem(rows, BLOCK_Q, 1, 4 if arch == 90 and itemsize == 2 else 8, 2)
+    # Several filter rows per product took twice as long (H200): Triton does not copy them asynchronously. `taps` is 1
+    # everywhere; it stays as long as the shipped table holds measurements of the kernel that has it.
+    return StemConfig(rows, BLOCK_Q, 1, 4 if arch == 90 and itemsize == 2 else 8, 2)

@@ -1,4 +1,4 @@
-"""A fused convolution as the kernels here take it."""
+"""The description of a fused convolution: the problem that the inference kernels and their heuristics take."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ from .launch import Work, nbytes, precision
 class Convolution:
     """y = [relu](scale * conv([lazy] x, weight) + shift + conv1x1(x2, weight2) + residual)
 
-    x: (N, C, H, W), any strides with channels next to each other. weight: (K, R, S, C/groups), contiguous.
-    lazy: (a, b, relu) of relu(a*x + b). second: (x2 (N, C2, P, Q), weight2 (K, 1, 1, C2)).
-    residual: (N, up to K, P, Q), of any such strides; channels it lacks are zero. joined: groups that the weight holds
-    as one, with zeros between them.
+    A problem description, not a module: it holds the operands and their metadata, and computes nothing.
+
+    x: (N, C, H, W), any strides with adjacent channels. weight: (K, R, S, C/groups), contiguous.
+    lazy: (a, b, relu); the operand is relu(a*x + b), computed while x is loaded. second: the second product
+    (x2 (N, C2, P, Q), weight2 (K, 1, 1, C2)). residual: (N, up to K, P, Q), any strides with adjacent channels; the
+    channels that are missing count as zero. joined: the number of the layer's groups that the weight stores as one,
+    with zeros between them (`dispatch.join_groups`).
     """
 
     x: Tensor
@@ -36,7 +39,7 @@ class Convolution:
 
     @property
     def key(self) -> str:
-        """Equal for convolutions that a launch configuration measured on one serves as well on the other."""
+        """The key in measured tables. Two convolutions with equal keys can use the same measured configuration."""
         N, C, H, W = self.x.shape
         g = self.geometry
         present = {"scale": self.scale, "shift": self.shift, "relu": self.relu or None}
@@ -57,11 +60,12 @@ class Convolution:
 
     @property
     def parts(self) -> tuple[Convolution, ...]:
-        """The convolutions that the problem consists of."""
+        """The convolutions that this problem consists of: itself."""
         return (self,)
 
     def map(self, function: Callable[[str, Tensor], Tensor]) -> Convolution:
-        """With function(name, tensor) for each tensor; names as in the formula, a and b of a lazy x."""
+        """Return a copy with function(name, tensor) in place of each tensor. Names are those in the formula; the lazy
+        operand's vectors are named a and b."""
 
         def each(name: str, value: Any) -> Any:
             return function(name, value) if isinstance(value, Tensor) else value
@@ -85,20 +89,20 @@ class Convolution:
 
     @property
     def bytes(self) -> int:
-        """Every operand and result once."""
+        """The bytes of every operand and of the result, each once."""
         x2, w2 = self.second or (None, None)
         result = self.rows * self.weight.shape[0] * self.x.element_size()
         return nbytes(self.x, self.weight, x2, w2, self.residual) + result
 
     @property
     def flops(self) -> int:
-        """Of the sums as they are written, without a tile's padding or the zeros between joined groups."""
+        """The operations of the formula, without a tile's padding or the zeros between joined groups."""
         K, R, S, C = self.weight.shape
         terms = R * S * C // self.joined + (self.second[0].shape[1] if self.second else 0)
         return 2 * self.rows * K * terms
 
     def work(self, config: Config, tiles: int) -> Work:
-        """Of a launch by so many tiles of BLOCK_M positions and BLOCK_N channels."""
+        """Return the work of a launch with `tiles` tiles of BLOCK_M positions and BLOCK_N channels."""
         _, R, S, C = self.weight.shape
         steps = config.steps(R * S, C) + (config.steps(1, self.second[0].shape[1]) if self.second else 0)
         size = self.x.element_size()
@@ -120,5 +124,5 @@ class Convolution:
 
 
 def channels_last_strides(t: Tensor) -> bool:
-    """Whether channels are next to each other; other strides may be any."""
+    """Whether channels are adjacent in memory; the other strides are arbitrary."""
     return t.shape[1] == 1 or t.stride(1) == 1

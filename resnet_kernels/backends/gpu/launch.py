@@ -1,7 +1,7 @@
-"""A launch is data first: what would run, with its bytes and operations. Then it runs, or is recorded.
+"""A launch as data: the kernel, its arguments, and the bytes and operations it costs. A launch is then run or recorded.
 
-Recording is how a machine without a GPU sees what would run there: the same code on meta tensors, for a given
-architecture. Tables, `explain` and the tests that read compiled kernels are made from it.
+Recording lets a machine without a GPU see what would run on one: the same code runs on meta tensors for a given
+architecture. Tuning tables, `explain` and the tests that read compiled kernels are made from recorded launches.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import contextvars
 import dataclasses
 import functools
 import operator
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -23,16 +22,20 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import tables
 from ..contract import tf32_allowed
-from .configs import known
+from .configs import nearest_arch
 
-# Multiprocessors of a recording's GPU (H200's), and of the interpreter's, which is slow by the tile.
+# Multiprocessors of a recording without a device (an H200's), and of the interpreter, whose time grows with the tiles.
 RECORDED_PROCESSORS, INTERPRETED_PROCESSORS = 132, 4
 INTERPRETING: bool = triton.knobs.runtime.interpret
 
 
 class Work(NamedTuple):
-    """bytes: of device memory that must move. flops: operations that must be done. copied: bytes that programs read,
-    mostly from L2. issued: operations that they do, with a tile's padding, a halo, the zeros between joined groups."""
+    """The cost of a launch.
+
+    bytes: device memory traffic that the problem needs. flops: operations that the problem needs. copied: bytes that
+    the CTAs read, mostly from L2. issued: operations that the CTAs execute, including a tile's padding, a halo and the
+    zeros between joined groups.
+    """
 
     bytes: int
     flops: int
@@ -45,9 +48,13 @@ class Work(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Launch:
-    """kernel[grid](**arguments, **options). refused: kernels that were preferred, and why they were not taken. problem:
-    what it computes, as what chose it was given it: another launch may compute the same. within: a larger problem that
-    it begins, which one launch might compute."""
+    """kernel[grid](**arguments, **options).
+
+    what: the problem in words. refused: {kernel: reason} of the candidates that were preferred but cannot run.
+    problem: the problem that the kernel was chosen for (a `dispatch.FusedProblem`), if it was chosen among candidates;
+    other kernels may compute the same. within: a larger problem that this launch begins, which one launch might
+    compute.
+    """
 
     kernel: Any
     grid: int
@@ -69,19 +76,21 @@ class Launch:
         return self.kernel.__name__.strip("_").removesuffix("_kernel")
 
     def run(self) -> Any:
-        """Returns what was compiled."""
+        """Launch the kernel and return what Triton compiled."""
         return self.kernel[(self.grid,)](**self.arguments, **self.options)
 
 
-class Native(Launch):
-    """Of a kernel that was compiled when the package was built: `kernel` is what launches it, `grid` its tiles."""
+class CudaLaunch(Launch):
+    """The launch of a CUDA C++ kernel that was compiled when the package was built. `kernel` is the function that
+    launches it, `grid` the number of its tiles."""
 
     def run(self) -> None:
         self.kernel(**self.arguments)
 
 
 class Library(Launch):
-    """What torch's library computes between the kernels: recorded for its bytes and operations, never submitted."""
+    """A computation by torch's library between the kernels. It is recorded for its bytes and operations, and never
+    submitted."""
 
     @property
     def name(self) -> str:
@@ -90,7 +99,10 @@ class Library(Launch):
 
 @dataclasses.dataclass
 class Recording:
-    """device: whose tables choose, and which has so many multiprocessors; None: an H200 that nobody measured."""
+    """The launches recorded for an architecture.
+
+    device: the GPU whose tables and number of multiprocessors decide. None: an H200 without tables.
+    """
 
     arch: int
     device: torch.device | None = None
@@ -101,19 +113,16 @@ _recording: contextvars.ContextVar[Recording | None] = contextvars.ContextVar("r
 _assumed_arch: contextvars.ContextVar[int] = contextvars.ContextVar("assumed_arch", default=90)
 
 
-class _Listening(threading.local):
-    """tape: a `tape.Tape` that hears of every launch of this thread, or None."""
-
-    tape: Any = None
-
-
-listening = _Listening()
+# The `tape.Tape` that records every launch of this thread or task, or None.
+active_tape: contextvars.ContextVar[Any] = contextvars.ContextVar("active_tape", default=None)
 
 
 @contextlib.contextmanager
 def recording(arch: int, device: torch.device | None = None) -> Iterator[list[Launch]]:
-    """Inside, launches on meta tensors are recorded as a GPU of this architecture would run them: the device, with
-    what was measured on it, or if there is none an H200 without tables."""
+    """Record launches on meta tensors as a GPU of this architecture would run them.
+
+    device: the GPU whose tables decide. None: an H200 without tables.
+    """
     record = Recording(arch, device)
     token = _recording.set(record)
     try:
@@ -124,7 +133,7 @@ def recording(arch: int, device: torch.device | None = None) -> Iterator[list[La
 
 @contextlib.contextmanager
 def assume_arch(arch: int) -> Iterator[None]:
-    """Inside, Triton's interpreter runs what a GPU of this architecture would."""
+    """Make Triton's interpreter run the launches that a GPU of this architecture would run."""
     token = _assumed_arch.set(arch)
     try:
         yield
@@ -139,35 +148,36 @@ def _properties(device: torch.device) -> tuple[int, int]:
 
 
 def gpu_of(device: torch.device) -> torch.device | None:
-    """The GPU that a launch with operands on the device would run on, or None: one that is imagined."""
+    """Return the GPU that a launch with operands on the device would run on, or None if that GPU is not present."""
     record = _recording.get()
     found = device if record is None else record.device
     return found if found is not None and found.type == "cuda" else None
 
 
 def expected_device() -> str:
-    """Where tensors must be for a launch."""
+    """Return the type of device on which a launch's tensors must be."""
     return "meta" if _recording.get() is not None else "cpu" if INTERPRETING else "cuda"
 
 
 def arch_of(device: torch.device) -> int:
-    """80 for sm_80, 90 for sm_90, ...: the one whose configurations the device takes."""
+    """Return the architecture whose configurations the device uses: 80 for sm_80, 90 for sm_90, and so on."""
     record = _recording.get()
     if record is not None:
         return record.arch
-    return known(_properties(device)[0]) if device.type == "cuda" else _assumed_arch.get()
+    return nearest_arch(_properties(device)[0]) if device.type == "cuda" else _assumed_arch.get()
 
 
 def measured_choice(device: torch.device, problem: Any) -> dict[str, Any] | None:
-    """What a table says of a launch with operands on the device, that computes what `problem.key` says."""
+    """Return the row of the device's measured table for `problem.key`, or None."""
     record = _recording.get()
     owner = device if record is None else record.device
     rows = {} if owner is None else tables.table(owner).launches
-    # Every launch asks: without a table not even the key is made.
+    # Every launch comes here: without a table, do not even build the key.
     return rows.get(problem.key) if rows else None
 
 
 def processors_of(device: torch.device) -> int:
+    """Return the number of multiprocessors that the device's grids should fill."""
     record = _recording.get()
     if record is not None and device.type == "meta":
         if record.device is None:
@@ -177,12 +187,12 @@ def processors_of(device: torch.device) -> int:
 
 
 def precision() -> str:
-    """Of products of fp32."""
+    """Return tl.dot's input_precision for fp32: "tf32" or "ieee", as torch's flags allow."""
     return "tf32" if tf32_allowed() else "ieee"
 
 
 def nbytes(*tensors: Tensor | None) -> int:
-    """Of the elements that a kernel touches, each once."""
+    """Return the bytes of the tensors' elements, each counted once."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
@@ -190,26 +200,29 @@ def descriptor(t: Tensor, shape: Sequence[int], strides: Sequence[int], block: S
     return TensorDescriptor(t, list(shape), list(strides), list(block))
 
 
-def note_library(x: Tensor, weight: Tensor, y: Tensor, of: str = "") -> None:
-    """Record, if anything is, a convolution of x to y by torch's library, or the gradient of one."""
+def record_library(x: Tensor, weight: Tensor, y: Tensor, gradient: str = "") -> None:
+    """If a recording is active, record a convolution of x to y by torch's library, or the gradient named by `gradient`
+    (" dx", " dweight")."""
     record = _recording.get()
     if record is not None:
         K, C, R, S = weight.shape
         _, _, P, Q = y.shape
-        what = f"{R}x{S} {x.shape[1]}->{K} {P}x{Q}{of}"
+        what = f"{R}x{S} {x.shape[1]}->{K} {P}x{Q}{gradient}"
         moved, flops = nbytes(x, weight, y), 2 * y.numel() * C * R * S
         arguments = {"x": x, "weight": weight, "y": y}
         record.launches.append(Library(None, 0, arguments, {}, what, Work(moved, flops, moved, flops)))
 
 
 def submit(launch: Launch) -> None:
+    """Record the launch if a recording is active, else run it; a tape of this thread records it as it runs."""
     record = _recording.get()
     if record is not None:
         record.launches.append(launch)
         return
     device = launch.device
-    # The interpreter computes by torch's ops, which are no part of what called it.
+    # The interpreter computes by torch's ops. Dispatch modes must not see them: they are not the caller's ops.
     with torch.cuda.device(device) if device.type == "cuda" else _disable_current_modes():
         compiled = launch.run()
-    if listening.tape is not None:
-        listening.tape.add_launch(launch, compiled)
+    tape = active_tape.get()
+    if tape is not None:
+        tape.add_launch(launch, compiled)

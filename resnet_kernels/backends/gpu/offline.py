@@ -1,6 +1,7 @@
-"""Compile recorded launches for an architecture, on any machine, and read what came out.
+"""Compile recorded launches for an architecture, on any machine, and read the resources and instructions of the result.
 
-The launches go through Triton's own specialization of their arguments: what is compiled is what a GPU would get.
+The launches go through Triton's own specialization of their arguments, so the compiled kernel is the one a GPU would
+run.
 """
 
 from __future__ import annotations
@@ -20,23 +21,27 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from .configs import RESERVED, SHARED_MEMORY
+from .configs import RESERVED_SHARED, SHARED_MEMORY
 from .launch import Launch
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
-# What bounds the programs on a multiprocessor, beside shared memory: threads and registers.
+# Threads and registers of a multiprocessor: with shared memory, they limit how many CTAs it holds.
 THREADS = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
 REGISTERS = 65536
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """Of one launch: registers and bytes of stack a thread, bytes of shared memory, and instructions by what they do.
+    """The resources and instructions of one compiled launch.
 
+    registers, stack: per thread, the latter in bytes. shared: bytes of shared memory per CTA. warps: per CTA.
+    matrix: {name: matrix product instructions}. bulk_copies: copies by the tensor copy engine. async_copies: cp.async.
+    nan_max, plain_max: maxima that propagate NaN, and that drop it.
+    full_waits: waits inside a mainloop for every outstanding matrix product; they keep the next one from overlapping.
+    partial_waits: waits for only some of the outstanding products, in loops whose products read operands from registers
+    that the next step overwrites: a race.
     machine_code: digest of the instructions, without symbols, line numbers and debug information.
-    drains: waits for every outstanding matrix product inside a loop, which keep the next from being issued behind it.
-    torn: waits for a part of them, in loops whose products read operands from registers that the next step writes.
     """
 
     arch: int
@@ -49,30 +54,32 @@ class Compiled:
     async_copies: int
     nan_max: int
     plain_max: int
-    drains: int
-    torn: int
+    full_waits: int
+    partial_waits: int
     ptx: str
     machine_code: str
 
     @property
     def programs(self) -> int:
-        """That fit a multiprocessor at once."""
+        """The number of CTAs (Triton's programs) that fit a multiprocessor at once."""
         threads = self.warps * 32
-        # Registers are given to warps in steps of 8 a thread.
+        # Warps receive registers in steps of 8 per thread.
         by_registers = REGISTERS // (-(-self.registers // 8) * 8 * threads)
-        limit = SHARED_MEMORY[self.arch] + RESERVED
-        by_shared = limit // (self.shared + RESERVED)
+        limit = SHARED_MEMORY[self.arch] + RESERVED_SHARED
+        by_shared = limit // (self.shared + RESERVED_SHARED)
         return min(THREADS[self.arch] // threads, by_registers, by_shared)
 
     def wrong(self) -> list[str]:
-        """What no shipped configuration may have."""
+        """Return the defects that no shipped configuration may have."""
         found = []
         if self.stack:
             found.append(f"{self.stack} bytes of stack")
         if self.shared > SHARED_MEMORY[self.arch]:
-            found.append(f"{self.shared} bytes of shared memory, {SHARED_MEMORY[self.arch]} there are")
-        if self.torn:
-            found.append(f"{self.torn} waits that leave products reading registers which are written again")
+            found.append(f"expected at most {SHARED_MEMORY[self.arch]} bytes of shared memory, got {self.shared}")
+        if self.partial_waits:
+            found.append(
+                f"{self.partial_waits} waits that leave products reading registers that the next step overwrites"
+            )
         if self.plain_max:
             found.append(f"{self.plain_max} maxima that drop NaN")
         return found
@@ -100,7 +107,7 @@ def _binder(kernel: Any, arch: int) -> tuple[Any, Any]:
 
 
 def specialize(launch: Launch, arch: int) -> tuple[Any, ASTSource, Any]:
-    """(a key equal for launches that share a compiled kernel, the source, the options)."""
+    """Return (key, source, options). Launches that share a compiled kernel have equal keys."""
     backend, bind = _binder(launch.kernel, arch)
     bound, specialization, options = bind(**launch.arguments, **launch.options)
     parsed, signature, constants, attributes = launch.kernel._pack_args(
@@ -111,7 +118,7 @@ def specialize(launch: Launch, arch: int) -> tuple[Any, ASTSource, Any]:
 
 
 def loop_bodies(ptx: str) -> list[str]:
-    """The text between each label and the last branch back to it."""
+    """Return the loops of a PTX text: for each label, the text from it to the last branch back to it."""
     bodies = []
     for label in re.finditer(r"^(\$L__BB\d+_\d+):", ptx, re.MULTILINE):
         ends = [
@@ -122,21 +129,22 @@ def loop_bodies(ptx: str) -> list[str]:
     return bodies
 
 
-def _drains(ptx: str) -> int:
-    """Full waits inside innermost loops that multiply."""
+def _full_waits(ptx: str) -> int:
+    """Count waits for all outstanding wgmma inside innermost loops that multiply."""
     bodies = [b for b in loop_bodies(ptx) if "wgmma.mma_async" in b]
     inner = [b for b in bodies if not any(o is not b and o in b for o in bodies)]
     return sum(b.count("wgmma.wait_group.sync.aligned 0") for b in inner)
 
 
-def _torn(ptx: str) -> int:
-    """Waits for a part only, in loops whose products read registers: what is read may be written by the next step."""
+def _partial_waits(ptx: str) -> int:
+    """Count waits for only some outstanding wgmma, in loops whose products read an operand from registers: the next
+    step may overwrite registers that a product still reads."""
     bodies = [b for b in loop_bodies(ptx) if re.search(r"wgmma\.mma_async[^;]*\}, *\{", b)]
     return sum(len(re.findall(r"wgmma\.wait_group\.sync\.aligned [1-9]", b)) for b in bodies)
 
 
 def count(ptx: str) -> dict[str, Any]:
-    """`Compiled`'s instructions."""
+    """Return the fields of `Compiled` that count instructions of a PTX text."""
     names = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}
     return {
         "matrix": {name: ptx.count(instruction) for name, instruction in names.items() if instruction in ptx},
@@ -144,8 +152,8 @@ def count(ptx: str) -> dict[str, Any]:
         "async_copies": len(re.findall(r"cp\.async\.c[ag]\.shared", ptx)),
         "nan_max": len(re.findall(r"max\.NaN\.(?:bf16|f16|f32)", ptx)),
         "plain_max": len(re.findall(r"max\.(?:bf16|f16|f32|ftz)", ptx)),
-        "drains": _drains(ptx),
-        "torn": _torn(ptx),
+        "full_waits": _full_waits(ptx),
+        "partial_waits": _partial_waits(ptx),
         "ptx": ptx,
     }
 

@@ -1,4 +1,4 @@
-// In place of csrc/cuda/instructions.cuh: what the instructions do, as the PTX ISA tells it.
+// Replaces csrc/cuda/instructions.cuh: the same functions on a CPU, with the semantics of the PTX ISA.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -13,12 +13,13 @@
 
 namespace emulation {
 
-// What a block takes without a size: what a multiprocessor of sm_80 has for one.
+// Dynamic shared memory: the largest that a block can have on sm_80.
 alignas(128) inline char shared[163 << 10];
 
 constexpr unsigned kMostThreads = 1024;
 
-// What the lanes of a warp give each other. Of two such, since a lane may be an instruction ahead of another.
+// Exchange values within the warp: returns the array of all lanes' values. Double-buffered, because a lane may already
+// be at the next instruction.
 template <class Given>
 const Given* meet_warp(const Given& mine) {
   static Given given[2][kMostThreads];
@@ -35,20 +36,20 @@ struct Copy {
   const void* from;
   bool there;
 };
-// By thread; a group is complete where it is followed by another.
+// cp.async copies in flight by thread, in commit groups; the last group is the open one.
 inline std::vector<std::vector<Copy>> copies[kMostThreads];
 
 inline void arrive(const std::vector<Copy>& group) {
   for (const Copy& c : group) c.there ? std::memcpy(c.to, c.from, 16) : std::memset(c.to, 0, 16);
 }
 
-inline const char* copies_left(unsigned thread) {
+inline const char* unawaited_copies(unsigned thread) {
   for (const auto& group : copies[thread])
-    if (!group.empty()) return "its copies were there";
+    if (!group.empty()) return "it had waited for its cp.async copies";
   copies[thread].clear();
   return nullptr;
 }
-inline const bool told = (left_behind = copies_left, true);
+inline const bool registered = (unawaited = unawaited_copies, true);
 
 }  // namespace emulation
 
@@ -78,25 +79,26 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     for (int k = 0; k < 16; ++k)
       sum += double{all[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2][k % 2]} *
              all[column * 4 + k % 8 / 2].b[k / 8][k % 2];
-    // The PTX ISA leaves the rounding open; tensor cores cut off.
+    // The PTX ISA leaves the rounding open; tensor cores truncate.
     d[i] = static_cast<float>(sum);
     if (std::fabs(d[i]) > std::fabs(sum) && std::isfinite(sum)) d[i] = std::nextafter(d[i], 0.f);
   }
 }
 
 inline void load_transposed(uint32_t (&r)[4], const void* row) {
-  if (reinterpret_cast<uintptr_t>(row) % 16) emulation::fail("ldmatrix of an address that is no multiple of 16");
+  if (reinterpret_cast<uintptr_t>(row) % 16)
+    emulation::fail("ldmatrix: expected row addresses in multiples of 16 bytes");
   const auto* all = emulation::meet_warp(static_cast<const uint16_t*>(row));
   const unsigned lane = emulation::lane();
   for (int j = 0; j < 4; ++j)
     r[j] = all[8 * j + lane % 4 * 2][lane / 4] | uint32_t{all[8 * j + lane % 4 * 2 + 1][lane / 4]} << 16;
 }
 
-// As late as they may arrive.
+// Copies complete as late as they may, in wait_copies, to find reads that come too early.
 inline void copy_async(void* to, const void* from, bool there) {
   auto& mine = emulation::copies[emulation::block->current];
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16)
-    emulation::fail("a copy off 16 bytes");
+    emulation::fail("cp.async: expected addresses in multiples of 16 bytes");
   if (mine.empty()) mine.emplace_back();
   mine.back().push_back({to, from, there});
 }

@@ -87,7 +87,7 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
         nothing = Operand(empty_nhwc(products[0].operand.tensor, sizes))
         return bn_pass(nothing, Epilogue(reduce=epilogue.reduce))
     *before, last = products
-    # The residual, and every product but the last, are added to the next.
+    # The residual and each product are added to the next product.
     added, upsample = epilogue.residual, epilogue.upsample
     for p in before:
         t = _by_library(p)
@@ -109,7 +109,7 @@ def _stored(x: Operand, epilogue: Epilogue, scale: Tensor | None = None) -> tupl
 
 
 def masked_conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Operand, tuple[Tensor, Tensor]]:
-    """The mask is not worth a pass that writes: whoever reads the result reads what masks it too, in `second`."""
+    """The mask is not applied in a pass of its own: the returned operand carries it, and its reader applies it."""
     plain = epilogue.shift is None and epilogue.residual is None and products[0].packed.scale is None
     if len(products) > 1 or not plain or not isinstance(epilogue.mask, Operand) or 0 in products[0].output_sizes():
         t, sums = conv(products, epilogue)
@@ -119,14 +119,14 @@ def masked_conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Operan
 
 
 def _by_library(p: Product) -> Tensor:
-    """The product without its scale, rounded, channels_last."""
+    """Return the product without its scale, rounded, in channels_last."""
     return library_conv(p, computed(p.operand), p.packed.weight, p.geometry)
 
 
 def bn_pass(x: Operand, epilogue: Epilogue, pool: Pool | None = None) -> tuple[Tensor, Any]:
     if pool is None:
         return _stored(x, epilogue)
-    # The maxima are those of the rounded pass.
+    # The maxima are of rounded values.
     t, _ = _stored(x, dataclasses.replace(epilogue, reduce=None))
     return max_pool(t, pool, epilogue.reduce == "winners")
 

@@ -171,8 +171,11 @@ class Library(CLibrary):
 
 
 def built_for(archs: str, capability: tuple[int, int]) -> bool:
-    """Whether code for `archs` ("8.0;9.0a;12.0+PTX") runs on a GPU of that compute capability: for the same major one
-    and no later minor one (exactly these with a letter), or, as PTX, for any that is not later."""
+    """Return whether code for `archs` ("8.0;9.0a;12.0+PTX") runs on a GPU of this compute capability.
+
+    Binary code runs on the same major version with the same or a later minor version; with a letter on exactly that
+    version. PTX runs on any later version.
+    """
     for arch in archs.replace(" ", ";").split(";"):
         number, ptx = arch.removesuffix("+PTX"), arch.endswith("+PTX")
         major, minor = (int(n) for n in number.rstrip("af").split("."))
@@ -209,12 +212,12 @@ def library() -> Library:
 
 
 def in_rows(t: Tensor) -> Tensor:
-    """The tensor, or a copy whose channels lie next to each other."""
+    """Return the tensor, or a channels_last copy if its channels are not contiguous."""
     return t if t.shape[1] == 1 or t.stride(1) == 1 else t.contiguous(memory_format=torch.channels_last)
 
 
 def vector(t: Tensor, size: int, device: torch.device, name: str) -> Tensor:
-    """A value per channel, as kernels read it. Raises ValueError where there are not as many."""
+    """Return one fp32 value per channel, contiguous. Raises ValueError unless t is (size,) on the device."""
     if t.shape != (size,) or t.device != device:
         raise ValueError(f"{name}: expected ({size},) on {device}, got {tuple(t.shape)} on {t.device}")
     return t if t.dtype == torch.float32 and t.is_contiguous() else t.float().contiguous()

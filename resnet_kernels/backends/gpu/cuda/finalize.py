@@ -1,5 +1,5 @@
-"""The algebra per channel between convolutions: csrc/cuda/finalize.cuh. `algebra` defines it, and computes what a group
-of processes shares."""
+"""The per-channel algebra between convolutions: csrc/cuda/finalize.cuh. The module `algebra` defines the results, and
+computes those of a process group."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _least(rows: int) -> float:
 
 
 def finalize_stats(stats: Stats, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    """(5, K) fp32, the table of `Affine`: a = gamma*rstd, b = beta - mean*a, mean, rstd, unbiased variance."""
+    """Return the table of `Affine`, (5, K) fp32: a = gamma*rstd, b = beta - mean*a, mean, rstd, unbiased variance."""
     if isinstance(stats.rows, Tensor) or not stats.rows:
         return algebra.table(stats, gamma, beta, eps)
     K, device = stats.mean.numel(), stats.mean.device
@@ -30,7 +30,7 @@ def finalize_stats(stats: Stats, gamma: Tensor, beta: Tensor, eps: float) -> Ten
 
 
 def finalize_bn_grad(sums: tuple[Tensor, Tensor], rows: int | Tensor, affine: Affine) -> tuple[Tensor, ...]:
-    """From sum(g), sum(g*xhat), each (K): (al, be, const) with dL/dc = al*g + be*(c - mean) + const."""
+    """Return (al, be, const), (K) each, with dL/dc = al*g + be*(c - mean) + const. sums: of g and of g*xhat, (K)."""
     if isinstance(rows, Tensor) or not rows:
         return algebra.bn_grad(sums, rows, affine)
     K, device = affine.a.numel(), affine.a.device
@@ -43,7 +43,7 @@ def finalize_bn_grad(sums: tuple[Tensor, Tensor], rows: int | Tensor, affine: Af
 
 
 def _product(m: Moments, weight: Tensor) -> tuple[ProductOf, list[Tensor]]:
-    """(the description of h's moments and the weight (K, J), what it points to)."""
+    """Return the C structure of h's moments and the weight (K, J), and the tensors whose memory it points to."""
     K, J = weight.shape
     mu, w = vector(m.mean, J, weight.device, "mean"), weight.contiguous()
     M2 = vector(m.M2.flatten(), J * J, weight.device, "M2")
@@ -55,7 +55,8 @@ def _product(m: Moments, weight: Tensor) -> tuple[ProductOf, list[Tensor]]:
 
 
 def finalize_moments(m: Moments, weight: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    """The same table for c = h W^T, weight (K, J), from h's moments: mean = W mu, var = diag(W Cov W^T)."""
+    """Return the table of `Affine` for c = h W^T from h's moments: mean = W mu, var = diag(W Cov W^T). weight: (K,
+    J)."""
     if isinstance(m.rows, Tensor) or not m.rows:
         return algebra.table(algebra.product_stats(m, weight), gamma, beta, eps)
     of, held = _product(m, weight)
@@ -69,10 +70,12 @@ def finalize_moments(m: Moments, weight: Tensor, gamma: Tensor, beta: Tensor, ep
 def finalize_tail_grad(
     sg: Tensor, G: Tensor, centre: Tensor | None, m: Moments, weight: Tensor, affine: Affine
 ) -> TailGrad:
-    """From sg = sum(g) (K) and G = g^T (h - centre) (K, J), for c = h W^T whose statistics came from the moments m.
+    """Return the gradients of c = h W^T, whose statistics came from the moments m. See `contract.TailGrad`.
 
-    Numerics: A and B are rounded to the weight's dtype, v is made from the rounded. In fp16 entries of B below 6e-8 are
-    zero: of the size of W^2 a rstd dgamma / M, that takes gradients which a loss scale has not raised."""
+    sg: sum of g over the rows, (K). G: g^T (h - centre), (K, J).
+    Numerics: A and B are rounded to the weight's dtype; v is computed from the rounded matrices. In fp16 entries of B
+        below 6e-8 become zero. B has the size of W^2 a rstd dgamma / M, so this happens only without a loss scale.
+    """
     if isinstance(m.rows, Tensor) or not m.rows:
         return algebra.tail_grad(sg, G, centre, m, weight, affine)
     of, held = _product(m, weight)

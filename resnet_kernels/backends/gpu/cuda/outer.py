@@ -1,5 +1,7 @@
-"""Weight gradients and moments: csrc/cuda/outer.cuh where they are sums over rows of outer products, else cuDNN. Both
-read plain operands, so that what an operand holds is computed before."""
+"""Weight gradients and moments: csrc/cuda/outer.cuh where they are sums of outer products over rows, else cuDNN.
+
+Both read plain tensors, so operands are materialized first.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,10 @@ from .passes import computed
 def wgrad(
     g: Operand, x: Operand, kernel: tuple[int, int], geometry: Geometry, sums: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """(dL/dweight (K, C/groups, R, S), sum of g per channel (K) if `sums`), fp32, for g = dL/dconv (N, K, P, Q) and the
-    convolution's operand x (N, C, H, W). See `contract.Backend.wgrad`."""
+    """Return dL/dweight (K, C/groups, R, S) and, if `sums`, the sums of g per channel (K), in fp32.
+
+    g: dL/dconv (N, K, P, Q). x: the convolution's operand (N, C, H, W). See `contract.Backend.wgrad`.
+    """
     N, K, P, Q = g.sizes
     C = x.tensor.shape[1]
     if not N * P * Q:
@@ -33,7 +37,10 @@ def wgrad(
 
 
 def _outer(g: Tensor, x: Tensor, sums: bool, moments: bool) -> tuple[Tensor, Tensor | None]:
-    """Of rows, contiguous in channels_last: sum of g^T x (K, C), and of g (K); or (M2, mean) of g."""
+    """Return the sum of g^T x over the rows, (K, C), and the sums of g, (K); with `moments` M2 and the mean of g.
+
+    g, x: contiguous in channels_last.
+    """
     (N, K, P, Q), C = g.shape, x.shape[1]
     if (N, P, Q) != (x.shape[0], *x.shape[2:]) or (g.dtype, g.device) != (x.dtype, x.device):
         raise ValueError(
@@ -45,7 +52,7 @@ def _outer(g: Tensor, x: Tensor, sums: bool, moments: bool) -> tuple[Tensor, Ten
     parts = -(-M // span)
     result = torch.empty(K, C, device=g.device)
     total = torch.empty(K, device=g.device) if sums else None
-    # Of one part there is nothing to add, but moments are not centred yet.
+    # A single partial sum is the result, but moments must still be centred.
     scratch, sum_scratch = result, total
     if parts > 1 or moments:
         scratch = torch.empty(parts, K, C, device=g.device)
@@ -66,8 +73,10 @@ def _by_library(
 
 
 def moments(h: Operand) -> Moments:
-    """Over the M rows of h (N, J, P, Q): mean (J) and M2 (J, J), fp32. See `contract.Backend.moments`. In fp32 the mean
-    is a pass of its own, and leaves before anything is multiplied."""
+    """Return the mean (J) and M2 (J, J) over the M rows of h (N, J, P, Q), in fp32. See `contract.Backend.moments`.
+
+    For fp32 operands a separate pass computes the mean first, and the product is of the centred operand.
+    """
     N, J, P, Q = h.sizes
     M = N * P * Q
     if not M:

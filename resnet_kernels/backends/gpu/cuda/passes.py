@@ -1,4 +1,4 @@
-"""Passes over a map, and what they reduce to: csrc/cuda/pass.cuh."""
+"""Passes over a map, with reductions: csrc/cuda/pass.cuh."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .pooling import unpooled
 REDUCTIONS = {None: 0, "stats": 1, "sum": 2, "mask": 3}
 BITS, BYTES, TENSOR = 1, 2, 3
 
-# A row's number has 31 bits.
+# The kernels count positions (N*P*Q) in 31 bits.
 MOST_ROWS = 2**31 - 1
 
 
 class Filled:
-    """A `Pass` being filled. held: what it points to, until it is launched."""
+    """Fills a `Pass` structure. held: the tensors whose memory it points to, alive until the launch."""
 
     def __init__(self, x: Tensor, sizes: Sequence[int]) -> None:
         self.N, self.C, self.P, self.Q = sizes
@@ -42,8 +42,10 @@ class Filled:
         return self.pointer(vector(t, self.C if channels is None else channels, self.device, name))
 
     def view(self, t: Tensor, stride: int, name: str, sizes: Sequence[int], dtype: torch.dtype | None = None) -> View:
-        """Every stride-th row and column of t, `sizes` (N, C, H, W). Raises TypeError or ValueError where they are not,
-        or of another dtype or device."""
+        """Return a view of every stride-th row and column of t, of `sizes` (N, C, H, W).
+
+        Raises TypeError or ValueError if the sizes, the dtype or the device are others.
+        """
         N, C, H, W = sizes
         got = (*t.shape[:2], *(-(-n // stride) for n in t.shape[2:]))
         if got != tuple(sizes):
@@ -52,7 +54,7 @@ class Filled:
             raise TypeError(f"{name}: expected {dtype or self.dtype} on {self.device}, got {t.dtype} on {t.device}")
         t = in_rows(t)
         n, h, w = nhwc_strides(t)
-        # Eight elements: of 8 bytes, or in 16 at a time.
+        # A thread reads eight elements, at most 16 bytes at a time.
         by = min(16, 8 * t.element_size())
         self.call.aligned &= all(s * t.element_size() % by == 0 for s in (n, h, w))
         return self._map(View(self.pointer(t, by), n, h * stride, w * stride), H, W)
@@ -62,7 +64,7 @@ class Filled:
         return view
 
     def mask(self, mask: Tensor | Operand, stride: int, sizes: Sequence[int]) -> Mask:
-        """sizes: (N, C, H, W) of what it masks, a tensor that is read with `stride`."""
+        """Return the mask of a tensor of `sizes` (N, C, H, W) that is read with `stride`."""
         N, C, H, W = sizes
         seen = (N, C, -(-H // stride), -(-W // stride))
         if isinstance(mask, Tensor) and mask.dtype == torch.uint8 and mask.dim() == 2:
@@ -82,11 +84,11 @@ class Filled:
         a, b = operand.affine or (None, None)
         view = self.view(operand.tensor, stride * operand.stride, "mask", seen)
         vectors = self.vector(a, "mask: a", C), self.vector(b, "mask: b", C)
-        # A ReLU changes nothing about what is not greater than zero.
+        # The operand's ReLU may be left out: it does not change which values are at most zero.
         return Mask(view, *vectors, TENSOR)
 
     def source(self, o: Operand, name: str, scale: Tensor | None = None) -> Source:
-        """scale: in place of an affine, and then nothing is rounded before the epilogue."""
+        """Return an operand. scale: replaces the affine; then nothing is rounded before the epilogue."""
         sizes = o.sizes
         s = Source(self.view(o.tensor, o.stride, name, sizes), relu=o.relu, rounds=scale is None, channels=sizes[1])
         if o.mask is not None:
@@ -101,14 +103,17 @@ class Filled:
             if o.tensor.dtype != torch.float32:
                 raise TypeError(f"{name}: expected float32 where a centre is subtracted, got {o.tensor.dtype}")
             s.centre = self.vector(o.centre, f"{name}: centre", sizes[1])
-        # A residual of fewer channels decides for itself which eight there are.
+        # A residual with fewer channels must be a multiple of eight by itself.
         self.call.aligned &= sizes[1] % 8 == 0
         return s
 
 
 def run(x: Operand, epilogue: Epilogue, store: bool, scale: Tensor | None = None) -> tuple[Tensor | None, Any]:
-    """(t or None, reduced). Beside the contract's reductions: "sum", the first of `Normalized`'s two. scale: in place
-    of x's affine, and then nothing is rounded before the epilogue."""
+    """Return (t, or None unless `store`; the reduction).
+
+    Beside the contract's reductions there is "sum", the first of `Normalized`'s two. scale: replaces x's affine; then
+    nothing is rounded before the epilogue.
+    """
     if x.pooled is not None:
         x = dataclasses.replace(x, tensor=unpooled(x.tensor, x.pooled), pooled=None)
     sizes = N, C, P, Q = x.sizes
@@ -152,7 +157,7 @@ def run(x: Operand, epilogue: Epilogue, store: bool, scale: Tensor | None = None
 
 
 def computed(x: Operand) -> Tensor:
-    """What the operand stands for, (N, C, P, Q) channels_last: its own tensor if it is plain and lies so."""
+    """Return the materialized operand, (N, C, P, Q) channels_last: its own tensor if it is plain and channels_last."""
     if x.plain:
         return x.tensor.contiguous(memory_format=torch.channels_last)
     t, _ = run(x, Epilogue(), store=True)

@@ -27,7 +27,7 @@ def _run(name: str, x: Tensor, y: Tensor, winners: Tensor | None, pool: Pool, gr
 
 
 def max_pool(t: Tensor, pool: Pool, wants_winners: bool) -> tuple[Tensor, Tensor | None]:
-    """(the maxima, `Pooled.winners`), channels_last."""
+    """Return the maxima and, if requested, `Pooled.winners`, in channels_last."""
     P, Q = ((n + 2 * pool.padding - pool.kernel) // pool.stride + 1 for n in t.shape[2:])
     y, winners = empty_nhwc(t, (*t.shape[:2], P, Q)), None
     if wants_winners:
@@ -37,7 +37,7 @@ def max_pool(t: Tensor, pool: Pool, wants_winners: bool) -> tuple[Tensor, Tensor
 
 
 def unpooled(v: Tensor, pooled: Pooled) -> Tensor:
-    """The gradient of what was pooled, from that of the maxima, rounded."""
+    """Return the gradient of the pooled map from the gradient v of the maxima, rounded to v's dtype."""
     if pooled.winners.shape != v.shape or pooled.winners.dtype != torch.uint8:
         raise ValueError(f"winners: expected bytes of {tuple(v.shape)}, got {tuple(pooled.winners.shape)}")
     y = empty_nhwc(v, (*v.shape[:2], *pooled.size))

@@ -1,1 +1,1 @@
-"""Triton kernels of inference, and the choice between them and Hopper's CUDA kernels."""
+"""Triton kernels for inference, and the choice between them and the CUDA kernels for Hopper."""

@@ -1,22 +1,24 @@
-"""Convolution by boxes: an implicit matrix product whose operands come by the bulk tensor copy engine (sm_90, sm_100).
+"""Convolution by boxes: an implicit GEMM whose operands arrive by the bulk tensor copy engine (sm_90, sm_100).
 
-One program owns BOX_N x BOX_H x BOX_W = BLOCK_M output positions of BLOCK_N channels at a time. For each slice of
-BLOCK_K channels and each tap of the filter it copies the box of x that the tap sees, shifted as a whole: what lies
-outside the map arrives as zeros, which is the padding. Taps are the inner loop.
+One program instance owns a tile of BOX_N x BOX_H x BOX_W = BLOCK_M output positions by BLOCK_N channels; a persistent
+one takes several tiles in turn. For each slice of BLOCK_K input channels and each tap of the filter, it copies the box
+of x that the tap sees: the tile's box, shifted. Positions outside the map arrive as zeros, which is the padding. Taps
+are the inner loop.
 
-A stride s is no gather either. x (N, H, W, C) is described as [N, H/s, s, W/s, s*C]: rows s*i + u are (i, u), columns
-s*j + v are (j, v*C), so each tap is a dense box of one (u, v). A 1x1 convolution of stride 1 is the same with all rows
-of the matrix in one line: [1, 1, 1, N*H*W, C].
+A stride s needs no gather either. x (N, H, W, C) is described as [N, H/s, s, W/s, s*C]: row s*i + u is (i, u), column
+s*j + v is (j, v*C), so each tap is a dense box of one (u, v). A 1x1 convolution of stride 1 is a plain matrix product,
+and all positions are described as one line: [1, 1, 1, N*H*W, C].
 
-A second product (a projection shortcut) runs the same way over its own operand, into the same accumulator.
+A second product (a projection shortcut) runs the same mainloop over its own operand, into the same accumulator.
 
-wgmma takes operands from shared memory, where the copy engine puts them. But a box of several images, rows or columns
-is reshaped to rows of a matrix, which Triton 3.6 allows the second operand alone; a first one would go through
-registers. So there the product is made transposed, the weights first (TURNED), and turned back at the end.
+wgmma reads operands from shared memory, where the copy engine puts them. But a box with several images, rows or columns
+must be reshaped to rows of a matrix. Triton 3.6 can do that in shared memory for the second operand only; a reshaped
+first operand would go through registers. For such boxes the kernel computes the transposed product, weights first
+(TURNED), and transposes the accumulator at the end.
 
-Moves: x once from device memory (once per tap, and per tile of output channels, from L2), the weights once per tile of
-positions from L2, the residual once, y once. Tiles of one box follow each other over the output channels, so that x
-is still in L2.
+Memory traffic: x once from device memory (again per tap and per tile of output channels, from L2), the weights once per
+tile of positions from L2, the residual once, y once. Consecutive tiles share a box and differ in their output channels,
+so x is still in L2.
 """
 
 from __future__ import annotations
@@ -27,16 +29,16 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...contract import nhwc_strides
-from ..configs import LEAST_FILLED, OPERANDS_IN_SHARED, Config, box, filled
+from ..configs import LEAST_FILLED, OPERANDS_IN_SHARED, Config, box_shape, filled_share
 from ..convolution import Convolution
-from ..device import affine, factor, lazy, relu, settled
+from ..device import affine, lazy_value, product_operand, relu, wait_for_sum
 from ..launch import Launch, descriptor, precision, processors_of
 
 
 @triton.jit
 def tap_origin(tap, S: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr):
-    """(row, row parity, column, column parity) of a tap in x as described, for the box at the origin."""
-    # Kept positive by a multiple of the stride: division of negative numbers truncates.
+    """Return (i, u, j, v): where a tap's box begins in the described x, for the output box at the origin."""
+    # A multiple of the stride keeps the dividend positive: division of negative numbers truncates.
     u = (tap // S) * DILATION - PADDING + STRIDE * PADDING
     v = (tap % S) * DILATION - PADDING + STRIDE * PADDING
     return u // STRIDE - PADDING, u % STRIDE, v // STRIDE - PADDING, v % STRIDE
@@ -44,7 +46,7 @@ def tap_origin(tap, S: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr
 
 @triton.jit
 def box_origin(box, q_tiles, p_tiles, BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr):
-    """(image, output row, output column) where a box begins; columns are counted first."""
+    """Return (image, output row, output column) where a box begins. Consecutive boxes advance along columns first."""
     return box // q_tiles // p_tiles * BOX_N, box // q_tiles % p_tiles * BOX_H, box % q_tiles * BOX_W
 
 
@@ -79,8 +81,11 @@ def accumulate(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """acc += conv(x, w) of the box at output position (n0, p0, q0), output channels from k0, input channels c_first to
-    c_first + C; TURNED: acc is the transposed. pixel: elements from a column of x to the next."""
+    """Mainloop: return acc + conv(x, w) for the box at output position (n0, p0, q0), output channels from k0, and input
+    channels c_first to c_first + C.
+
+    acc [BLOCK_M, BLOCK_N], or [BLOCK_N, BLOCK_M] if TURNED. pixel: elements between adjacent columns of x.
+    """
     BLOCK_M: tl.constexpr = BOX_N * BOX_H * BOX_W
     for step in range(R * S * tl.cdiv(C, BLOCK_K)):
         tap = step % (R * S)
@@ -93,14 +98,14 @@ def accumulate(
             s = (q0 + j + row % BOX_W) * STRIDE + v
             channel = c + tl.arange(0, BLOCK_K)
             inside = (h >= 0) & (h < H) & (s >= 0) & (s < W)
-            a = lazy(a, a_ptr, b_ptr, (c_first + channel, channel < C), inside, LAZY_RELU)
+            a = lazy_value(a, a_ptr, b_ptr, (c_first + channel, channel < C), inside, LAZY_RELU)
         b = w.load([k0, tap * C + c])
         if TURNED:
-            acc = tl.dot(factor(b, PRECISION), factor(a, PRECISION).T, acc, input_precision=PRECISION)
+            acc = tl.dot(product_operand(b, PRECISION), product_operand(a, PRECISION).T, acc, input_precision=PRECISION)
         else:
-            acc = tl.dot(factor(a, PRECISION), factor(b, PRECISION).T, acc, input_precision=PRECISION)
+            acc = tl.dot(product_operand(a, PRECISION), product_operand(b, PRECISION).T, acc, input_precision=PRECISION)
             if LAZY or not (BOX_N == 1 and BOX_H == 1):
-                acc = settled(acc, C)
+                acc = wait_for_sum(acc, C)
     return acc
 
 
@@ -148,6 +153,8 @@ def _conv_box_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    """x, w, x2, w2, residual, y: tensor descriptors. tiles: all tiles of the grid; k_tiles, q_tiles, p_tiles: tiles
+    along output channels, columns and rows. k_group: output channels per group."""
     first = tl.program_id(0)
     if PERSISTENT:
         last = tiles
@@ -185,7 +192,7 @@ def _conv_box_kernel(
 
 
 def _line(t: Tensor) -> bool:
-    """Whether the positions of all images follow each other at one distance, so that a map is one line."""
+    """Whether the positions of all images have one common pitch, so that the whole batch is one line."""
     n, h, w = nhwc_strides(t)
     return h == t.shape[3] * w and n == t.shape[2] * h
 
@@ -196,30 +203,33 @@ def _aligned(t: Tensor) -> bool:
 
 
 def in_line(c: Convolution) -> bool:
-    """Whether the convolution is a plain matrix product, whose box is a run of rows."""
+    """Whether the convolution is a plain matrix product, whose box is a run of matrix rows."""
     K, R, S, _ = c.weight.shape
     maps = [c.x] + ([c.second[0]] if c.second else []) + ([c.residual] if c.residual is not None else [])
     return (R, S, c.geometry.stride, c.geometry.padding) == (1, 1, 1, 0) and all(map(_line, maps))
 
 
 def box_of(c: Convolution, rows: int) -> tuple[int, int, int]:
+    """Return the shape (images, rows, columns) of the convolution's boxes of `rows` output positions."""
     N, _, P, Q = c.output_sizes
-    return (1, 1, rows) if in_line(c) else box(N, P, Q, rows)
+    return (1, 1, rows) if in_line(c) else box_shape(N, P, Q, rows)
 
 
 def turned(shape: tuple[int, int, int], BLOCK_N: int) -> bool:
-    """Whether the product of boxes of this shape is made transposed. wgmma wants 64 rows or more."""
+    """Whether the kernel computes the transposed product for boxes of this shape. The output channels are then the rows
+    of the product, and wgmma wants 64 rows or more."""
     return shape[:2] != (1, 1) and BLOCK_N >= 64
 
 
 def boxes_of(y: Tensor, shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    """How many cover the result (N, K, P, Q): along images, rows and columns."""
+    """Return how many boxes cover the result (N, K, P, Q) along images, rows and columns."""
     N, _, P, Q = y.shape
     return -(-N // shape[0]), -(-P // shape[1]), -(-Q // shape[2])
 
 
 def why_not(c: Convolution, arch: int, config: Config) -> str | None:
-    """Why the convolution cannot run by boxes so, or None. A function of metadata and addresses."""
+    """Return why the convolution cannot run by boxes with this configuration, or None. Depends on metadata and
+    addresses only, not on values."""
     if arch not in OPERANDS_IN_SHARED:
         return f"expected sm_90 or sm_100, got sm_{arch}"
     K, R, S, C = c.weight.shape
@@ -227,34 +237,39 @@ def why_not(c: Convolution, arch: int, config: Config) -> str | None:
     _, _, H, W = c.x.shape
     for name, t in (("x", c.x), ("x2", c.second and c.second[0]), ("residual", c.residual)):
         if t is not None and not _aligned(t):
-            return f"{name} and its strides are not multiples of 16 bytes"
+            return f"expected {name} with an address and strides in multiples of 16 bytes"
     if C * size % 16 or K * size % 16 or (c.second and c.second[0].shape[1] * size % 16):
-        return f"channels are not a multiple of {16 // size}"
+        return f"expected channels in multiples of {16 // size}"
     if c.residual is not None and c.residual.shape[1] != K:
-        return "the residual has fewer channels"
+        return f"expected a residual of {K} channels, got {c.residual.shape[1]}"
     if c.geometry.groups > 1 and K // c.geometry.groups % config.BLOCK_N:
-        return f"{K // c.geometry.groups} channels per group are no whole tiles of {config.BLOCK_N}"
+        return f"expected output channels per group in whole tiles of {config.BLOCK_N}, got {K // c.geometry.groups}"
     if c.geometry.groups > 1 and C % config.BLOCK_K:
-        # A slice would reach into the next group: times zeros, but NaN times zero is NaN.
-        return f"{C} channels per group are no whole slices of {config.BLOCK_K}"
+        # A slice would reach into the next group. Its weights there are zeros, but NaN times zero is NaN.
+        return f"expected input channels per group in whole slices of {config.BLOCK_K}, got {C}"
     stride = c.geometry.stride
     if stride > 1 and (H % stride or W % stride or C % config.BLOCK_K):
-        return f"stride {stride} needs a map it divides and whole slices of channels, got {C} of {H}x{W}"
+        return (
+            f"expected a map that stride {stride} divides and channels in whole slices of {config.BLOCK_K}, "
+            f"got {C} channels of {H}x{W}"
+        )
     N, _, P, Q = c.output_sizes
-    share = 1.0 if in_line(c) else filled(N, P, Q, box_of(c, config.BLOCK_M))
+    share = 1.0 if in_line(c) else filled_share(N, P, Q, box_of(c, config.BLOCK_M))
     if share < LEAST_FILLED:
-        return f"boxes of {config.BLOCK_M} positions would be {share:.0%} full"
+        return (
+            f"expected boxes at least {LEAST_FILLED:.0%} full, got boxes of {config.BLOCK_M} positions {share:.0%} full"
+        )
     return None
 
 
 def describe_map(t: Tensor, block: tuple[int, int, int, int]) -> TensorDescriptor:
-    """(N, K, P, Q) as [N, P, Q, K]."""
+    """Describe (N, K, P, Q) as [N, P, Q, K]."""
     N, K, P, Q = t.shape
     return descriptor(t, (N, P, Q, K), (*nhwc_strides(t), 1), block)
 
 
 def describe_strided(t: Tensor, stride: int, block: tuple[int, int, int, int]) -> TensorDescriptor:
-    """(N, C, H, W) as [N, H/s, s, W/s, s*C]."""
+    """Describe (N, C, H, W) as [N, H/s, s, W/s, s*C] for a stride s."""
     N, C, H, W = t.shape
     n, h, w = nhwc_strides(t)
     shape = (N, H // stride, stride, W // stride, (stride - 1) * w + C)
@@ -263,20 +278,20 @@ def describe_strided(t: Tensor, stride: int, block: tuple[int, int, int, int]) -
 
 
 def describe_weight(weight: Tensor, block: tuple[int, int]) -> TensorDescriptor:
-    """(K, R, S, C) as [K, R*S*C]. A slice that reaches beyond a tap's last channel meets zeros of x."""
+    """Describe (K, R, S, C) as [K, R*S*C]. A slice may reach beyond a tap's last channel; x is zero there."""
     K, R, S, C = weight.shape
     return descriptor(weight, (K, R * S * C), (R * S * C, 1), block)
 
 
 def as_line(t: Tensor) -> Tensor:
-    """(N, C, H, W) as (1, C, 1, N*H*W)."""
+    """Return (N, C, H, W) viewed as (1, C, 1, N*H*W)."""
     N, C, H, W = t.shape
     w = nhwc_strides(t)[2]
     return t.as_strided((1, C, 1, N * H * W), (N * H * W * w, 1, N * H * W * w, w))
 
 
 def launch(c: Convolution, config: Config, y: Tensor) -> Launch:
-    """y: (N, K, P, Q) channels_last, to be written. Only where `why_not` is None."""
+    """Return the launch that writes y (N, K, P, Q), channels_last. Call only if `why_not` returned None."""
     K, R, S, C = c.weight.shape
     g = c.geometry
     BLOCK_M, BLOCK_N, BLOCK_K = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K

@@ -1,14 +1,14 @@
 """The stem in one kernel: convolution with few input channels, affine, ReLU, 3x3 max pooling of stride 2 (from sm_80).
 
-x has CHANNELS = 4 elements per pixel in memory (the image's three and a zero), so that a tap row of the filter is one
-run of memory, 4*S elements, and becomes BLOCK_E columns of the matrix product.
+x has CHANNELS = 4 elements per pixel in memory (the image's three and a zero). One filter row then reads a contiguous
+run of 4*S elements, which becomes BLOCK_E columns of the matrix product.
 
-One program owns ROWS pooled rows of one image, BLOCK_Q - 1 pooled columns and BLOCK_N channels, and goes down the rows.
-Pooled row p needs convolution rows 2p - 1, 2p and 2p + 1: the first is carried from the row before, so a program
-computes one pooled row more than it stores. Columns work alike: even and odd convolution columns are two products, and
-the odd ones shifted by one (a gather inside the tile) complete the window.
+One program instance owns a strip of ROWS pooled rows of one image, BLOCK_Q - 1 pooled columns and BLOCK_N channels, and
+walks down the rows. Pooled row p needs convolution rows 2p - 1, 2p and 2p + 1. Row 2p - 1 is carried over from the
+previous pooled row, so a program instance computes one pooled row more than it stores. Columns work alike: even and odd
+convolution columns are two products, and the odd ones shifted by one (a gather inside the tile) complete the window.
 
-Moves: x once, y once; the convolution's own map, four times y, never exists.
+Memory traffic: x once, y once. The convolution's own output, four times as large as y, never exists.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...contract import Geometry, Pool
 from ..configs import for_conv_pool, power_of_two
-from ..device import affine, factor, relu
+from ..device import affine, product_operand, relu
 from ..launch import Launch, Work, arch_of, nbytes, precision, processors_of
 
 CHANNELS = 4
@@ -27,8 +27,12 @@ CHANNELS = 4
 
 @triton.jit
 def _pool_row(even, odd, h, q, P, Q, shift_ptr, k, K, DTYPE: tl.constexpr):
-    """max over convolution columns 2q - 1, 2q, 2q + 1 of row h, rounded, -inf outside the map of P x Q. even, odd
-    [BLOCK_Q, BLOCK_N]: the products at columns 2q and 2q + 1. The first row's 2q - 1 is not known."""
+    """Return the maximum over convolution columns 2q - 1, 2q and 2q + 1 of row h, [BLOCK_Q, BLOCK_N], rounded to DTYPE.
+    Positions outside the map of P x Q count as -inf.
+
+    even, odd [BLOCK_Q, BLOCK_N]: the products at columns 2q and 2q + 1. The tile's first q lacks column 2q - 1, so its
+    maximum is incomplete.
+    """
     row = (h >= 0) & (h < P)
     even = relu(affine(even, None, shift_ptr, k, k < K, False, True)).to(DTYPE)
     odd = relu(affine(odd, None, shift_ptr, k, k < K, False, True)).to(DTYPE)
@@ -71,7 +75,7 @@ def _conv_pool_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """w (K, R, BLOCK_E): a tap row's 4*S elements, then zeros. TAPS: such rows that are multiplied at a time."""
+    """w (K, R, BLOCK_E): the 4*S elements of a filter row, then zeros. TAPS: filter rows that one product covers."""
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     tile = tl.program_id(0)
     k = tile % k_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -85,11 +89,12 @@ def _conv_pool_kernel(
     s = 2 * q * STRIDE - PADDING
     w_columns = w_ptr + k[:, None] * (R * BLOCK_E) + i[None, :]
     image = x_ptr + n * stride_xn + (r * stride_xh)[None, :] + s[:, None] * CHANNELS + e[None, :]
-    # Which elements of a tap row lie inside the map, for even columns and for the odd ones beside them.
+    # The elements of a filter row that lie inside the map, for even convolution columns and for the odd ones beside
+    # them.
     column = s[:, None] + (e // CHANNELS)[None, :]
-    known = (e < S * CHANNELS)[None, :]
-    even_there = known & (column >= 0) & (column < W)
-    odd_there = known & (column + STRIDE >= 0) & (column + STRIDE < W)
+    element_mask = (e < S * CHANNELS)[None, :]
+    even_mask = element_mask & (column >= 0) & (column < W)
+    odd_mask = element_mask & (column + STRIDE >= 0) & (column + STRIDE < W)
     carried = tl.full((BLOCK_Q, BLOCK_N), float("-inf"), DTYPE)
     for p in range(p0 - 1, min(p0 + ROWS, POOLED_P)):
         even0 = tl.zeros((BLOCK_Q, BLOCK_N), tl.float32)
@@ -103,37 +108,40 @@ def _conv_pool_kernel(
             taps = r0 + r < R
             in0 = (taps & (h0 + r >= 0) & (h0 + r < H))[None, :]
             in1 = (taps & (h1 + r >= 0) & (h1 + r < H))[None, :]
-            b = factor(tl.load(w_columns + r0 * BLOCK_E, (k < K)[:, None] & taps[None, :], 0.0), PRECISION)
-            a = factor(tl.load(row0, in0 & even_there, 0.0), PRECISION)
+            b = product_operand(tl.load(w_columns + r0 * BLOCK_E, (k < K)[:, None] & taps[None, :], 0.0), PRECISION)
+            a = product_operand(tl.load(row0, in0 & even_mask, 0.0), PRECISION)
             even0 = tl.dot(a, b.T, even0, input_precision=PRECISION)
-            a = factor(tl.load(row0 + STRIDE * CHANNELS, in0 & odd_there, 0.0), PRECISION)
+            a = product_operand(tl.load(row0 + STRIDE * CHANNELS, in0 & odd_mask, 0.0), PRECISION)
             odd0 = tl.dot(a, b.T, odd0, input_precision=PRECISION)
-            a = factor(tl.load(row1, in1 & even_there, 0.0), PRECISION)
+            a = product_operand(tl.load(row1, in1 & even_mask, 0.0), PRECISION)
             even1 = tl.dot(a, b.T, even1, input_precision=PRECISION)
-            a = factor(tl.load(row1 + STRIDE * CHANNELS, in1 & odd_there, 0.0), PRECISION)
+            a = product_operand(tl.load(row1 + STRIDE * CHANNELS, in1 & odd_mask, 0.0), PRECISION)
             odd1 = tl.dot(a, b.T, odd1, input_precision=PRECISION)
         upper = _pool_row(even0, odd0, 2 * p, q, P, Q, shift_ptr, k, K, DTYPE)
         lower = _pool_row(even1, odd1, 2 * p + 1, q, P, Q, shift_ptr, k, K, DTYPE)
         best = tl.maximum(carried, upper, propagate_nan=tl.PropagateNan.ALL)
         best = tl.maximum(best, lower, propagate_nan=tl.PropagateNan.ALL)
-        # The first column of the tile and the first row of the strip lack a part of their windows: others' to store.
-        mine = (p >= p0) & (tl.arange(0, BLOCK_Q) > 0) & (q < POOLED_Q)
+        # The windows of the tile's first column and of the strip's first row are incomplete: neighbours store them.
+        complete = (p >= p0) & (tl.arange(0, BLOCK_Q) > 0) & (q < POOLED_Q)
         y = y_ptr + ((n * POOLED_P + p) * POOLED_Q + q)[:, None] * K + k[None, :]
-        tl.store(y, best, mine[:, None] & (k < K)[None, :])
+        tl.store(y, best, complete[:, None] & (k < K)[None, :])
         carried = lower
 
 
 def why_not(weight: tuple[int, ...], geometry: Geometry, pool: Pool) -> str | None:
-    """Why the stem of a weight (K, C, R, S) cannot run as one kernel, or None."""
+    """Return why the stem with a weight of sizes (K, C, R, S) cannot run as one kernel, or None."""
     if pool != Pool(3, 2, 1):
         return f"expected 3x3 max pooling of stride 2 and padding 1, got {pool}"
     if weight[1] > CHANNELS or geometry.groups > 1 or geometry.dilation > 1:
-        return f"expected at most {CHANNELS} input channels, one group and no dilation"
+        return (
+            f"expected at most {CHANNELS} input channels, one group and no dilation, got {weight[1]} channels and "
+            f"{geometry}"
+        )
     return None
 
 
 def pack(weight: Tensor) -> Tensor:
-    """(K, C, R, S) as (K, R, BLOCK_E): 4 channels of each tap of a row, then zeros."""
+    """Return (K, C, R, S) as (K, R, BLOCK_E): for each filter row, 4 channels of each of its S taps, then zeros."""
     K, C, R, S = weight.shape
     packed = weight.new_zeros((K, R, max(16, power_of_two(S * CHANNELS))))
     taps = packed[:, :, : S * CHANNELS].view(K, R, S, CHANNELS)
@@ -142,8 +150,11 @@ def pack(weight: Tensor) -> Tensor:
 
 
 def launch(x: Tensor, packed: Tensor, shift: Tensor, geometry: Geometry, y: Tensor, S: int) -> Launch:
-    """x: (N, 4, H, W) channels_last, zeros behind the image's channels; packed as `pack`, scaled; y: (N, K, pooled P,
-    pooled Q) channels_last, to be written."""
+    """Return the launch that writes y.
+
+    x: (N, 4, H, W) channels_last; the channels after the image's are zeros. packed: the scaled weight, as `pack`
+    returns it. shift: (K,) fp32. y: (N, K, pooled P, pooled Q) channels_last. S: columns of the filter.
+    """
     N, _, H, W = x.shape
     K, R, BLOCK_E = packed.shape
     P, Q = geometry.output_size(H, R), geometry.output_size(W, S)
@@ -183,7 +194,7 @@ def launch(x: Tensor, packed: Tensor, shift: Tensor, geometry: Geometry, y: Tens
     )
     grid = N * strips * q_tiles * k_tiles
     flops = 2 * N * P * Q * K * R * S * 3
-    # Two rows of even and of odd columns for each pooled row, and a row more per strip.
+    # Each pooled row takes two convolution rows of even and of odd columns; each strip computes one row more.
     steps = grid * (ROWS + 1) * -(-R // TAPS) * TAPS * 4 * BLOCK_E
     copied = steps * BLOCK_Q * x.element_size() + nbytes(packed)
     work = Work(nbytes(x, packed, y), flops, copied, 2 * steps * BLOCK_Q * BLOCK_N)

@@ -1,4 +1,9 @@
-"""From the contract's calls to launches: which kernel, with which configuration, on what."""
+"""Inference: from the contract's calls to launches. For each problem, list the candidate kernels with their
+configurations, take the first that can run, and launch it.
+
+A candidate that a measured table names comes first; then the candidates of the heuristics (configs.py, hopper.py).
+`gather` runs any problem, so there is always a candidate that can run.
+"""
 
 from __future__ import annotations
 
@@ -27,85 +32,109 @@ from ..launch import (
     submit,
 )
 from . import boxes, conv_pool, gather, hopper, pooling, tail
+from .hopper import WholeBottleneck
 from .tail import Tail
 
 __all__ = ["bn_pass", "conv", "pack", "pack_stem", "residual_blocks", "stem", "stem_channels", "why_not_here"]
 
-# The ways of a tail: as kernels of its own, and as one, with the next block's first convolution. Alone, without that,
-# Triton 3.6 does not compile it for sm_90.
-SEPARATE, TAIL = "separate kernels", "conv3x3_conv1x1 with the next 1x1"
+# Names of candidates, as tables store them.
+#
+# A tail or a whole bottleneck as one kernel per convolution.
+SEPARATE = "separate kernels"
+# A tail as Triton's fused kernel (tail.py). Without the next block's 1x1, Triton 3.6 does not compile it for sm_90.
+TRITON_TAIL = "conv3x3_conv1x1 with the next 1x1"
+# A whole bottleneck in a run of consecutive blocks that are alike: each block's fused tail also computes the next
+# block's first convolution. How the tail runs is the choice made for that tail.
+CONSECUTIVE_TAILS = "consecutive fused tails"
 
-# Of a whole block: in a row of such, each one's end with the next one's beginning, by its tail's own choice.
-IN_A_ROW = "a tail a block"
-
-# Channels that groups are joined to, input and output: the least that fills a matrix tile.
+# Input and output channels that joined groups have at least: the least that fills a matrix tile.
 JOINED = 32
 
 
-Problem = Convolution | Tail | hopper.Whole
+# A problem that one launch may compute. Each has `key` (in tables), `parts` (its convolutions) and `map`.
+FusedProblem = Convolution | Tail | WholeBottleneck
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
-    """A way that may run a problem, with its configuration (None: of several kernels), or why not."""
+class Candidate:
+    """A kernel that may run a problem, with its configuration, and the reason why it cannot, or None.
+
+    config: None if the candidate is several kernels, each with a configuration of its own.
+    """
 
     kernel: str
     config: Config | None
     why_not: str | None = None
 
 
-def _measured_first(rows: list[Choice], device: torch.device, problem: Problem) -> list[Choice]:
+def _measured_first(rows: list[Candidate], device: torch.device, problem: FusedProblem) -> list[Candidate]:
+    """Return the candidates, preceded by the one that the device's table names for the problem, if any."""
     found = measured_choice(device, problem)
     if found is None:
         return rows
     try:
         config = None if found["config"] is None else configs.parse(found["config"])
     except (KeyError, ValueError) as error:
-        warnings.warn(f"a table's choice for {problem.key} is ignored: {error!r}", stacklevel=2)
+        warnings.warn(f"a table's row for {problem.key} is ignored: {error!r}", stacklevel=2)
         return rows
-    return [judge(problem, found["kernel"], config), *rows]
+    return [check_candidate(problem, found["kernel"], config), *rows]
 
 
-def judge(problem: Problem, kernel: str, config: Config | None) -> Choice:
-    """Whether the kernel may run the problem so."""
-    if config is None and kernel == hopper.PAIR and isinstance(problem, Tail):
-        return Choice(kernel, config, hopper.why_not_pair(problem, arch_of(problem.first.x.device)))
-    if config is None and kernel == IN_A_ROW and isinstance(problem, hopper.Whole):
-        projects = problem.last.second is not None
-        return Choice(kernel, config, "expected the identity: no tail has a projection" if projects else None)
+def check_candidate(problem: FusedProblem, kernel: str, config: Config | None) -> Candidate:
+    """Return the candidate, with the reason why it cannot run the problem, or None."""
+    if isinstance(problem, WholeBottleneck):
+        reason = _why_not_bottleneck(problem, kernel, config)
+    elif isinstance(problem, Tail):
+        reason = _why_not_tail(problem, kernel, config)
+    else:
+        reason = _why_not_convolution(problem, kernel, config)
+    return Candidate(kernel, config, reason)
+
+
+def _why_not_bottleneck(b: WholeBottleneck, kernel: str, config: Config | None) -> str | None:
+    if (kernel, config) == (SEPARATE, None):
+        return None
+    if (kernel, config) == (CONSECUTIVE_TAILS, None):
+        return None if b.last.second is None else "expected an identity shortcut: no tail has a projection"
+    if (kernel, config) == (hopper.SM90_BOTTLENECK, hopper.SM90_BOTTLENECK_CONFIG):
+        return hopper.why_not_bottleneck(b, arch_of(b.device))
+    return f"unknown: {kernel}"
+
+
+def _why_not_tail(t: Tail, kernel: str, config: Config | None) -> str | None:
+    device = t.first.x.device
+    if (kernel, config) == (SEPARATE, None):
+        return None
+    if (kernel, config) == (hopper.SM90_PAIR, None):
+        return hopper.why_not_pair(t, arch_of(device))
+    if kernel == hopper.SM90_TAIL and config is not None:
+        if config != hopper.SM90_TAIL_CONFIG:
+            return f"{kernel}: expected {hopper.SM90_TAIL_CONFIG}, got {config}"
+        return hopper.why_not_tail(t, arch_of(device))
+    if kernel == TRITON_TAIL and config is not None:
+        reason = tail.why_not(t.first, t.last, arch_of(device), config, processors_of(device))
+        return reason or tail.why_not_after(t.following)
+    return f"unknown: {kernel}"
+
+
+def _why_not_convolution(c: Convolution, kernel: str, config: Config | None) -> str | None:
+    arch = arch_of(c.x.device)
     if config is None:
-        known = kernel == SEPARATE and not isinstance(problem, Convolution)
-        return Choice(kernel, config, None if known else f"unknown: {kernel}")
-    if isinstance(problem, hopper.Whole):
-        if (kernel, config) != (hopper.WHOLE, hopper.WHOLE_CONFIG):
-            return Choice(kernel, config, f"unknown: {kernel}")
-        return Choice(kernel, config, hopper.why_not_whole(problem, arch_of(problem.device)))
-    if isinstance(problem, Tail):
-        first, last, following = problem.first, problem.last, problem.following
-        if kernel == hopper.TAIL:
-            known = config == hopper.TAIL_CONFIG
-            reason = hopper.why_not_tail(problem, arch_of(first.x.device)) if known else f"not as {kernel} is built"
-            return Choice(kernel, config, reason)
-        if kernel != TAIL:
-            return Choice(kernel, config, f"unknown: {kernel}")
-        arch, processors = arch_of(first.x.device), processors_of(first.x.device)
-        reason = tail.why_not(first, last, arch, config, processors)
-        reason = reason or tail.why_not_after(following)
-        return Choice(kernel, config, reason)
+        return f"unknown: {kernel}"
     if kernel in hopper.KERNELS:
-        known = config == hopper.KERNELS[kernel]
-        reason = hopper.why_not(problem, arch_of(problem.x.device)) if known else f"not as {kernel} is built"
-        return Choice(kernel, config, reason)
+        if config != hopper.KERNELS[kernel]:
+            return f"{kernel}: expected {hopper.KERNELS[kernel]}, got {config}"
+        return hopper.why_not(c, arch)
     if kernel == "boxes":
-        return Choice(kernel, config, boxes.why_not(problem, arch_of(problem.x.device), config))
-    return Choice(kernel, config, gather.why_not(problem, config) if kernel == "gather" else f"unknown: {kernel}")
+        return boxes.why_not(c, arch, config)
+    return gather.why_not(c, config) if kernel == "gather" else f"unknown: {kernel}"
 
 
-def size_of(c: Convolution) -> configs.Size:
-    """What the rules of configs.py look at."""
+def problem_size(c: Convolution) -> configs.ProblemSize:
+    """Return the input of the heuristics in configs.py."""
     K, R, S, C = c.weight.shape
     itemsize, device = c.x.element_size(), c.x.device
-    return configs.Size(
+    return configs.ProblemSize(
         M=c.rows,
         K=K,
         C=C,
@@ -119,136 +148,154 @@ def size_of(c: Convolution) -> configs.Size:
     )
 
 
-def choices(c: Convolution) -> list[Choice]:
-    """In order of preference; what was measured on this device first."""
-    size = size_of(c)
-    native_way = hopper.preferred(size) if gpu_of(c.x.device) else None
-    rows = [judge(c, *native_way)] if native_way else []
-    rows += [judge(c, "boxes", configs.for_boxes(size)), judge(c, "gather", configs.for_gather(size))]
+def convolution_candidates(c: Convolution) -> list[Candidate]:
+    """Return the candidates for a convolution in order of preference: the measured one first, then the heuristics'."""
+    size = problem_size(c)
+    sm90 = hopper.preferred(size) if gpu_of(c.x.device) else None
+    rows = [check_candidate(c, *sm90)] if sm90 else []
+    rows.append(check_candidate(c, "boxes", configs.for_boxes(size)))
+    rows.append(check_candidate(c, "gather", configs.for_gather(size)))
     return _measured_first(rows, c.x.device, c)
 
 
-def tail_choices(t: Tail) -> list[Choice]:
-    """In order of preference; what was measured on this device first. The last is always possible."""
+def tail_candidates(t: Tail) -> list[Candidate]:
+    """Return the candidates for a tail in order of preference, the measured one first. The last, separate kernels, can
+    always run."""
     first = t.first
     arch, processors = arch_of(first.x.device), processors_of(first.x.device)
     config = configs.for_tail(arch, first.x.element_size(), first.rows, first.weight.shape[0], processors)
-    ways = hopper.preferred_tail(first, processors) if gpu_of(first.x.device) else []
-    rows = [judge(t, way, hopper.TAIL_CONFIG if way == hopper.TAIL else None) for way in ways]
-    rows += [judge(t, TAIL, config), judge(t, SEPARATE, None)]
+    sm90 = hopper.preferred_tail(first, processors) if gpu_of(first.x.device) else []
+    rows = [check_candidate(t, k, hopper.SM90_TAIL_CONFIG if k == hopper.SM90_TAIL else None) for k in sm90]
+    rows += [check_candidate(t, TRITON_TAIL, config), check_candidate(t, SEPARATE, None)]
     return _measured_first(rows, first.x.device, t)
 
 
-def whole_choices(w: hopper.Whole) -> list[Choice]:
-    """Separate kernels and tails, unless the whole one was measured to be faster here: no GPU has proved it."""
-    return _measured_first([judge(w, SEPARATE, None)], w.device, w)
+def bottleneck_candidates(b: WholeBottleneck) -> list[Candidate]:
+    """Return the candidates for a whole bottleneck: separate kernels (with fused tails), unless a table says that a
+    kernel for the whole block was measured to be faster on this device. No heuristic prefers that kernel."""
+    return _measured_first([check_candidate(b, SEPARATE, None)], b.device, b)
 
 
-def _in_a_row(w: hopper.Whole) -> tuple[Tail, Choice]:
-    """Its tail with what follows as the block itself begins, and how that would run."""
-    t = Tail(w.middle, w.last, _given(w.first, _later(w.last)))
-    return t, _first_possible(tail_choices(t))[0]
+def _consecutive_tail(b: WholeBottleneck) -> tuple[Tail, Candidate]:
+    """Return the tail of a block that an equal block follows, and the candidate that runs it."""
+    t = Tail(b.middle, b.last, _with_input(b.first, _placeholder(b.last)))
+    return t, _first_runnable(tail_candidates(t))[0]
 
 
-def candidates(problem: Problem) -> Iterator[Choice]:
-    """Ways to run the problem that may be worth measuring, those chosen without a measurement first."""
+def candidates_to_measure(problem: FusedProblem) -> Iterator[Candidate]:
+    """Yield the candidates that can run the problem and may be worth measuring. The one that would run without a
+    measurement comes first."""
     more: list[tuple[str, Config | None]]
-    if isinstance(problem, hopper.Whole):
-        rows, more = whole_choices(problem), [(hopper.WHOLE, hopper.WHOLE_CONFIG)]
-        if problem.last.second is None and _in_a_row(problem)[1].kernel != SEPARATE:
-            more.insert(0, (IN_A_ROW, None))
+    if isinstance(problem, WholeBottleneck):
+        rows = bottleneck_candidates(problem)
+        more = [(hopper.SM90_BOTTLENECK, hopper.SM90_BOTTLENECK_CONFIG)]
+        if problem.last.second is None and _consecutive_tail(problem)[1].kernel != SEPARATE:
+            more.insert(0, (CONSECUTIVE_TAILS, None))
     elif isinstance(problem, Tail):
         first = problem.first
-        rows = tail_choices(problem)
-        found = configs.tail_candidates(arch_of(first.x.device), first.x.element_size(), first.weight.shape[0])
-        more = [(hopper.TAIL, hopper.TAIL_CONFIG), (hopper.PAIR, None), *((TAIL, config) for config in found)]
+        rows = tail_candidates(problem)
+        found = configs.tail_configs(arch_of(first.x.device), first.x.element_size(), first.weight.shape[0])
+        more = [(hopper.SM90_TAIL, hopper.SM90_TAIL_CONFIG), (hopper.SM90_PAIR, None)]
+        more += [(TRITON_TAIL, config) for config in found]
     else:
-        rows, size = choices(problem), size_of(problem)
-        more = [("boxes", config) for config in configs.box_candidates(size)]
-        more += [("gather", config) for config in configs.gather_candidates(size)]
+        rows, size = convolution_candidates(problem), problem_size(problem)
+        more = [("boxes", config) for config in configs.box_configs(size)]
+        more += [("gather", config) for config in configs.gather_configs(size)]
         more += hopper.KERNELS.items()
-    known = {(choice.kernel, choice.config) for choice in rows}
-    rows += [judge(problem, *way) for way in dict.fromkeys(more) if way not in known]
-    return (choice for choice in rows if choice.why_not is None)
+    listed = {(candidate.kernel, candidate.config) for candidate in rows}
+    rows += [check_candidate(problem, *pair) for pair in dict.fromkeys(more) if pair not in listed]
+    return (candidate for candidate in rows if candidate.why_not is None)
 
 
 def _empty(c: Convolution, device: torch.device) -> Tensor:
     return torch.empty(c.output_sizes, dtype=c.x.dtype, device=device, memory_format=torch.channels_last)
 
 
-def _first_possible(rows: list[Choice]) -> tuple[Choice, dict[str, str]]:
-    """The first way that may run, and why those before it may not."""
+def _first_runnable(rows: list[Candidate]) -> tuple[Candidate, dict[str, str]]:
+    """Return the first candidate that can run, and {kernel: reason} of those before it."""
     refused: dict[str, str] = {}
-    for choice in rows:
-        if choice.why_not is None:
-            return choice, refused
-        refused[choice.kernel] = choice.why_not
-    raise AssertionError(f"no kernel: {refused}")  # gather refuses nothing that `pack` made
+    for candidate in rows:
+        if candidate.why_not is None:
+            return candidate, refused
+        refused[candidate.kernel] = candidate.why_not
+    raise AssertionError(f"no kernel: {refused}")  # gather runs every convolution whose weight `pack` made
 
 
 def launch_of(
-    problem: Problem,
-    choice: Choice,
+    problem: FusedProblem,
+    candidate: Candidate,
     y: Tensor,
     ahead: Tensor | None = None,
     refused: dict[str, str] | None = None,
 ) -> Launch:
-    """One way's. y and, for what follows a tail, ahead are to be written. Only where `choice.why_not` is None."""
-    assert choice.config is not None
+    """Return the launch of a candidate that is one kernel and can run the problem.
+
+    y: the output to be written. ahead: for a tail, the next block's first activation, to be written too. refused: for
+    the record, the candidates that were preferred but cannot run.
+    """
+    assert candidate.config is not None
     made: Launch
-    if isinstance(problem, hopper.Whole):
-        made = hopper.whole_launch(problem, y)
+    if isinstance(problem, WholeBottleneck):
+        made = hopper.bottleneck_launch(problem, y)
     elif isinstance(problem, Tail):
         assert ahead is not None
-        if choice.kernel == hopper.TAIL:
+        if candidate.kernel == hopper.SM90_TAIL:
             made = hopper.tail_launch(problem, y, ahead)
         else:
-            made = tail.launch(problem, choice.config, y, ahead)
-    elif choice.kernel in hopper.KERNELS:
-        made = hopper.launch(problem, choice.kernel, y)
+            made = tail.launch(problem, candidate.config, y, ahead)
+    elif candidate.kernel in hopper.KERNELS:
+        made = hopper.launch(problem, candidate.kernel, y)
     else:
-        made = (boxes if choice.kernel == "boxes" else gather).launch(problem, choice.config, y)
+        made = (boxes if candidate.kernel == "boxes" else gather).launch(problem, candidate.config, y)
     return dataclasses.replace(made, problem=problem, refused=refused or {})
 
 
-def convolve(c: Convolution, refused: dict[str, str] | None = None, within: Problem | None = None) -> Tensor:
-    """refused: what was considered instead, and within: what it begins, for the record."""
+def convolve(c: Convolution, refused: dict[str, str] | None = None, within: FusedProblem | None = None) -> Tensor:
+    """Return the convolution's output, computed by the first candidate that can run.
+
+    refused: for the record, candidates of a larger problem that cannot run. within: for the record, the larger problem
+    that this convolution begins.
+    """
     y = _empty(c, c.x.device)
     if y.numel():
-        choice, others = _first_possible(choices(c))
-        made = launch_of(c, choice, y, None, (refused or {}) | others)
+        candidate, others = _first_runnable(convolution_candidates(c))
+        made = launch_of(c, candidate, y, None, (refused or {}) | others)
         submit(dataclasses.replace(made, within=within))
     return y
 
 
-def launch_so(problem: Problem, choice: Choice) -> Launch:
-    """What the choice, which is no separate kernels', launches."""
+def launch_candidate(problem: FusedProblem, candidate: Candidate) -> Launch:
+    """Return the launch of a candidate that is one kernel, with newly allocated outputs."""
     if not isinstance(problem, Tail):
-        return launch_of(problem, choice, _empty(problem.parts[-1], problem.parts[0].x.device))
+        return launch_of(problem, candidate, _empty(problem.parts[-1], problem.parts[0].x.device))
     y, ahead = (_empty(c, problem.first.x.device) for c in problem.parts[1:])
-    return launch_of(problem, choice, y, ahead)
+    return launch_of(problem, candidate, y, ahead)
 
 
-def run_so(problem: Problem, choice: Choice) -> list[Tensor]:
-    """The problem's results, one after the other, by the choice; kernels beside it as they are chosen. In a row what a
-    whole block's first convolution makes is there, as x of its second."""
+def run_candidate(problem: FusedProblem, candidate: Candidate) -> list[Tensor]:
+    """Run the problem by the candidate and return its outputs in order. Separate kernels run by their own candidates.
+
+    Consecutive fused tails start at the block's second convolution: the previous block's tail has computed the first,
+    whose output must be `middle.x`.
+    """
     if isinstance(problem, Tail):
-        if choice.kernel != SEPARATE:
-            return list(_tail(problem, choice, {}))
-        y = convolve(_given(problem.last, convolve(problem.first)))
-        return [y, convolve(_given(problem.following, y))]
-    if isinstance(problem, hopper.Whole) and choice.kernel == IN_A_ROW:
-        return [_tail(*_in_a_row(problem), {})[0]]
-    if isinstance(problem, Convolution) or choice.kernel != SEPARATE:
+        if candidate.kernel != SEPARATE:
+            return list(_run_tail(problem, candidate, {}))
+        y = convolve(_with_input(problem.last, convolve(problem.first)))
+        return [y, convolve(_with_input(problem.following, y))]
+    if isinstance(problem, WholeBottleneck) and candidate.kernel == CONSECUTIVE_TAILS:
+        return [_run_tail(*_consecutive_tail(problem), {})[0]]
+    if isinstance(problem, Convolution) or candidate.kernel != SEPARATE:
         y = _empty(problem.parts[-1], problem.parts[0].x.device)
-        submit(launch_of(problem, choice, y))
+        submit(launch_of(problem, candidate, y))
         return [y]
-    h = convolve(_given(problem.middle, convolve(problem.first)))
-    return [convolve(_given(problem.last, h))]
+    h = convolve(_with_input(problem.middle, convolve(problem.first)))
+    return [convolve(_with_input(problem.last, h))]
 
 
 def join_groups(weight: Tensor, groups: int) -> Tensor:
-    """(K, R, S, C/groups) with groups joined until they have JOINED channels, zeros between them."""
+    """Return the weight (K, R, S, C/groups) with groups joined until they have JOINED input and output channels, and
+    zeros between the joined groups."""
     K, R, S, C = weight.shape
     enough = (
         d
@@ -266,12 +313,13 @@ def join_groups(weight: Tensor, groups: int) -> Tensor:
 
 
 def pack(weight: Tensor, scale: Tensor | None, geometry: Geometry, keep: bool) -> Packed:
-    """The weight as (K, R, S, C/groups). keep: it will be used often, so the scale is multiplied in."""
+    """Return the weight as (K, R, S, C/groups). keep: the packed weight serves many calls, so the scale is multiplied
+    into it."""
     shape = tuple(weight.shape)
     if keep and scale is not None:
         weight, scale = fold(weight, scale, weight.dtype), None
     nhwc = weight.permute(0, 2, 3, 1).contiguous()
-    if nhwc.data_ptr() % 16:  # a view into a flat buffer of parameters; descriptors want it aligned
+    if nhwc.data_ptr() % 16:  # a view into a flat buffer of parameters; tensor descriptors need it aligned
         nhwc = nhwc.clone()
     return Packed(join_groups(nhwc, geometry.groups), scale, shape)
 
@@ -285,14 +333,14 @@ def _pair(affine: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
 
 
 def _view(operand: Operand) -> Tensor:
-    """The operand's tensor, subsampled, with its channels next to each other."""
+    """Return the operand's tensor, subsampled, with adjacent channels. Its affine and ReLU are not applied."""
     s = operand.stride
     t = operand.tensor[:, :, ::s, ::s]
     return t if channels_last_strides(t) else t.contiguous(memory_format=torch.channels_last)
 
 
 def _value(operand: Operand) -> Tensor:
-    """What the operand stands for, written to memory if it is lazy."""
+    """Return the operand's value, materialized by a pass if the operand is lazy."""
     if operand.affine is None and not operand.relu:
         return _view(operand)
     return bn_pass(operand, Epilogue(), None)[0]
@@ -305,7 +353,7 @@ def _packed(p: Product, keep: bool) -> Packed:
 
 
 def why_not_here(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why kernels cannot run on the device, or None."""
+    """Return why the kernels cannot run on the device, or None."""
     expected = expected_device()
     if device.type != expected:
         hint = " (with TRITON_INTERPRET=1 it runs on CPUs, slowly)" if device.type == "cpu" else ""
@@ -322,6 +370,7 @@ def why_not_here(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def conv(products: Sequence[Product], epilogue: Epilogue) -> Tensor:
+    """Return the epilogue of the sum of one or two products. See `contract.Backend.conv`."""
     check_conv(products, epilogue)
     if len(products) > 2:
         raise ValueError(f"conv: expected one or two products, got {len(products)}")
@@ -339,7 +388,7 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> Tensor:
         _per_channel(scale),
         _per_channel(epilogue.shift),
         lazy,
-        None if second is None else _second(second),
+        None if second is None else _second_product(second),
         None if epilogue.residual is None else _value(epilogue.residual),
         epilogue.relu,
         weight.shape[3] // shape[1],
@@ -347,35 +396,35 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> Tensor:
     return convolve(c)
 
 
-def _second(p: Product) -> tuple[Tensor, Tensor]:
-    """A 1x1 product's operand as it is sampled, and its weight with the scale multiplied in."""
+def _second_product(p: Product) -> tuple[Tensor, Tensor]:
+    """Return (operand, weight) of a 1x1 product: the operand subsampled, the weight with the scale multiplied in."""
     packed = _packed(p, keep=True)
     weight = packed.weight
-    if packed.scale is not None:  # packed for few calls: the sum of two products has one scale only
+    if packed.scale is not None:  # packed for few calls; but the sum of two products has one scale, the first product's
         weight = fold(weight, packed.scale, weight.dtype)
     s = p.geometry.stride
     return _value(p.operand)[:, :, ::s, ::s], weight
 
 
 def residual_blocks(x: Tensor, blocks: Sequence[PackedBlock]) -> Tensor:
-    """Blocks one after the other. Where the end of one and the first convolution of the next fit a kernel, they share
-    it."""
+    """Return the output of consecutive blocks. A block's tail and the next block's first convolution share a kernel
+    if they fit one."""
     x = _view(Operand(x))
     ahead = None
     chains = [_chain(block) for block in blocks]
     for i, (block, chain) in enumerate(zip(blocks, chains, strict=True)):
         following = None
         if i + 1 < len(blocks) and len(chains[i + 1]) > 1:
-            if not _runs_whole(x, chain, blocks[i + 1], chains[i + 1]):
+            if not _next_runs_whole(x, chain, blocks[i + 1], chains[i + 1]):
                 following = chains[i + 1][0]
         x, ahead = _run_block(x, block, chain, ahead, following)
     return x
 
 
 def _chain(block: PackedBlock) -> list[Convolution]:
-    """The chain's convolutions, of operands that are not there yet."""
+    """Return the block's convolutions without the projection. Their x is an empty placeholder."""
     chain = []
-    # There are no shifts for the projection.
+    # The last weight may be the projection's, which has no shift: zip ends before it.
     for (weight, scale, shape), shift, geometry in zip(block.weights, block.shifts, block.geometries, strict=False):
         nothing = torch.empty((0, shape[1] * geometry.groups, 1, 1), device="meta")
         g = geometry._replace(groups=nothing.shape[1] // weight.shape[3])
@@ -384,91 +433,96 @@ def _chain(block: PackedBlock) -> list[Convolution]:
     return chain
 
 
-def _given(c: Convolution, x: Tensor) -> Convolution:
+def _with_input(c: Convolution, x: Tensor) -> Convolution:
     return dataclasses.replace(c, x=x)
 
 
-def _later(c: Convolution) -> Tensor:
-    """What c would write, known by its sizes."""
+def _placeholder(c: Convolution) -> Tensor:
+    """Return a meta tensor with the sizes, dtype and layout of c's output."""
     return torch.empty(c.output_sizes, dtype=c.x.dtype, device="meta", memory_format=torch.channels_last)
 
 
-def _last(x: Tensor, block: PackedBlock, chain: list[Convolution]) -> Convolution:
-    """The chain's last convolution with what is added to it."""
+def _last_with_shortcut(x: Tensor, block: PackedBlock, chain: list[Convolution]) -> Convolution:
+    """Return the block's last convolution with the shortcut of x: a second product or a residual."""
     if block.shortcut == "projection":
         projection = Product(Operand(x), block.weights[-1], block.geometries[-1])
-        return dataclasses.replace(chain[-1], second=_second(projection))
+        return dataclasses.replace(chain[-1], second=_second_product(projection))
     s = math.prod([c.geometry.stride for c in chain])
     return dataclasses.replace(chain[-1], residual=x[:, :, ::s, ::s])
 
 
-def _has_whole(block: PackedBlock) -> bool:
-    """Whether there is a kernel for blocks of such weights, their scales multiplied in."""
+def _has_whole_kernel(block: PackedBlock) -> bool:
+    """Whether a kernel for whole blocks exists for these weights, with their scales multiplied in."""
     shapes = tuple(tuple(w.shape) for w in block.weights)
-    return shapes == hopper.WHOLES.get(block.shortcut) and all(w.scale is None for w in block.weights)
+    return shapes == hopper.BOTTLENECK_SHAPES.get(block.shortcut) and all(w.scale is None for w in block.weights)
 
 
-def _whole(chain: list[Convolution], x: Tensor, last: Convolution) -> hopper.Whole:
-    first = _given(chain[0], x)
-    middle = _given(chain[1], _later(first))
-    return hopper.Whole(first, middle, _given(last, _later(middle)))
+def _whole_bottleneck(chain: list[Convolution], x: Tensor, last: Convolution) -> WholeBottleneck:
+    first = _with_input(chain[0], x)
+    middle = _with_input(chain[1], _placeholder(first))
+    return WholeBottleneck(first, middle, _with_input(last, _placeholder(middle)))
 
 
-def _runs_whole(x: Tensor, before: list[Convolution], block: PackedBlock, chain: list[Convolution]) -> bool:
-    """Whether the block runs as one kernel behind one that makes its x of this."""
-    if not _has_whole(block):
+def _next_runs_whole(x: Tensor, chain: list[Convolution], following: PackedBlock, its_chain: list[Convolution]) -> bool:
+    """Whether the block that follows `chain` runs as one kernel. x: the input of `chain`."""
+    if not _has_whole_kernel(following):
         return False
-    for c in before:
-        x = _later(_given(c, x))
-    return _first_possible(whole_choices(_whole(chain, x, _last(x, block, chain))))[0].kernel == hopper.WHOLE
+    for c in chain:
+        x = _placeholder(_with_input(c, x))
+    problem = _whole_bottleneck(its_chain, x, _last_with_shortcut(x, following, its_chain))
+    return _first_runnable(bottleneck_candidates(problem))[0].kernel == hopper.SM90_BOTTLENECK
 
 
 def _run_block(
     x: Tensor, block: PackedBlock, chain: list[Convolution], ahead: Tensor | None, following: Convolution | None
 ) -> tuple[Tensor, Tensor | None]:
-    """(y, what `following` makes of y or None). ahead: what the first convolution makes of x, if that is there."""
-    last = _last(x, block, chain)
+    """Return (y, the next block's first activation if its convolution `following` ran in this block's tail, else None).
+
+    ahead: the output of this block's first convolution, if the previous block's tail computed it.
+    """
+    last = _last_with_shortcut(x, block, chain)
     h = x
     refused: dict[str, str] = {}
-    whole = _whole(chain, x, last) if ahead is None and _has_whole(block) else None
+    whole = _whole_bottleneck(chain, x, last) if ahead is None and _has_whole_kernel(block) else None
     if whole is not None:
-        choice, refused = _first_possible(whole_choices(whole))
-        if choice.kernel == hopper.WHOLE:
+        candidate, refused = _first_runnable(bottleneck_candidates(whole))
+        if candidate.kernel == hopper.SM90_BOTTLENECK:
             y = _empty(whole.last, x.device)
             if y.numel():
-                submit(launch_of(whole, choice, y))
+                submit(launch_of(whole, candidate, y))
             return y, None
-    within: Problem | None = whole
+    within: FusedProblem | None = whole
     for i, c in enumerate(chain[:-1]):
         if i == 0 and ahead is not None:
             h = ahead
             continue
-        c = _given(c, h)
+        c = _with_input(c, h)
         if i == len(chain) - 2 and i > 0 and following is not None:
-            behind = _given(last, _later(c))
-            t = Tail(c, behind, _given(following, _later(behind)))
-            choice, refused = _first_possible(tail_choices(t))
-            if choice.kernel != SEPARATE:
-                return _tail(t, choice, refused)
+            after = _with_input(last, _placeholder(c))
+            t = Tail(c, after, _with_input(following, _placeholder(after)))
+            candidate, refused = _first_runnable(tail_candidates(t))
+            if candidate.kernel != SEPARATE:
+                return _run_tail(t, candidate, refused)
             within = t
         h = convolve(c, refused, within)
         within = None
-    return convolve(_given(last, h), refused), None
+    return convolve(_with_input(last, h), refused), None
 
 
-def _tail(t: Tail, choice: Choice, refused: dict[str, str]) -> tuple[Tensor, Tensor]:
+def _run_tail(t: Tail, candidate: Candidate, refused: dict[str, str]) -> tuple[Tensor, Tensor]:
+    """Run a fused tail and return (y, the next block's first activation)."""
     y, ahead = (_empty(c, t.first.x.device) for c in t.parts[1:])
-    if choice.kernel == hopper.PAIR:
+    if candidate.kernel == hopper.SM90_PAIR:
         h = convolve(t.first, refused)
         if y.numel():
             submit(hopper.pair_launch(t, h, y, ahead))
     elif y.numel():
-        submit(launch_of(t, choice, y, ahead, refused))
+        submit(launch_of(t, candidate, y, ahead, refused))
     return y, ahead
 
 
 def bn_pass(x: Operand, epilogue: Epilogue, pool: Pool | None) -> tuple[Tensor, Tensor | None]:
-    """(the result, its `Pooled.winners` if that was asked for)."""
+    """Return (the result, its `Pooled.winners` or None if they were not requested)."""
     t = _view(x)
     residual = None if epilogue.residual is None else _value(epilogue.residual)
     pool = pool or Pool(1, 1, 0)
@@ -488,6 +542,7 @@ def bn_pass(x: Operand, epilogue: Epilogue, pool: Pool | None) -> tuple[Tensor, 
 
 
 def stem_channels(weight: tuple[int, ...], geometry: Geometry, pool: Pool) -> int:
+    """Return the channels that the stem's input must have: with the fused kernel, zeros follow the image's channels."""
     channels = weight[1] * geometry.groups
     return channels if conv_pool.why_not(weight, geometry, pool) else conv_pool.CHANNELS
 
@@ -499,6 +554,7 @@ def pack_stem(weight: Tensor, scale: Tensor, geometry: Geometry, pool: Pool) -> 
 
 
 def stem(x: Tensor, weight: Packed, shift: Tensor, geometry: Geometry, pool: Pool) -> Tensor:
+    """Return max_pool(relu(conv(x, weight) + shift)), in one kernel if possible."""
     packed, scale, shape = weight
     if conv_pool.why_not(shape, geometry, pool):
         g = geometry._replace(groups=x.shape[1] // packed.shape[3])

@@ -1,16 +1,17 @@
-"""Convolution by pointers: an implicit matrix product that gathers its rows. Any filter, stride, dilation, groups,
-channel count and memory with channels next to each other; every GPU from sm_80.
+"""Convolution by pointers: an implicit GEMM that gathers its rows. It takes any filter, stride, dilation, groups and
+channel count, and any strides with adjacent channels, on every GPU from sm_80.
 
-One program owns BLOCK_M output positions (rows, counted through the images, so that no map size wastes any) of BLOCK_N
-channels within one group. For each slice of BLOCK_K input channels and each tap it gathers the rows' channels by
-asynchronous copies, masked to zero where the tap is outside the map. Taps are the inner loop: neighbouring taps read
-the same rows, out of L1 where the copies go through it (CACHE ".ca").
+One program instance owns a tile of BLOCK_M output positions by BLOCK_N channels within one group. Positions are
+numbered through all images, so no map size wastes rows. For each slice of BLOCK_K input channels and each tap, it
+gathers the channels of its rows by asynchronous copies; rows whose tap is outside the map are masked to zero. Taps are
+the inner loop: neighbouring taps read the same rows, from L1 if the copies are cached there (CACHE ".ca").
 
-Few channels per group make no matrix tile: `pack` joins groups until they fill one, with zeros between them (a dense
-block-diagonal weight). The zeros cost arithmetic, which grouped convolutions have to spare, not traffic.
+A group with few channels does not fill a matrix tile. `dispatch.pack` joins groups until they fill one, with zeros
+between them (a dense block-diagonal weight). The zeros cost operations, of which grouped convolutions have some to
+spare, and no traffic.
 
-Moves: x once from device memory (again per tile of output channels, from L2), the weights once per tile of rows from
-L2, the residual once, y once.
+Memory traffic: x once from device memory (again per tile of output channels, from L2), the weights once per tile of
+rows from L2, the residual once, y once.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from torch import Tensor
 from ...contract import nhwc_strides
 from ..configs import Config
 from ..convolution import Convolution
-from ..device import affine, factor, lazy, relu
+from ..device import affine, lazy_value, product_operand, relu
 from ..launch import Launch, precision
 
 
 @triton.jit
 def row_of(m, P, Q):
-    """(image, output row, output column) of the m-th output position."""
+    """Return (image, output row, output column) of the m-th output position."""
     return m // Q // P, m // Q % P, m % Q
 
 
@@ -40,7 +41,7 @@ def accumulate_gathered(
     n,
     p,
     q,
-    there,
+    row_mask,
     k,
     K,
     c_first,
@@ -63,30 +64,30 @@ def accumulate_gathered(
     CACHE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """acc += conv(x, w) at output positions (n, p, q) where `there`, output channels k below K, input channels c_first
-    to c_first + C. w is (K, R, S, C)."""
+    """Mainloop: return acc + conv(x, w) at output positions (n, p, q) where `row_mask` is set, output channels k below
+    K, and input channels c_first to c_first + C. acc [BLOCK_M, BLOCK_N]; w (K, R, S, C)."""
     h0, s0 = p * STRIDE - PADDING, q * STRIDE - PADDING
-    # 64 bits: an activation, or an image, may have more than 2^31 elements.
+    # 64 bits: an activation, even one image of it, may have more than 2^31 elements.
     rows = x_ptr + (n.to(tl.int64) * stride_xn + h0.to(tl.int64) * stride_xh + s0 * stride_xw)
     columns = w_ptr + k.to(tl.int64) * (R * S * C)
     for step in range(R * S * tl.cdiv(C, BLOCK_K)):
         tap = step % (R * S)
         r, s = tap // S * DILATION, tap % S * DILATION
         c = step // (R * S) * BLOCK_K + tl.arange(0, BLOCK_K)
-        inside = there
+        inside = row_mask
         if PADDING > 0:
-            inside = there & (h0 + r >= 0) & (h0 + r < H) & (s0 + s >= 0) & (s0 + s < W)
-        known = c < C
+            inside = row_mask & (h0 + r >= 0) & (h0 + r < H) & (s0 + s >= 0) & (s0 + s < W)
+        channel_mask = c < C
         a = tl.load(
             (rows + r * stride_xh + s * stride_xw)[:, None] + (c_first + c)[None, :],
-            inside[:, None] & known[None, :],
+            inside[:, None] & channel_mask[None, :],
             0.0,
             cache_modifier=CACHE,
         )
         if LAZY:
-            a = lazy(a, a_ptr, b_ptr, (c_first + c, known), inside, LAZY_RELU)
-        b = tl.load(columns[:, None] + (tap * C + c)[None, :], (k < K)[:, None] & known[None, :], 0.0)
-        acc = tl.dot(factor(a, PRECISION), factor(b, PRECISION).T, acc, input_precision=PRECISION)
+            a = lazy_value(a, a_ptr, b_ptr, (c_first + c, channel_mask), inside, LAZY_RELU)
+        b = tl.load(columns[:, None] + (tap * C + c)[None, :], (k < K)[:, None] & channel_mask[None, :], 0.0)
+        acc = tl.dot(product_operand(a, PRECISION), product_operand(b, PRECISION).T, acc, input_precision=PRECISION)
     return acc
 
 
@@ -140,43 +141,45 @@ def _conv_gather_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    """M: output positions. k_group: output channels per group. C2: input channels of the second product, a 1x1.
+    residual_channels: channels of the residual; the others count as zero."""
     tile = tl.program_id(0)
     k0 = tile % k_tiles * BLOCK_N
     m = tile // k_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     k = k0 + tl.arange(0, BLOCK_N)
-    there = m < M
+    row_mask = m < M
     n, p, q = row_of(m, P, Q)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc = accumulate_gathered(
-        acc, x_ptr, w_ptr, n, p, q, there, k, K, k0 // k_group * C, C, H, W, stride_xn, stride_xh, stride_xw,
+        acc, x_ptr, w_ptr, n, p, q, row_mask, k, K, k0 // k_group * C, C, H, W, stride_xn, stride_xh, stride_xw,
         a_ptr, b_ptr, R, S, STRIDE, PADDING, DILATION, LAZY, LAZY_RELU, PRECISION, CACHE, BLOCK_K,
     )  # fmt: skip
     acc = affine(acc, scale_ptr, shift_ptr, k, k < K, SCALE, SHIFT)
     if SECOND:
         acc = accumulate_gathered(
-            acc, x2_ptr, w2_ptr, n, p, q, there, k, K, 0, C2, 0, 0, stride_x2n, stride_x2h, stride_x2w,
+            acc, x2_ptr, w2_ptr, n, p, q, row_mask, k, K, 0, C2, 0, 0, stride_x2n, stride_x2h, stride_x2w,
             a_ptr, b_ptr, 1, 1, 1, 0, 1, False, False, PRECISION, CACHE, BLOCK_K,
         )  # fmt: skip
     if RESIDUAL:
         rows = residual_ptr + (n.to(tl.int64) * stride_rn + p.to(tl.int64) * stride_rh + q * stride_rw)
-        known = there[:, None] & (k < residual_channels)[None, :]
-        acc += tl.load(rows[:, None] + k[None, :], known, 0.0).to(tl.float32)
+        residual_mask = row_mask[:, None] & (k < residual_channels)[None, :]
+        acc += tl.load(rows[:, None] + k[None, :], residual_mask, 0.0).to(tl.float32)
     if RELU:
         acc = relu(acc)
     y = y_ptr + m.to(tl.int64)[:, None] * K + k[None, :]
-    tl.store(y, acc.to(y_ptr.dtype.element_ty), there[:, None] & (k < K)[None, :])
+    tl.store(y, acc.to(y_ptr.dtype.element_ty), row_mask[:, None] & (k < K)[None, :])
 
 
 def why_not(c: Convolution, config: Config) -> str | None:
-    """Why the convolution cannot run by pointers so, or None."""
+    """Return why the convolution cannot run by pointers with this configuration, or None."""
     K, groups = c.weight.shape[0], c.geometry.groups
     if groups > 1 and K // groups % config.BLOCK_N:
-        return f"{K // groups} channels per group are no whole tiles of {config.BLOCK_N}"
+        return f"expected output channels per group in whole tiles of {config.BLOCK_N}, got {K // groups}"
     return None
 
 
 def launch(c: Convolution, config: Config, y: Tensor) -> Launch:
-    """y: (N, K, P, Q) channels_last, to be written. Only where `why_not` is None."""
+    """Return the launch that writes y (N, K, P, Q), channels_last. Call only if `why_not` returned None."""
     K, R, S, C = c.weight.shape
     N, _, P, Q = c.output_sizes
     _, _, H, W = c.x.shape

@@ -1,7 +1,9 @@
 """Memory-bound passes: affine, residual, ReLU, and max pooling (every GPU from sm_80).
 
-One program owns BLOCK_M output positions of BLOCK_C channels. Moves: x once (with pooling, overlapping windows again
-from L1 and L2), the residual once, y once, and with its winners a byte per element of it.
+One program instance owns a tile of BLOCK_M output positions by BLOCK_C channels.
+
+Memory traffic: x once (overlapping pooling windows reread it from L1 and L2), the residual once, y once. If the winners
+are requested, one byte per element of y.
 """
 
 from __future__ import annotations
@@ -50,12 +52,15 @@ def _bn_pass_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """y = max over the window of relu(operand + shift + residual), rounded before the maximum; NaN wins.
-    operand = relu(a * x + b), rounded. winners, if any: which element of its window, row by row, the first maximum is
-    (the last NaN, as in torch), NO_WINNER where y <= 0."""
+    operand = relu(a * x + b), rounded.
+
+    winners: for each y, the index within its window, row by row, of the first maximum (of the last NaN, as in torch);
+    `contract.NO_WINNER` where y <= 0. winners_ptr may be None. Without pooling the window is 1x1.
+    """
     c_tiles = tl.cdiv(C, BLOCK_C)
     m = tl.program_id(0) // c_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(0) % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
-    there, known = m < M, c < C
+    row_mask, channel_mask = m < M, c < C
     n, p, q = row_of(m, P, Q)
     h0, s0 = p * STRIDE - PADDING, q * STRIDE - PADDING
     rows = n.to(tl.int64) * stride_xn + h0.to(tl.int64) * stride_xh + s0 * stride_xw
@@ -65,13 +70,13 @@ def _bn_pass_kernel(
         where = tl.zeros((BLOCK_M, BLOCK_C), tl.int32)
     for tap in tl.static_range(R * R):
         r, s = tap // R, tap % R
-        inside = there & (h0 + r >= 0) & (h0 + r < H) & (s0 + s >= 0) & (s0 + s < W)
-        mask = inside[:, None] & known[None, :]
+        inside = row_mask & (h0 + r >= 0) & (h0 + r < H) & (s0 + s >= 0) & (s0 + s < W)
+        mask = inside[:, None] & channel_mask[None, :]
         t = tl.load(x_ptr + (rows + r * stride_xh + s * stride_xw)[:, None] + c[None, :], mask, 0.0).to(tl.float32)
-        t = affine(t, a_ptr, b_ptr, c, known, AFFINE, AFFINE)
+        t = affine(t, a_ptr, b_ptr, c, channel_mask, AFFINE, AFFINE)
         if OPERAND_RELU:
             t = relu(t).to(DTYPE).to(tl.float32)
-        t = affine(t, None, shift_ptr, c, known, False, SHIFT)
+        t = affine(t, None, shift_ptr, c, channel_mask, False, SHIFT)
         if RESIDUAL:
             at = residual_ptr + n.to(tl.int64) * stride_rn + (h0 + r).to(tl.int64) * stride_rh + (s0 + s) * stride_rw
             t += tl.load(at[:, None] + c[None, :], mask, 0.0).to(tl.float32)
@@ -81,7 +86,7 @@ def _bn_pass_kernel(
         if winners_ptr is not None:
             where = tl.where((t > best) | (t != t), tap, where)
         best = tl.maximum(best, t, propagate_nan=tl.PropagateNan.ALL)
-    at, inside = m.to(tl.int64)[:, None] * C + c[None, :], there[:, None] & known[None, :]
+    at, inside = m.to(tl.int64)[:, None] * C + c[None, :], row_mask[:, None] & channel_mask[None, :]
     tl.store(y_ptr + at, best, inside)
     if winners_ptr is not None:
         tl.store(winners_ptr + at, tl.where(best <= 0, 255, where).to(tl.uint8), inside)
@@ -98,11 +103,14 @@ def launch(
     pool: Pool,
     winners: Tensor | None = None,
 ) -> Launch:
-    """x, residual: (N, C, H, W), channels next to each other; operand: x's (a, b); y and winners (`Pooled.winners`):
-    (N, C, P, Q) channels_last, to be written."""
+    """Return the launch that writes y and, if given, winners.
+
+    x, residual: (N, C, H, W), adjacent channels. operand: (a, b), per channel, of the affine that x is read through.
+    y, winners (`Pooled.winners`): (N, C, P, Q), channels_last.
+    """
     N, C, P, Q = y.shape
     BLOCK_C = min(64, power_of_two(C))
-    # Of all taps what is loaded may wait in registers.
+    # With winners, the loaded elements of all taps of a window may wait in registers: fewer elements per tile.
     elements = 4096 if winners is None else 4096 // x.element_size()
     BLOCK_M = min(128, elements // BLOCK_C)
     a, b = operand or (None, None)

@@ -1,16 +1,19 @@
-"""The end of a bottleneck in one kernel, and the beginning of the next (sm_90 and sm_100).
+"""The fused tail: a bottleneck's 3x3 and last 1x1, and the next bottleneck's first 1x1, in one kernel (sm_90, sm_100).
 
     h = relu(scale * conv3x3(x, w) + shift), rounded
     y = relu(scale3 * (h w3^T) + shift3 + [residual]), rounded
     next = relu(scale1 * (y w1^T) + shift1)
 
-One program owns BOX_N x BOX_H x BOX_W = BLOCK_M output positions and all J channels of the 3x3, which runs by boxes
-(boxes.py). Its accumulator becomes the operand of the second product in registers. The K channels of y are made
-BLOCK_N at a time, and each part, as soon as it is stored, is the operand of the next block's 1x1, whose J1 channels are
-accumulated beside. The 3x3's output never exists in memory, and y is not read again but as the next residual.
+J, K and J1 are the output channels of the three convolutions.
 
-Moves: x once (once per tap from L2), the residual once, y and next once; the weights once per program from L2. J is 64
-or 128, J1 64, 128 or 256: they must fit accumulators.
+One program instance owns BOX_N x BOX_H x BOX_W = BLOCK_M output positions and all J channels of the 3x3, whose mainloop
+is that of boxes.py. The rounded accumulator h is the operand of the 1x1 product, from registers. The kernel computes
+the K channels of y in tiles of BLOCK_N. Each tile, as soon as it is stored, is an operand of the next block's 1x1,
+which accumulates all J1 channels. The 3x3's output never exists in memory, and y is read again only as the next
+residual.
+
+Memory traffic: x once (once per tap from L2), the residual once, y and next once; the weights once per program instance
+from L2. J is 64 or 128, and J1 is 64, 128 or 256, because both must fit accumulators.
 """
 
 from __future__ import annotations
@@ -26,13 +29,13 @@ from ...contract import Geometry, nhwc_strides
 from ..configs import Config
 from ..convolution import Convolution
 from ..device import affine, relu
-from ..launch import Launch, nbytes, precision
+from ..launch import Launch, Work, nbytes, precision
 from . import boxes
 from .boxes import accumulate, box_of, box_origin, boxes_of, describe_map, describe_strided, describe_weight
 
-# Of 256 channels, and with a projection, separate kernels were faster by far (H100).
+# J, the 3x3's output channels. With 256, or with a projection, separate kernels were faster by far (H100).
 WIDTHS = (64, 128)
-# Of the next block's 1x1.
+# J1, the output channels of the next block's 1x1.
 WIDTHS_AFTER = (64, 128, 256)
 
 
@@ -74,6 +77,7 @@ def _conv3x3_conv1x1_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    """x, w, w3, residual, y, w1, after: tensor descriptors; `after` is the next block's first activation."""
     BLOCK_M: tl.constexpr = BOX_N * BOX_H * BOX_W
     n0, p0, q0 = box_origin(tl.program_id(0), q_tiles, p_tiles, BOX_N, BOX_H, BOX_W)
     h = tl.zeros((BLOCK_M, J), tl.float32)
@@ -84,7 +88,7 @@ def _conv3x3_conv1x1_kernel(
     j = tl.arange(0, J)
     h = relu(affine(h, scale_ptr, shift_ptr, j, j < J, SCALE, True)).to(y.dtype)
     ahead = tl.zeros((BLOCK_M, J1), tl.float32)
-    # Two stages: with three, their weights and residuals would take the memory of a second program.
+    # Two stages: with three, the buffers of weights and residuals would take the shared memory of a second CTA.
     for k0 in tl.range(0, K, BLOCK_N, num_stages=2):
         b = w3.load([k0, 0])
         acc = tl.dot(h, b.T, input_precision=PRECISION)
@@ -103,8 +107,8 @@ def _conv3x3_conv1x1_kernel(
 
 @dataclasses.dataclass(frozen=True)
 class Tail:
-    """A 3x3, the 1x1 behind it and the next block's first convolution. x of the last and of the next stand for what the
-    one before would write."""
+    """The problem of a fused tail: a 3x3 (`first`), the 1x1 after it (`last`), and the next block's first convolution
+    (`following`). `last.x` and `following.x` are placeholders for the output of the convolution before them."""
 
     first: Convolution
     last: Convolution
@@ -123,43 +127,48 @@ class Tail:
 
 
 def _is_product(c: Convolution) -> bool:
-    """Whether the convolution is a matrix product of every position by itself."""
+    """Whether the convolution is a 1x1 of stride 1: a matrix product whose rows are the positions."""
     return c.weight.shape[1:3] == (1, 1) and c.geometry == Geometry()
 
 
 def why_not(first: Convolution, last: Convolution, arch: int, config: Config, processors: int) -> str | None:
-    """Why the 3x3 and the 1x1 behind it cannot run as one so, or None. last.x stands for what first would write."""
+    """Return why the 3x3 and the 1x1 after it cannot run in one kernel with this configuration, or None. `last.x` is a
+    placeholder for the 3x3's output."""
     J, R, S, _ = first.weight.shape
     if (R, S) != (3, 3) or first.geometry.groups > 1 or not _is_product(last):
-        return "expected an ungrouped 3x3 convolution and a 1x1 of stride 1 behind it"
+        return "expected an ungrouped 3x3 convolution and then a 1x1 of stride 1"
     if J not in WIDTHS:
-        return f"expected {', '.join(map(str, WIDTHS))} channels between them, got {J}"
+        return f"expected {' or '.join(map(str, WIDTHS))} channels between the 3x3 and the 1x1, got {J}"
     if first.x.element_size() > 2:
-        return "expected 16 bits: accumulators of fp32 products do not fit"
+        return f"expected a 16-bit dtype, got {first.x.dtype}: the accumulators of fp32 products do not fit"
     if not first.relu or first.shift is None or first.second or first.residual is not None or first.lazy:
-        return "expected shift and ReLU between them"
+        return "expected a shift and ReLU, and nothing else, between the 3x3 and the 1x1"
     if last.second:
-        return "expected no projection"
+        return "expected an identity shortcut, got a projection"
     if last.weight.shape[0] % config.BLOCK_N:
-        return f"{last.weight.shape[0]} channels are no whole tiles of {config.BLOCK_N}"
-    if first.rows < processors * config.BLOCK_M // 2:
-        return f"{first.rows} positions leave most of {processors} multiprocessors idle"
+        return f"expected output channels in whole tiles of {config.BLOCK_N}, got {last.weight.shape[0]}"
+    least = processors * config.BLOCK_M // 2
+    if first.rows < least:
+        return (
+            f"expected at least {least} output positions, got {first.rows}: fewer leave most of {processors} "
+            "multiprocessors idle"
+        )
     return boxes.why_not(first, arch, config) or boxes.why_not(last, arch, config)
 
 
 def why_not_after(after: Convolution) -> str | None:
-    """Why the next block's first convolution cannot run in the same kernel, or None."""
+    """Return why the next block's first convolution cannot run in the same kernel, or None."""
     J1 = after.weight.shape[0]
     if not _is_product(after) or not after.relu or after.shift is None:
         return "expected a 1x1 convolution of stride 1 with shift and ReLU"
     if J1 not in WIDTHS_AFTER:
-        return f"expected {', '.join(map(str, WIDTHS_AFTER))} channels behind it, got {J1}"
+        return f"expected {', '.join(map(str, WIDTHS_AFTER))} output channels of the next 1x1, got {J1}"
     return None
 
 
 def launch(t: Tail, config: Config, y: Tensor, ahead: Tensor) -> Launch:
-    """y: (N, K, P, Q) and ahead: (N, J1, P, Q), channels_last, to be written. Only where `why_not` and `why_not_after`
-    are None."""
+    """Return the launch that writes y (N, K, P, Q) and ahead (N, J1, P, Q), the next block's first activation, both
+    channels_last. Call only if `why_not` and `why_not_after` returned None."""
     first, last, following = t.parts
     J = first.weight.shape[0]
     K = y.shape[1]
@@ -206,13 +215,20 @@ def launch(t: Tail, config: Config, y: Tensor, ahead: Tensor) -> Launch:
         BLOCK_K=config.BLOCK_K,
     )
     programs = n_tiles * p_tiles * q_tiles
-    parts = programs * (K // config.BLOCK_N)
-    work = first.work(dataclasses.replace(config, BLOCK_N=J), programs).plus(last.work(config, parts))
-    work = work.plus(following.work(dataclasses.replace(config, BLOCK_N=J1), programs))
-    # The 3x3's result and the operands of the 1x1 behind it and of the one after that do not come from memory.
-    size = first.x.element_size()
-    moved = work.bytes - 2 * first.rows * J * size - nbytes(y)
-    copied = work.copied - (parts * J + programs * K) * config.BLOCK_M * size
-    work = work._replace(bytes=moved, copied=copied)
     what = f"{first} > {last} > {following}"
-    return Launch(_conv3x3_conv1x1_kernel, programs, arguments, config.options, what, work)
+    return Launch(
+        _conv3x3_conv1x1_kernel, programs, arguments, config.options, what, _work_of(t, config, programs, nbytes(y))
+    )
+
+
+def _work_of(t: Tail, config: Config, programs: int, y_bytes: int) -> Work:
+    first, last, following = t.parts
+    J, K, J1 = (c.weight.shape[0] for c in t.parts)
+    tiles = programs * (K // config.BLOCK_N)
+    work = first.work(dataclasses.replace(config, BLOCK_N=J), programs).plus(last.work(config, tiles))
+    work = work.plus(following.work(dataclasses.replace(config, BLOCK_N=J1), programs))
+    # The 3x3's result is not written, and the operands of the two 1x1 products do not come from memory.
+    size = first.x.element_size()
+    moved = work.bytes - 2 * first.rows * J * size - y_bytes
+    copied = work.copied - (tiles * J + programs * K) * config.BLOCK_M * size
+    return work._replace(bytes=moved, copied=copied)

@@ -50,7 +50,7 @@ finalize_stats, finalize_moments = cuda.finalize_stats, cuda.finalize_moments
 finalize_bn_grad, finalize_tail_grad = cuda.finalize_bn_grad, cuda.finalize_tail_grad
 reduce = cuda.reduce
 
-# What a convolution may ask for and need no pass beside it: all that there is without the extension.
+# Features of a convolution that need no pass of gpu:cuda.
 ALONE = frozenset({"conv", "residual", "two_products", "stats", "data_grad"})
 
 
@@ -58,7 +58,7 @@ def why_not(call: Call) -> str | None:
     reason = why_unsupported(call, SUPPORTS, None, launchers.DTYPES) or launchers.why_not_here(call.device, call.dtype)
     if reason is None and not call.needs <= ALONE:
         reason = cuda.why_not(call)
-    # In training, where one backend runs a whole block, what is beyond these kernels is the library's.
+    # In training one backend runs a whole block, so unsupported convolutions go to cuDNN.
     if reason or "training" in call.needs:
         return reason
     turned = "data_grad" in call.needs
@@ -67,7 +67,8 @@ def why_not(call: Call) -> str | None:
 
 
 def why_not_convolution(shape: Sequence[int], geometry: Geometry, turned: bool) -> str | None:
-    """Why no convolution by a weight (K, C/groups, R, S) runs here, or, `turned`, no data gradient of it; or None."""
+    """Return why conv_act cannot run a convolution by a weight (K, C/groups, R, S), or with `turned` its data
+    gradient."""
     reason = launchers.why_not_weight((shape[0], shape[1] * geometry.groups, *shape[2:]), geometry)
     return reason or (launchers.why_not_turned(shape, geometry) if turned else None)
 
@@ -88,7 +89,7 @@ def pack(weight: Tensor, scale: Tensor | None, geometry: Geometry, size: Sequenc
 
 
 def mask_size(sizes: Sequence[int]) -> None:
-    """A result is its own mask: it is kept as the next block's operand anyway."""
+    """Return None: a result is its own mask. It is saved anyway, as the next block's operand."""
 
 
 def materialize(operand: Operand, kernel: int) -> Operand:
@@ -103,7 +104,7 @@ def _computed(operand: Operand) -> Tensor:
 
 
 def _readable(operand: Operand, stride: int = 1) -> Tensor:
-    """What the operand stands for, every stride-th row and column, as the copy engine can read it."""
+    """Return every stride-th row and column of the materialized operand, laid out as TMA can read it."""
     stride = stride * operand.stride
     operand = dataclasses.replace(operand, stride=1)
     t = (operand.tensor if operand.plain else _computed(operand))[:, :, ::stride, ::stride]
@@ -111,7 +112,7 @@ def _readable(operand: Operand, stride: int = 1) -> Tensor:
 
 
 def _runs(products: Sequence[Product]) -> bool:
-    """Whether conv_act has the sum: of one product, or of one and an ungrouped 1x1."""
+    """Return whether conv_act can run the sum: one product, or one and an ungrouped 1x1 product."""
     *_, last = products
     if len(products) > 2 or (len(products) == 2 and (last.packed.shape[2:], last.geometry.padding) != ((1, 1), 0)):
         return False
@@ -122,8 +123,10 @@ def _runs(products: Sequence[Product]) -> bool:
 
 
 def _term(p: Product, alone: bool) -> tuple[Tensor, Tensor, Geometry, Tensor | None]:
-    """Operand, weight (K, R, S, C), geometry and scale of a convolution; no scale unless it is alone: that of a sum is
-    in its weights."""
+    """Return operand, weight (K, R, S, C), geometry and scale of a product.
+
+    alone: the sum has no other product. Else the scale is folded into the weight, and None is returned for it.
+    """
     packed = p.packed if isinstance(p.weight, Packed) else pack(p.weight, p.scale, p.geometry, (), keep=not alone)
     weight, scale, geometry = packed.weight, packed.scale, p.geometry
     if scale is not None and not alone:
@@ -136,7 +139,7 @@ def _term(p: Product, alone: bool) -> tuple[Tensor, Tensor, Geometry, Tensor | N
 
 
 def _prepared(products: Sequence[Product], y: Tensor, scaled: bool = True) -> tuple[functools.partial, Tensor | None]:
-    """conv_act of the products into y, and their scale: None, unless `scaled`."""
+    """Return conv_act with its products and result y bound, and the scale; None unless `scaled`."""
     first, *others = (_term(p, scaled and len(products) == 1) for p in products)
     x, weight, geometry, scale = first
     second = others[0][:2] if others else None
@@ -173,7 +176,7 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
 
 
 def residual_block(x: Tensor, block: PackedBlock) -> Tensor | None:
-    """The whole block in one kernel, if there is one for it."""
+    """Return the block's result by the whole-bottleneck kernel, or None if that does not support the block."""
     shapes = [w.shape for w in block.weights]
     if not x.numel() or launchers.why_not_bottleneck(shapes, block.geometries, block.shortcut, x.shape[3]):
         return None
@@ -186,7 +189,7 @@ def residual_block(x: Tensor, block: PackedBlock) -> Tensor | None:
 
 
 def _by_passes(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
-    """The sum by conv_act if it has it, else by the library; what is around it by passes."""
+    """Run the sum by conv_act if possible, else by cuDNN, and operands and epilogue by passes of gpu:cuda."""
     if 0 in check_conv(products, epilogue) or not _runs(products):
         asked = epilogue.reduce == "mask"
         t, reduced = cuda.conv(
@@ -199,8 +202,8 @@ def _by_passes(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor,
 
 
 def masked_conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Operand, tuple[Tensor, Tensor]]:
-    """In one kernel where it pays. Else the mask is not worth a pass that writes: whoever reads the result reads what
-    masks it too."""
+    """One kernel applies the mask and takes the sums if that is faster. Else the returned operand carries the mask, and
+    its reader applies it."""
     sizes, by, mask = check_conv(products, epilogue), epilogue.reduce, epilogue.mask
     assert isinstance(by, Normalized) and isinstance(mask, Operand)
     if epilogue.residual is None and 0 not in sizes and _runs(products):
@@ -213,12 +216,16 @@ def masked_conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Operan
 
 
 def _sums_pay(products: Sequence[Product], K: int) -> bool:
-    """Its tile has 64 channels. A 3x3 of more reads its operands too often by it for what a pass would move."""
+    """Return whether the tile with sums is faster than a pass.
+
+    The tile has 64 channels. A 3x3 convolution with more reads its operands again for each 64, which costs more than
+    the pass.
+    """
     return K <= 64 or products[0].packed.shape[2:] == (1, 1)
 
 
 def _masks_by(mask: Operand, by: Normalized) -> bool:
-    """Whether what masks is an affine and a ReLU of what was normalised."""
+    """Return whether the mask is an affine and a ReLU of the normalized tensor."""
     plain = dataclasses.replace(mask, affine=None, relu=False).plain
     return plain and mask.relu and mask.tensor.data_ptr() == by.tensor.data_ptr() and launchers.aligned(by.tensor)
 
@@ -254,7 +261,7 @@ def wgrad(
 def _summed(
     g: Tensor, x: Tensor, kernel: tuple[int, int], geometry: Geometry, sums: bool, upper: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """`launchers.wgrad_parts`."""
+    """Return the partial sums of `launchers.wgrad_parts`."""
     (N, K, P, Q), C, taps = g.shape, x.shape[1], kernel[0] * kernel[1]
     columns = 2 if upper else launchers.wgrad_columns(C, taps)
     M, tiles = N * P * Q, launchers.wgrad_tiles(K, C, taps, columns, upper)
@@ -273,7 +280,7 @@ def moments(h: Operand) -> Moments:
     t, rows = _readable(h), N * P * Q
     parts, totals = _summed(t, t, (1, 1), Geometry(), sums=True, upper=True)
     assert totals is not None
-    # In fp64, where the difference of large sums errs less than they do: a mean of m deviations costs m^2 units.
+    # In fp64: the difference of two large sums loses m^2 units if the mean is m standard deviations.
     total = totals.sum(0, dtype=torch.float64)
     upper = torch.triu(parts.view(-1, J, J).sum(0, dtype=torch.float64) - total[:, None] * (total / rows))
     return Moments(rows, (total / rows).float(), (upper + torch.triu(upper, 1).T).float())

@@ -1,5 +1,7 @@
-"""The kernels of csrc/cuda/sm90: what they take, and their launches. The library is C, loaded by ctypes: one build
-serves every Python."""
+"""The kernels of csrc/cuda/sm90: their argument structures, their limits, and their launches.
+
+The library has a C interface and is loaded by ctypes, so one build serves every Python.
+"""
 
 from __future__ import annotations
 
@@ -22,24 +24,23 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Of conv_act: output positions and channels that a block computes at a time, and steps of 64 input channels in
-    flight."""
+    """A tile of conv_act: output positions and channels of a CTA, and pipeline stages of 64 input channels."""
 
     positions: int
     channels: int
     stages: int
 
 
-# As csrc/cuda/sm90/conv_act_tiles.h has them, in order. "turn": two warp groups with a tile each, one multiplies while
-# the other stores; "both": they share one.
+# In the order of csrc/cuda/sm90/conv_act_tiles.h. "turn": the two consumer warp groups take turns with a tile each, one
+# multiplies while the other stores (ping-pong). "both": they share a tile (cooperative).
 TILES = {
     "turn128x128": Tile(128, 128, 5),
     "turn128x64": Tile(128, 64, 8),
     "both64x256": Tile(128, 256, 3),
 }
-# Those that also give the result's statistics.
+# Tiles whose epilogue also computes the statistics of the result.
 STATISTICS_TILES = {"stats128x128": Tile(128, 128, 4), "stats128x64": Tile(128, 64, 7)}
-# That which masks the result, and gives the sums of a batch norm's gradient.
+# The tile whose epilogue masks the result and computes the two sums of a batch norm's gradient.
 SUMS_TILES = {"sums128x64": Tile(128, 64, 7)}
 NUMBERS = {name: i for i, name in enumerate([*TILES, *STATISTICS_TILES, *SUMS_TILES])}
 
@@ -113,7 +114,7 @@ def load() -> tuple[CLibrary | None, str | None]:
     if not built:
         return (
             None,
-            "the kernels for sm_90a were not built (they want nvcc, CUTLASS's headers and 9.0a among the archs)",
+            "the kernels for sm_90a were not built (they need nvcc, CUTLASS's headers and the arch 9.0a)",
         )
     try:
         return declared(ctypes.CDLL(str(built[0]))), None
@@ -140,7 +141,7 @@ def declared(functions: Any) -> CLibrary:
 
 @functools.cache
 def why_not_here(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why nothing of this runs on the device, or None."""
+    """Return why these kernels do not run on the device, or None."""
     if dtype not in DTYPES:
         return f"expected bfloat16 or float16, got {str(dtype).removeprefix('torch.')}"
     if device.type != "cuda":
@@ -149,26 +150,26 @@ def why_not_here(device: torch.device, dtype: torch.dtype) -> str | None:
     if reason is None and torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability(device)
         if (major, minor) != (9, 0):
-            return f"its code is for sm_90a alone, this GPU is sm_{major}{minor}"
+            return f"the kernels are built for sm_90a only, this GPU is sm_{major}{minor}"
     return reason
 
 
 def why_not_weight(shape: Sequence[int], geometry: Geometry) -> str | None:
-    """Why conv_act cannot convolve by a weight (K, C, R, S), or None."""
+    """Return why conv_act cannot convolve by a weight (K, C, R, S), or None."""
     K, C, R, S = shape
     if geometry.groups > 1:
         return f"expected one group, got {geometry.groups}"
     if C % 8 or K % 8:
         return f"expected channels in multiples of 8, got {C} and {K}"
     reach = geometry.dilation * (max(R, S) - 1)
-    # What the copy engine's im2col takes.
+    # The limits of TMA's im2col mode.
     if geometry.stride > 8 or geometry.padding > 127 or reach > 127:
         return f"expected stride up to 8, padding and reach of the filter up to 127, got {geometry} with {R}x{S}"
     return None
 
 
 def why_not_turned(shape: Sequence[int], geometry: Geometry) -> str | None:
-    """Why a data gradient by a weight (K, C, R, S) is no convolution that conv_act can do, or None."""
+    """Return why conv_act cannot run the data gradient by a weight (K, C, R, S) as a convolution, or None."""
     _, _, R, S = shape
     if geometry.stride > 1 or R != S or geometry.padding > geometry.dilation * (R - 1):
         return f"expected stride 1 and a square filter that reaches beyond its padding, got {R}x{S} with {geometry}"
@@ -176,17 +177,18 @@ def why_not_turned(shape: Sequence[int], geometry: Geometry) -> str | None:
 
 
 def turned(weight: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
-    """The convolution that is the data gradient of the one by a weight (K, R, S, C): (C, R, S, K), its geometry."""
+    """Return the convolution that equals the data gradient by a weight (K, R, S, C): its weight (C, R, S, K), its
+    geometry. The filter is turned by 180 degrees."""
     _, p, d, _ = geometry
     return weight.flip(1, 2).permute(3, 1, 2, 0).contiguous(), Geometry(1, d * (weight.shape[1] - 1) - p, d)
 
 
-# Of output positions, which the kernel counts in 32 bits.
+# The largest number of output positions: the kernel counts them in 32 bits.
 MOST_POSITIONS = 2**31 - 2**16
 
 
 def aligned(t: Tensor) -> bool:
-    """Whether the copy engine can read the map: channels next to each other, all else by multiples of 16 bytes."""
+    """Return whether TMA can read the map: contiguous channels, other strides and the address multiples of 16 bytes."""
     strides = (s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1)
     return (
         (t.shape[1] == 1 or t.stride(1) == 1) and t.data_ptr() % 16 == 0 and all(s % 8 == 0 or s == 1 for s in strides)
@@ -229,8 +231,8 @@ def conv_act(
     With masks, of a tile of `SUMS_TILES`: residual is z, y = conv(x, weight) + conv1x1(x2, weight2) + shift where not
     (relu(a * z + b), rounded, <= 0), else 0; masks (K, 4): shift, a, b, centre; parts: sums of y and y * (z - centre).
 
-    Raises RuntimeError where the library is missing or the launch fails; what cannot run is for `why_not_weight`,
-    `aligned` and `why_not_here` to tell before.
+    Raises RuntimeError if the library is missing or the launch fails. The caller checks `why_not_here`,
+    `why_not_weight` and `aligned` before.
     """
     N, C, H, W = x.shape
     K, R, S, _ = weight.shape
@@ -267,7 +269,8 @@ def conv_act(
     _run("conv_act", call, x.device)
 
 
-# What `pair` is built for: channels inside, and of the next block's first convolution. Outside are multiples of 64.
+# The channels that `pair` is built for: inner channels J, and output channels of the next block's first convolution.
+# The outer channels K are a multiple of 64.
 PAIRS = ((128, 128), (128, 256), (256, 256))
 
 
@@ -303,9 +306,12 @@ def pair(
 
 
 class TailShape(NamedTuple):
-    """What `tail` is built for: channels outside, or, where weights stream, what they are a multiple of; of the next
-    block's first convolution; columns of a map at most. streams: weights do not stay in shared memory, and each of a
-    block's two warp groups has a tile of its own."""
+    """The shapes that `tail` is built for.
+
+    outside: the outer channels K, or with `streams` what they are a multiple of. ahead: output channels of the next
+    block's first convolution. columns: the largest width of a map. streams: the weights do not stay in shared memory,
+    and each of a CTA's two consumer warp groups has a tile of its own.
+    """
 
     outside: int
     ahead: tuple[int, ...]
@@ -313,26 +319,27 @@ class TailShape(NamedTuple):
     streams: bool
 
 
-# By channels inside.
+# By inner channels J.
 TAILS = {64: TailShape(256, (64, 128), 56, streams=False), 128: TailShape(64, (128,), 28, streams=True)}
 
 
 def why_not_tail(J: int, K: int, ahead: int, columns: int) -> str | None:
-    """Why there is no `tail` of J channels inside, K outside, `ahead` behind, and a map of so many columns, or None."""
+    """Return why `tail` is not built for J inner and K outer channels, `ahead` channels of the next block's first
+    convolution and a map of so many columns, or None."""
     shape = TAILS.get(J)
     if shape is None:
-        return f"expected {', '.join(map(str, TAILS))} channels inside, got {J}"
+        return f"expected {', '.join(map(str, TAILS))} inner channels, got {J}"
     if K % shape.outside if shape.streams else K != shape.outside:
-        return f"expected {'multiples of ' * shape.streams}{shape.outside} channels outside, got {K}"
+        return f"expected {'multiples of ' * shape.streams}{shape.outside} outer channels, got {K}"
     if ahead not in shape.ahead:
-        return f"expected {', '.join(map(str, shape.ahead))} channels ahead, got {ahead}"
+        return f"expected {', '.join(map(str, shape.ahead))} output channels of the next convolution, got {ahead}"
     if columns > shape.columns:
         return f"expected a map of at most {shape.columns} columns, got {columns}"
     return None
 
 
 def tail_rows(J: int, columns: int) -> int:
-    """Output rows of a tile."""
+    """Return the output rows of a tile."""
     return 2 * (64 // (columns + 2)) if TAILS[J].streams else 2
 
 
@@ -371,7 +378,8 @@ def tail(
     _run("tail", call, x.device)
 
 
-# What `bottleneck` is built for: by the shortcut weights (K, C, R, S) of its convolutions; columns of a map at most.
+# The weights (K, C, R, S) of the convolutions that `bottleneck` is built for, by shortcut, and the largest width of a
+# map.
 BOTTLENECKS = {
     "identity": ((64, 256, 1, 1), (64, 64, 3, 3), (256, 64, 1, 1)),
     "projection": ((64, 64, 1, 1), (64, 64, 3, 3), (256, 64, 1, 1), (256, 64, 1, 1)),
@@ -382,7 +390,7 @@ MOST_BOTTLENECK_COLUMNS = 56
 def why_not_bottleneck(
     shapes: Sequence[Sequence[int]], geometries: Sequence[Geometry], shortcut: str, columns: int
 ) -> str | None:
-    """Why `bottleneck` is not the block of these weights (K, C, R, S) on a map of so many columns, or None."""
+    """Return why `bottleneck` is not built for a block of these weights (K, C, R, S) and this map width, or None."""
     found = tuple(map(tuple, shapes))
     if found != BOTTLENECKS.get(shortcut):
         return f"expected weights and shortcut of {BOTTLENECKS}, got {found} and {shortcut}"
@@ -416,12 +424,12 @@ def bottleneck(x: Tensor, weights: Sequence[Tensor], shifts: Sequence[Tensor], y
     _run("bottleneck", call, x.device)
 
 
-# Of an image, that a row of the stem's convolution has.
+# The largest image width that `stem` is built for.
 MOST_STEM_COLUMNS = 224
 
 
 def why_not_stem(shape: Sequence[int], geometry: Geometry, width: int) -> str | None:
-    """Why `stem` cannot run for a weight (K, C, R, S) and images of a width, or None."""
+    """Return why `stem` cannot run for a weight (K, C, R, S) and images of this width, or None."""
     K, C, R, S = shape
     if (K, R, S) != (64, 7, 7) or C > 3 or geometry != Geometry(2, 3):
         return f"expected a 7x7 convolution of stride 2 from 3 channels to 64, got {tuple(shape)} with {geometry}"
@@ -433,9 +441,9 @@ def why_not_stem(shape: Sequence[int], geometry: Geometry, width: int) -> str | 
 def stem(x: Tensor, packed: Tensor, shift: Tensor, y: Tensor) -> None:
     """y = max_pool3x3/2(relu(conv7x7/2(x, w) + shift)), the sums in fp32, rounded once.
 
-    x: (N, 4, H, W) channels_last, zeros behind the image's channels. packed: (64, 7, 32), of each row of the filter 7
-    pixels of 4 channels, then what is not looked at. shift: fp32. y: (N, 64, P, Q) channels_last, to be written. A NaN
-    or an infinity in the image may make one more column of y NaN, right of those it belongs to.
+    x: (N, 4, H, W) channels_last, zero channels after the image's. packed: (64, 7, 32): for each filter row 7 pixels of
+    4 channels, then 4 ignored values. shift: fp32. y: (N, 64, P, Q) channels_last, written. A NaN or an infinity in the
+    image may make y NaN in one column more than it should: the column to the right of those that read it.
     """
     N, _, H, W = x.shape
     call = _Stem(
@@ -452,15 +460,16 @@ def stem(x: Tensor, packed: Tensor, shift: Tensor, y: Tensor) -> None:
     _run("stem", call, x.device)
 
 
-# Of wgrad's tiles: channels of g, slices of 64 channels of x of one tap or more, output positions of a step; positions
-# that tensor cores may sum before the sum is promoted (a part has a multiple of them), and the fewest worth a part.
+# A tile of wgrad: WGRAD_ROWS channels of g by WGRAD_COLUMNS slices of 64 channels of x (of one tap or more). A pipeline
+# step has WGRAD_STEP output positions. Tensor cores sum FLUSH positions before the sum is promoted to another
+# accumulator; a partial sum covers a multiple of FLUSH, and at least LEAST_SPAN positions.
 WGRAD_ROWS, WGRAD_COLUMNS, WGRAD_STEP, FLUSH, LEAST_SPAN = 128, (2, 3), 64, 128, 512
-# What a step takes where L2 limits it, and what parts cost that are written and read again: estimates.
+# Estimates: the time of a step limited by L2, and the rate at which partial sums are written and read again.
 STEP_US, PART_BYTES_PER_US = 0.5, 4e6
 
 
 def wgrad_columns(C: int, taps: int) -> int:
-    """Slices in a tile: three where they come out even, so that less is read again from L2."""
+    """Return the slices in a tile: three if they divide evenly, which reads less again from L2, else two."""
     return 3 if -(-C // 64) * taps % 3 == 0 else 2
 
 
@@ -471,8 +480,11 @@ def wgrad_tiles(K: int, C: int, taps: int, columns: int, upper: bool = False) ->
 
 @functools.cache
 def wgrad_span(M: int, tiles: int, elements: int, multiprocessors: int) -> int:
-    """How many of M positions a part has: blocks take units of work, tiles by parts, in turn; so many that the last
-    round is nearly full, so few that parts, of `elements` each, are soon added."""
+    """Return how many of M positions a partial sum covers.
+
+    CTAs take units of work (tile, partial sum) in turn. There should be enough units that the last round is nearly
+    full, and few enough that adding the partial sums, of `elements` each, is cheap.
+    """
 
     def span_of(parts: int) -> int:
         return -(-M // (parts * FLUSH)) * FLUSH
@@ -530,12 +542,13 @@ def wgrad_parts(
 
 
 def tile_for(K: int) -> str:
-    """Of those measured on an H200 the one that was fastest or nearly so for most convolutions of ResNets."""
+    """Return the tile that was fastest, or nearly so, on an H200 for most convolutions of ResNets."""
     return "turn128x64" if K <= 64 else "turn128x128"
 
 
 def statistics_of(parts: Tensor, rows: int) -> Stats:
-    """Of what `conv_act` gives: Chan, Golub and LeVeque's formula, in fp64."""
+    """Return the statistics from the partial ones of `conv_act`, merged by the formula of Chan, Golub and LeVeque in
+    fp64."""
     means, M2 = parts.double()
     counts = torch.full((len(means), 1), 128.0, dtype=torch.float64, device=parts.device)
     counts[-1] = rows - 128 * (len(means) - 1)

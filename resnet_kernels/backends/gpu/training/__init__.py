@@ -1,1 +1,1 @@
-"""Triton kernels of training."""
+"""Triton kernels for training."""

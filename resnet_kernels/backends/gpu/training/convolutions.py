@@ -1,5 +1,9 @@
-"""Convolutions with what training asks for beyond inference: by the kernel of products.py where they are products of
-rows, else by torch's library (cuDNN on a GPU), their operands computed before and the epilogue a pass behind."""
+"""Convolutions in training: which kernel runs each.
+
+Inference's kernels run a convolution if its epilogue and operands need nothing beyond them. Otherwise products.py runs
+convolutions whose output rows each depend on one row of the operand (1x1). torch's library (cuDNN on a GPU) runs the
+rest: their operands are materialized first, and the epilogue is a pass after them.
+"""
 
 from __future__ import annotations
 
@@ -8,39 +12,39 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...contract import Epilogue, Geometry, Normalized, Operand, Packed, Product, Stats, call_of, check_conv, fold
+from ..glue import bit_mask_size, empty_nhwc, library_conv
 from ..inference import dispatch
-from ..launch import note_library, submit
+from ..launch import record_library, submit
 from . import reductions
-from .products import Rows, config_of, launch, merge
+from .products import RowProduct, config_of, launch, merge
 
-# What a convolution may ask for and still be inference's.
+# The features (`contract.call_of`) that inference's kernels support.
 INFERENCE = frozenset({"conv", "residual", "two_products", "lazy"})
 
 
 def mask_size(sizes: Sequence[int]) -> tuple[int, int]:
-    """(N*P*Q, ceil(K/8)): bit j of byte b tells of channel 8b + j whether not (result <= 0)."""
-    N, K, P, Q = sizes
-    return N * P * Q, -(-K // 8)
+    return bit_mask_size(sizes)
 
 
 def materialize(operand: Operand, kernel: int) -> Operand:
-    """Products of rows apply what an operand holds while loading it."""
-    return operand if kernel == 1 or operand.plain else Operand(reductions.computed(operand))
+    """Return the operand as a convolution with a `kernel` x `kernel` filter reads it: unchanged for 1x1, whose kernels
+    apply a lazy operand's affine, ReLU and mask while loading it, else materialized."""
+    return operand if kernel == 1 or operand.plain else Operand(reductions.materialize(operand))
 
 
 def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
+    """Return (epilogue of the sum of the products, its reduction). See `contract.Backend.conv`."""
     sizes = check_conv(products, epilogue)
-    if _of_inference(products, epilogue):
+    if _runs_by_inference(products, epilogue):
         return dispatch.conv(products, epilogue), None
     if 0 in sizes:
-        nothing = Operand(_empty(products[0].operand.tensor, sizes))
+        nothing = Operand(empty_nhwc(products[0].operand.tensor, sizes))
         return reductions.bn_pass(nothing, Epilogue(reduce=epilogue.reduce))
-    if len(products) <= 2 and all(map(_of_rows, products)):
-        return _by_rows(products, epilogue, sizes)
+    if len(products) <= 2 and all(map(_is_row_product, products)):
+        return _by_row_products(products, epilogue, sizes)
     terms = [_by_library(p) for p in products]
     if epilogue.residual is not None:
         terms.append(epilogue.residual)
@@ -53,92 +57,90 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
 
 
 def masked_conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Operand, tuple[Tensor, Tensor]]:
-    """Behind a convolution of the library's the mask is not worth a pass that writes: whoever reads the result reads
-    what masks it too, in `second`."""
+    """Return (the masked convolution as an operand, its sums). See `contract.Backend.masked_conv`.
+
+    After a convolution by the library, a pass only to write the masked result does not pay off. The result stays
+    unmasked, and the returned operand carries the mask for its readers, which read the mask's tensor as `second`
+    anyway.
+    """
     plain = epilogue.shift is None and epilogue.residual is None
-    if len(products) > 1 or _of_rows(products[0]) or not plain or not isinstance(epilogue.mask, Operand):
+    if len(products) > 1 or _is_row_product(products[0]) or not plain or not isinstance(epilogue.mask, Operand):
         t, sums = conv(products, epilogue)
         return Operand(t), sums
-    t = reductions.computed(_by_library(products[0]))
+    t = reductions.materialize(_by_library(products[0]))
     return Operand(t, mask=epilogue.mask), reductions.reduce_masked(t, epilogue)
 
 
-def _of_inference(products: Sequence[Product], epilogue: Epilogue) -> bool:
-    """Whether inference's kernels compute it without making an operand in memory before."""
-    beside = [p.operand for p in products[1:]] + ([epilogue.residual] if epilogue.residual else [])
-    lazy = any(o.affine is not None or o.relu for o in beside) or any(p.operand.centre is not None for p in products)
+def _runs_by_inference(products: Sequence[Product], epilogue: Epilogue) -> bool:
+    """Whether inference's kernels run the convolution without materializing an operand first."""
+    others = [p.operand for p in products[1:]] + ([epilogue.residual] if epilogue.residual else [])
+    lazy = any(o.affine is not None or o.relu for o in others) or any(p.operand.centre is not None for p in products)
     return call_of(products, epilogue).needs <= INFERENCE and epilogue.upsample == 1 and not lazy
 
 
-def _empty(x: Tensor, sizes: Sequence[int]) -> Tensor:
-    return torch.empty(tuple(sizes), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
 def _unpacked(p: Product) -> tuple[Tensor, Geometry]:
-    """The weight as (K, C/groups, R, S), and its geometry: `pack` joins groups."""
+    """Return the weight as (K, C/groups, R, S), and the geometry with its number of groups: `pack` may have joined
+    some."""
     if not isinstance(p.weight, Packed):
         return p.weight, p.geometry
     weight, _, shape = p.weight
     return weight.permute(0, 3, 1, 2), p.geometry._replace(groups=shape[1] * p.geometry.groups // weight.shape[3])
 
 
-def _of_rows(p: Product) -> bool:
-    """Whether each row of the result is made of one row of the operand."""
+def _is_row_product(p: Product) -> bool:
+    """Whether each row of the result depends on one row of the operand, so that products.py can run the product."""
     _, _, R, S = p.packed.shape
     g = p.geometry
     return (R, S, g.padding, g.groups) == (1, 1, 0, 1) and (g.stride == 1 or p.data_grad_size is None)
 
 
 def _by_library(p: Product) -> Operand:
-    """The product, rounded, its scale still to be applied."""
-    x = reductions.computed(p.operand)
+    """Return the product by torch's library, rounded, as an operand that applies the product's scale."""
+    x = reductions.materialize(p.operand)
     weight, g = _unpacked(p)
+    t = library_conv(p, x, weight, g)
     if p.data_grad_size is None:
-        t = F.conv2d(x, weight, None, *g)
-        note_library(x, weight, t)
+        record_library(x, weight, t)
     else:
-        like = _empty(x, p.output_sizes())
-        pairs = [[g.stride] * 2, [g.padding] * 2, [g.dilation] * 2]
-        wanted = [True, False, False]
-        backward = torch.ops.aten.convolution_backward
-        t, _, _ = backward(x, like, weight, None, *pairs, False, [0, 0], g.groups, wanted)
-        note_library(t, weight, x, " dx")
-    t = t.contiguous(memory_format=torch.channels_last)
+        record_library(t, weight, x, " dx")
     scale = p.packed.scale
     return Operand(t) if scale is None else Operand(t, (scale, torch.zeros_like(scale)))
 
 
 def _matrix(p: Product) -> Tensor:
-    """The weight (result's channels, operand's channels), a view."""
+    """Return a view of the weight as (channels of the result, channels of the operand)."""
     w = _unpacked(p)[0][:, :, 0, 0]
     return w if p.data_grad_size is None else w.T
 
 
 def _masking(mask: Tensor | Operand, dtype: torch.dtype) -> Operand:
-    """A mask as an operand of no more than affine and ReLU."""
+    """Return the mask as an operand with no more than affine and ReLU, the only kind that products.py takes."""
     if isinstance(mask, Tensor):
         return Operand((mask if mask.dtype == torch.bool else ~(mask <= 0)).to(dtype))
     more = mask.stride > 1 or any(v is not None for v in (mask.second, mask.mask, mask.centre))
-    return Operand(reductions.computed(mask)) if more else mask
+    return Operand(reductions.materialize(mask)) if more else mask
 
 
-def _by_rows(products: Sequence[Product], epilogue: Epilogue, sizes: tuple[int, int, int, int]) -> tuple[Tensor, Any]:
+def _by_row_products(
+    products: Sequence[Product], epilogue: Epilogue, sizes: tuple[int, int, int, int]
+) -> tuple[Tensor, Any]:
     x = products[0].operand.tensor
-    made: list[Rows] = []
+    made: list[RowProduct] = []
     for p in products:
         w, scale = _matrix(p), p.packed.scale
         if made and scale is not None:
-            # The sum has one accumulator: the first product's scale multiplies it before the second is added.
+            # Both products share an accumulator. The first product's scale multiplies it before the second is added, so
+            # the second product's scale goes into its weight.
             w, scale = fold(w[:, :, None, None], scale, w.dtype)[:, :, 0, 0], None
-        made.append(Rows(p.operand, w, p.operand.stride * p.geometry.stride, scale))
+        made.append(RowProduct(p.operand, w, p.operand.stride * p.geometry.stride, scale))
     residual, by = epilogue.residual, epilogue.reduce
     if residual is not None and residual.stride > 1:
-        residual = Operand(reductions.computed(residual))
+        residual = Operand(reductions.materialize(residual))
     mask = None if epilogue.mask is None else _masking(epilogue.mask, x.dtype)
     epilogue = dataclasses.replace(epilogue, residual=residual, mask=mask)
     N, K, P, Q = sizes
     M = N * P * Q
-    y = _empty(x, sizes)
+    y = empty_nhwc(x, sizes)
     config = config_of(M, K, max(r.w.shape[1] for r in made), x.element_size(), x.device)
     if by is None:
         submit(launch(made, epilogue, config, y))

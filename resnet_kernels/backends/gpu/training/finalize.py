@@ -1,18 +1,25 @@
-"""The algebra per channel between the kernels of a block: one launch each, a gradient of a tail three (every GPU from
-sm_80). `algebra` defines it, and computes what a group of processes shares.
+"""The per-channel algebra between the kernels of a block (every GPU from sm_80). `algebra` defines it in torch, and
+computes it where several processes share the statistics.
 
-    table            elementwise over K
-    times moments    T = W M2: a program owns a tile
-    products         mean = W mu, M2 = rowsum(T * W): a program owns BLOCK_K channels
-    tail             dgamma = rstd (rowsum(G * W) - sg * (mean - W centre)),  q = a rstd dgamma / M,  A = a W,
-                     dweight = a (G + sg (centre - mu)^T) - q T: a program owns BLOCK_K channels again
-    square           B = -W^T (q W): a program owns a square tile
-    shift            v = -m1 A - (mu - centre) B, of the rounded A and B: a program owns a few columns
+    kernel           computes                                                          a program instance owns
+    table            a, b, mean, rstd, unbiased variance from mean and M2              BLOCK channels
+    bn_grad          be = -a rstd dgamma / M,  const = -a dbeta / M                    BLOCK channels
+    times_moments    T = W M2                                                          a TILE x TILE tile
+    products_table   mean = W mu, M2 = rowsum(T * W), and their table                  BLOCK_K channels
+    tail_grad        dgamma = rstd (rowsum(G * W) - sg * (mean - W centre)),           BLOCK_K channels
+                     q = a rstd dgamma / M,  A = a W,
+                     dweight = a (G + sg (centre - mu)^T) - q T
+    square           B = -W^T (q W)                                                    a SQUARE x SQUARE tile
+    shift            v = -m1 A - (mu - centre) B, from the rounded A and B             NARROW columns
 
-Moves: every matrix once from device memory; again per program, from L2, which holds them all. Products of matrices are
-as exact as fp32 whatever torch's flags say: T by tensor cores, of the three leading pairs of tf32 parts (tf32x3), B by
-FMA, since what it sums over does not lie side by side.
-Vectors are computed in fp64 and rounded once, as `algebra` does: their errors are the same in every row.
+W (K, J) is the weight, M the number of rows, mu and M2 the moments of h (J), sg = sum(g), m1 = sg / M,
+G = g^T (h - centre).
+
+Memory traffic: every matrix once from device memory, and again per program instance from L2, which holds them all.
+
+Numerics: matrix products are as exact as fp32, whatever torch's flags say. T runs on tensor cores, from the three
+leading pairs of tf32 parts (tf32x3). B runs by FMA, because the elements that it sums over are not adjacent in memory.
+Vectors are computed in fp64 and rounded once, as in `algebra`: an error in a vector would repeat in every row.
 """
 
 from __future__ import annotations
@@ -26,38 +33,40 @@ from torch import Tensor
 
 from ... import algebra
 from ...contract import Affine, Moments, Stats, TailGrad
-from ..device import settled
+from ..device import wait_for_sum
 from ..launch import Launch, Work, nbytes, submit
 
-# Channels of a program that multiplies nothing; of one of whole rows, and their columns at a time; a square tile of T,
-# and of B, and their steps.
+# Channels per program instance of the elementwise kernels. Rows per program instance, and columns per step, of the
+# kernels that walk whole rows of (K, J) matrices.
 BLOCK, BLOCK_K, BLOCK_J = 128, 8, 128
+# Sides of the tiles of T and of B, and the length of their steps.
 TILE, SQUARE, STEP = 64, 32, 32
-# Steps and columns of a program of v: few columns, so that enough programs wait for memory at once.
+# Rows per step and columns per program instance of v. Few columns, so that enough CTAs wait for memory at once.
 LONG, NARROW = 128, 16
 
 
 @triton.jit
 def vector(ptr, k, K):
-    """ptr (K) at k, fp64; 0 beyond."""
+    """Return ptr (K) at k in fp64, 0 beyond K."""
     return tl.load(ptr + k, k < K, 0.0).to(tl.float64)
 
 
 @triton.jit
 def store_table(table_ptr, gamma_ptr, beta_ptr, mean, M2, k, K, rows, least, eps):
-    """Rows a, b, mean, rstd and unbiased variance of the table at channels k, of mean and M2 in fp64.
+    """Store the table's rows a, b, mean, rstd and unbiased variance at channels k, from mean and M2 in fp64.
 
-    least: rows - 1, or 1."""
-    known = k < K
+    least: max(rows - 1, 1), the divisor of the unbiased variance.
+    """
+    channel_mask = k < K
     rstd = 1.0 / tl.sqrt(M2 / rows + eps)
     a = (vector(gamma_ptr, k, K) * rstd).to(tl.float32)
-    # b belongs to the a that is stored.
+    # b from the rounded a, which is the one that is stored.
     b = vector(beta_ptr, k, K) - mean * a
-    tl.store(table_ptr + k, a, known)
-    tl.store(table_ptr + K + k, b.to(tl.float32), known)
-    tl.store(table_ptr + 2 * K + k, mean.to(tl.float32), known)
-    tl.store(table_ptr + 3 * K + k, rstd.to(tl.float32), known)
-    tl.store(table_ptr + 4 * K + k, (M2 / least).to(tl.float32), known)
+    tl.store(table_ptr + k, a, channel_mask)
+    tl.store(table_ptr + K + k, b.to(tl.float32), channel_mask)
+    tl.store(table_ptr + 2 * K + k, mean.to(tl.float32), channel_mask)
+    tl.store(table_ptr + 3 * K + k, rstd.to(tl.float32), channel_mask)
+    tl.store(table_ptr + 4 * K + k, (M2 / least).to(tl.float32), channel_mask)
 
 
 @triton.jit
@@ -69,7 +78,7 @@ def _table_kernel(mean_ptr, M2_ptr, gamma_ptr, beta_ptr, table_ptr, K, rows, lea
 
 @triton.jit
 def matrix(ptr, rows, columns, height, width):
-    """ptr (height, width) at rows and columns, fp32; 0 outside."""
+    """Return ptr (height, width) at rows and columns in fp32, 0 outside."""
     inside = (rows < height)[:, None] & (columns < width)[None, :]
     return tl.load(ptr + rows[:, None] * width + columns[None, :], inside, 0.0).to(tl.float32)
 
@@ -82,9 +91,9 @@ def _times_moments_kernel(w_ptr, M2_ptr, T_ptr, K, J, TILE: tl.constexpr, STEP: 
     acc = tl.zeros((TILE, TILE), tl.float32)
     for i0 in range(0, J, STEP):
         i = i0 + tl.arange(0, STEP)
-        # M2 is symmetric: read so, both operands have what is summed side by side.
+        # M2 is symmetric. Read transposed, both operands have the summed dimension adjacent in memory.
         moments = matrix(M2_ptr, j, i, J, J).T
-        acc = settled(tl.dot(matrix(w_ptr, k, i, K, J), moments, acc, input_precision="tf32x3"), J)
+        acc = wait_for_sum(tl.dot(matrix(w_ptr, k, i, K, J), moments, acc, input_precision="tf32x3"), J)
     tl.store(T_ptr + k[:, None] * J + j[None, :], acc, (k < K)[:, None] & (j < J)[None, :])
 
 
@@ -113,7 +122,7 @@ def _products_table_kernel(
         product = matrix(T_ptr, k, j, K, J)
         mean += tl.sum(w.to(tl.float64) * vector(mu_ptr, j, J)[None, :], 1)
         M2 += tl.sum(product.to(tl.float64) * w, 1)
-    # Rounding can leave a variance of zero slightly negative. NaN stays.
+    # Rounding can leave a variance of zero slightly negative. NaN stays NaN.
     M2 = tl.where(M2 < 0, 0.0, M2)
     store_table(table_ptr, gamma_ptr, beta_ptr, mean, M2, k, K, rows, least, eps)
 
@@ -151,21 +160,21 @@ def _tail_grad_kernel(
     BLOCK_J: tl.constexpr,
 ):
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    known = k < K
+    channel_mask = k < K
     sg, mean = vector(sg_ptr, k, K), vector(mean_ptr, k, K)
     a, rstd = vector(a_ptr, k, K), vector(rstd_ptr, k, K)
-    along = tl.zeros((BLOCK_K,), tl.float64)
+    row_sum = tl.zeros((BLOCK_K,), tl.float64)
     for j0 in range(0, J, BLOCK_J):
         j = j0 + tl.arange(0, BLOCK_J)
         w = matrix(w_ptr, k, j, K, J).to(tl.float64)
-        along += tl.sum(matrix(G_ptr, k, j, K, J) * w, 1)
+        row_sum += tl.sum(matrix(G_ptr, k, j, K, J) * w, 1)
         if CENTRED:
             mean -= tl.sum(w * vector(centre_ptr, j, J)[None, :], 1)
-    dgamma = rstd * (along - sg * mean)
+    dgamma = rstd * (row_sum - sg * mean)
     q = (a * rstd * dgamma / rows).to(tl.float32)
-    tl.store(dgamma_ptr + k, dgamma.to(tl.float32), known)
-    tl.store(q_ptr + k, q, known)
-    narrow = a.to(tl.float32)[:, None]
+    tl.store(dgamma_ptr + k, dgamma.to(tl.float32), channel_mask)
+    tl.store(q_ptr + k, q, channel_mask)
+    a32 = a.to(tl.float32)[:, None]
     for j0 in range(0, J, BLOCK_J):
         j = j0 + tl.arange(0, BLOCK_J)
         off = vector(mu_ptr, j, J)
@@ -173,11 +182,11 @@ def _tail_grad_kernel(
             off -= vector(centre_ptr, j, J)
         per_row = (-a * sg)[:, None] * off[None, :]
         product = matrix(T_ptr, k, j, K, J)
-        dweight = narrow * matrix(G_ptr, k, j, K, J) + per_row.to(tl.float32) - q[:, None] * product
+        dweight = a32 * matrix(G_ptr, k, j, K, J) + per_row.to(tl.float32) - q[:, None] * product
         at = k[:, None] * J + j[None, :]
-        inside = known[:, None] & (j < J)[None, :]
+        inside = channel_mask[:, None] & (j < J)[None, :]
         tl.store(dweight_ptr + at, dweight, inside)
-        A = narrow * matrix(w_ptr, k, j, K, J)
+        A = a32 * matrix(w_ptr, k, j, K, J)
         tl.store(A_ptr + at, A.to(A_ptr.dtype.element_ty), inside)
 
 
@@ -230,7 +239,7 @@ def _submit(kernel: Any, grid: int, what: str, flops: int, **arguments: Any) -> 
 
 
 def _times_moments(w: Tensor, M2: Tensor) -> Tensor:
-    """T = W M2 (K, J)."""
+    """Return T = W M2 (K, J), fp32."""
     K, J = w.shape
     T = M2.new_empty(K, J)
     _submit(
@@ -245,7 +254,7 @@ def _plain(*tensors: Tensor) -> list[Tensor]:
 
 
 def finalize_stats(stats: Stats, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    """(5, K) fp32, the table of `Affine`: a = gamma*rstd, b = beta - mean*a, mean, rstd, unbiased variance."""
+    """Return the table of `Affine`, (5, K) fp32: a = gamma*rstd, b = beta - mean*a, mean, rstd, unbiased variance."""
     if isinstance(stats.rows, Tensor):
         return algebra.table(stats, gamma, beta, eps)
     mean, M2, gamma, beta = _plain(stats.mean, stats.M2, gamma, beta)
@@ -259,7 +268,8 @@ def finalize_stats(stats: Stats, gamma: Tensor, beta: Tensor, eps: float) -> Ten
 
 
 def finalize_moments(m: Moments, weight: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    """The same for c = h W^T, weight (K, J), from h's moments: mean = W mu, var = diag(W Cov W^T)."""
+    """Return the table of `finalize_stats` for c = h W^T, weight (K, J), from the moments m of h: mean = W mu,
+    var = diag(W Cov W^T)."""
     if isinstance(m.rows, Tensor):
         return algebra.table(algebra.product_stats(m, weight), gamma, beta, eps)
     mu, M2, gamma, beta = _plain(m.mean, m.M2, gamma, beta)
@@ -275,7 +285,7 @@ def finalize_moments(m: Moments, weight: Tensor, gamma: Tensor, beta: Tensor, ep
 
 
 def finalize_bn_grad(sums: tuple[Tensor, Tensor], rows: int | Tensor, affine: Affine) -> tuple[Tensor, ...]:
-    """From sum(g), sum(g*xhat), each (K): (al, be, const) with dL/dc = al*g + be*(c - mean) + const."""
+    """Return (al, be, const), each (K), with dL/dc = al*g + be*(c - mean) + const. sums: (sum(g), sum(g*xhat))."""
     if isinstance(rows, Tensor):
         return algebra.bn_grad(sums, rows, affine)
     dbeta, dgamma, a, rstd = _plain(*sums, affine.a, affine.rstd)
@@ -291,20 +301,24 @@ def finalize_bn_grad(sums: tuple[Tensor, Tensor], rows: int | Tensor, affine: Af
 def finalize_tail_grad(
     sg: Tensor, G: Tensor, centre: Tensor | None, m: Moments, weight: Tensor, affine: Affine
 ) -> TailGrad:
-    """From sg = sum(g) (K) and G = g^T (h - centre) (K, J), for c = h W^T whose statistics came from the moments m.
+    """Return the gradients of a tail c = h W^T whose statistics came from the moments m of h.
 
-    Numerics: A and B are rounded to the weight's dtype, v is made from the rounded. In fp16 entries of B below 6e-8 are
-    zero: of the size of W^2 a rstd dgamma / M, that takes gradients which a loss scale has not raised."""
+    sg = sum(g) (K). G = g^T (h - centre) (K, J).
+
+    Numerics: A and B are rounded to the weight's dtype, and v is computed from the rounded matrices. In fp16, entries
+    of B below 6e-8 become zero. Entries of B have the size of W^2 a rstd dgamma / M, so this needs gradients that no
+    loss scale has raised.
+    """
     if isinstance(m.rows, Tensor):
         return algebra.tail_grad(sg, G, centre, m, weight, affine)
     sg, G, mu, M2, a, mean, rstd = _plain(sg, G, m.mean, m.M2, affine.a, affine.mean, affine.rstd)
     w = weight.contiguous()
-    at = None if centre is None else _plain(centre)[0]
+    centre32 = None if centre is None else _plain(centre)[0]
     K, J = w.shape
     dweight, dgamma, q, v = (mu.new_empty(sizes) for sizes in ((K, J), (K,), (K,), (J,)))
     A, B, T = torch.empty_like(w), w.new_empty(J, J), _times_moments(w, M2)
     _submit(
-        _tail_grad_kernel, -(-K // BLOCK_K), f"tail {J}->{K}", 0, sg_ptr=sg, G_ptr=G, centre_ptr=at, mu_ptr=mu,
+        _tail_grad_kernel, -(-K // BLOCK_K), f"tail {J}->{K}", 0, sg_ptr=sg, G_ptr=G, centre_ptr=centre32, mu_ptr=mu,
         T_ptr=T, w_ptr=w, a_ptr=a, mean_ptr=mean, rstd_ptr=rstd, dweight_ptr=dweight, dgamma_ptr=dgamma,
         q_ptr=q, A_ptr=A, K=K, J=J, rows=float(m.rows), CENTRED=centre is not None, BLOCK_K=BLOCK_K, BLOCK_J=BLOCK_J,
     )  # fmt: skip
@@ -313,7 +327,7 @@ def finalize_tail_grad(
         K=K, J=J, SQUARE=SQUARE, STEP=STEP,
     )  # fmt: skip
     _submit(
-        _shift_kernel, -(-J // NARROW), f"tail's shift {J}->{K}", 2 * (K + J) * J, sg_ptr=sg, centre_ptr=at,
+        _shift_kernel, -(-J // NARROW), f"tail's shift {J}->{K}", 2 * (K + J) * J, sg_ptr=sg, centre_ptr=centre32,
         mu_ptr=mu, A_ptr=A, B_ptr=B, v_ptr=v, K=K, J=J, rows=float(m.rows), CENTRED=centre is not None, LONG=LONG,
         NARROW=NARROW,
     )  # fmt: skip

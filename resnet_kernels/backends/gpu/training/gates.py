@@ -2,8 +2,10 @@
 
     y = relu(gate * z + shortcut)     dz = g * gate,  dgate = sum of g * z over the map,  g = dy where not (y <= 0)
 
-One program owns BLOCK_C channels of BLOCK_M rows, in the gradient of up to SPAN rows of one map, whose part of the sum
-it writes: the parts are added in the order of their rows. Moves: z, shortcut and y once; dy, y, z, dz and g once.
+One program instance owns BLOCK_C channels of BLOCK_M rows. In the gradient, it owns BLOCK_C channels of up to SPAN rows
+of one map, and writes their partial sum of dgate; the parts are added in the order of their rows.
+
+Memory traffic: z, shortcut and y once; in the gradient dy, y, z, dz and g once.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from ..configs import power_of_two
 from ..device import relu
 from ..launch import Launch, Work, nbytes, submit
 
-# Rows of a map whose products a program sums.
+# Rows of a map over which one program instance sums g * z.
 SPAN = 1024
 
 
@@ -27,7 +29,7 @@ SPAN = 1024
 def _gated_kernel(
     z_ptr, gate_ptr, shortcut_ptr, y_ptr, M, PQ, C, RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """gate_ptr, shortcut_ptr: None where there is none."""
+    """gate_ptr (N, C) and shortcut_ptr may be None. M: rows of all maps. PQ: rows of one map."""
     c_tiles = tl.cdiv(C, BLOCK_C)
     m = tl.program_id(0) // c_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(0) % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -59,25 +61,25 @@ def _gated_grad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """y_ptr: None where there is no ReLU; dz_ptr, parts_ptr (N, parts, C), g_ptr: None where they are not wanted."""
+    """y_ptr: None without ReLU. dz_ptr, parts_ptr (N, parts, C), g_ptr: None if not requested."""
     c_tiles = tl.cdiv(C, BLOCK_C)
     c = tl.program_id(0) % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
-    known = c < C
+    channel_mask = c < C
     segment = tl.program_id(0) // c_tiles
     n, part = segment // parts, segment % parts
     first = part * SPAN
     last = tl.minimum(first + SPAN, PQ)
     DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
     if dz_ptr is not None:
-        gate = tl.load(gate_ptr + n * C + c, known, 0.0)
+        gate = tl.load(gate_ptr + n * C + c, channel_mask, 0.0)
     total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for m0 in range(first, last, BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
-        inside = (m < last)[:, None] & known[None, :]
+        inside = (m < last)[:, None] & channel_mask[None, :]
         at = (n.to(tl.int64) * PQ + m)[:, None] * C + c[None, :]
         g = tl.load(dy_ptr + at, inside, 0.0).to(tl.float32)
         if y_ptr is not None:
-            # A NaN keeps.
+            # NaN passes the mask.
             g = tl.where(tl.load(y_ptr + at, inside, 0.0).to(tl.float32) <= 0, 0.0, g)
         if g_ptr is not None:
             tl.store(g_ptr + at, g.to(DTYPE), inside)
@@ -86,16 +88,17 @@ def _gated_grad_kernel(
         if parts_ptr is not None:
             total += g * tl.load(z_ptr + at, inside, 0.0).to(tl.float32)
     if parts_ptr is not None:
-        tl.store(parts_ptr + segment.to(tl.int64) * C + c, tl.sum(total, 0), known)
+        tl.store(parts_ptr + segment.to(tl.int64) * C + c, tl.sum(total, 0), channel_mask)
 
 
 def _tile(rows: int, C: int) -> tuple[int, int]:
-    """BLOCK_M, BLOCK_C: 2048 elements at most."""
+    """Return (BLOCK_M, BLOCK_C), at most 2048 elements."""
     BLOCK_C = min(64, power_of_two(C))
     return min(2048 // BLOCK_C, power_of_two(rows)), BLOCK_C
 
 
 def gated(z: Tensor, gate: Tensor | None, shortcut: Tensor | None, relu: bool) -> Tensor:
+    """Return y = [relu](gate * z + shortcut). z, shortcut (N, C, P, Q) channels_last; gate (N, C) fp32."""
     N, C, P, Q = z.shape
     y = torch.empty_like(z)
     M = N * P * Q
@@ -115,6 +118,7 @@ def gated(z: Tensor, gate: Tensor | None, shortcut: Tensor | None, relu: bool) -
 def gated_grad(
     dy: Tensor, y: Tensor | None, z: Tensor | None, gate: Tensor | None, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return (dz, dgate (N, C) fp32, g), each None unless `wanted` in that order. y: None without ReLU."""
     N, C, P, Q = dy.shape
     want_z, want_gate, want_g = wanted
     dz, g = (torch.empty_like(dy) if want else None for want in (want_z, want_g))

@@ -1,11 +1,12 @@
-"""What a function of tensors did, to be done again without deciding anything.
+"""Record a function of tensors once, and replay its steps in later calls without deciding anything.
 
-A training step of ResNet-50 is 900 launches, and deciding each (operands, configuration, Triton's own binding) takes
-longer than running it. None of that depends on numbers: on tensors of the same sizes, strides, dtypes and alignment the
-same kernels run with the same arguments, but for addresses. So the first call of a function is recorded: torch's ops as
-the dispatcher sees them, and the launches between them. Later calls go through that list.
+A training step of ResNet-50 is 900 launches. To decide each one (operands, configuration, Triton's own binding) takes
+longer than to run it. None of these decisions depends on values: for tensors of the same sizes, strides, dtypes and
+alignment, the same kernels run with the same arguments except addresses. So the first call of a function is recorded:
+torch's ops as the dispatcher sees them, and the launches between them. Later calls replay that list.
 
-A slot is a tensor of the recording: an argument, or made on the way; it is let go behind its last use.
+A slot stands for a tensor of the recording: an argument, or an intermediate result. A replay releases a slot's tensor
+after its last use.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ... import tables
 from ...contract import tf32_allowed
-from ..launch import INTERPRETING, Launch, expected_device, listening
+from ..launch import INTERPRETING, Launch, active_tape, expected_device
 
-# Recordings that are kept; of a model with more kinds of blocks the ones recorded first.
+# The number of recordings that are saved. Once it is reached, later functions are not recorded.
 MOST = 4096
 
 
@@ -47,11 +48,11 @@ class Slot(NamedTuple):
 
 
 class Arguments:
-    """The arguments of a step; tensors go where slots are."""
+    """The arguments of a step, with slots in place of tensors."""
 
     def __init__(self, values: Sequence[Any]) -> None:
         self.values = list(values)
-        # Most slots stand by themselves: no tree to walk.
+        # Most slots are whole arguments, which need no walk through nested arguments.
         self._plain = [(i, v.at) for i, v in enumerate(self.values) if isinstance(v, Slot)]
         plain = {i for i, _ in self._plain}
         self._nested = [i for i, v in enumerate(self.values) if i not in plain and any(True for _ in _indices(v))]
@@ -66,7 +67,8 @@ class Arguments:
 
 
 class Op(NamedTuple):
-    """results: slots of what it returns, in order; None for what is no tensor."""
+    """An op of torch. names: its keyword arguments, the last of `arguments`. results: the slots of its results in
+    order, None for a result that is not a tensor. dead: slots whose last use this is."""
 
     function: Any
     arguments: Arguments
@@ -86,7 +88,8 @@ class Op(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A launch: of what Triton compiled, in the interpreter of the kernel. Arguments are in the kernel's order."""
+    """A launch of a Triton kernel. It runs what Triton compiled, or the kernel itself in the interpreter. Arguments are
+    in the kernel's order. dead: slots whose last use this is."""
 
     kernel: Any
     compiled: Any
@@ -107,7 +110,7 @@ class Run(NamedTuple):
 
 
 def filled(argument: Any, slots: list[Any]) -> Any:
-    """The argument with tensors in place of slots."""
+    """Return the argument with tensors in place of slots."""
     kind = type(argument)
     if kind is Slot:
         return slots[argument.at]
@@ -124,7 +127,7 @@ def filled(argument: Any, slots: list[Any]) -> Any:
 
 
 class Tape:
-    """Of a function that was given `tensors`. `unknown`: why it cannot be done again, or nothing."""
+    """The recording of a function whose arguments are `tensors`. unknown: why it cannot be replayed, or ""."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.steps: list[Op | Run] = []
@@ -144,7 +147,7 @@ class Tape:
     def _slotted(self, argument: Any) -> Any:
         if isinstance(argument, Tensor):
             if argument not in self._known:
-                self.unknown = "a tensor that was neither given nor made here"
+                self.unknown = "the function uses a tensor that is neither an argument nor a recorded result"
             return self._slot(argument)
         if isinstance(argument, list):
             return [self._slotted(a) for a in argument]
@@ -160,12 +163,12 @@ class Tape:
 
     def add_op(self, function: Any, arguments: Sequence[Any], named: dict[str, Any], found: Any) -> None:
         if not (found is None or isinstance(found, (Tensor, list, tuple))):
-            self.unknown = f"{function} reads numbers"  # from which anything may follow
+            self.unknown = f"{function} reads values"  # on which later steps may depend
             return
         slotted = Arguments([self._slotted(a) for a in (*arguments, *named.values())])
         results = [found] if isinstance(found, Tensor) else list(found or ())
         if not function._schema.is_mutable and all(isinstance(t, Tensor) and t in self._known for t in results):
-            return  # it returned what it was given
+            return  # every result is an argument: nothing to replay
         made = [self._slot(t) if isinstance(t, Tensor) else None for t in results]
         self.steps.append(Op(function, slotted, list(named), made, []))
 
@@ -181,14 +184,14 @@ class Tape:
         for step in reversed(self.steps):
             idle = isinstance(step, Op) and not step.function._schema.is_mutable
             if idle and used.isdisjoint(_indices(step.results)):
-                continue  # nobody looks at it
+                continue  # its results are not used
             now = set(_indices(tuple(step)))
             step.dead.extend(now - used)
             used |= now
             steps.append(step)
         self.steps = steps[::-1]
 
-    # Again
+    # Replay
 
     def again(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         slots: list[Any] = [*tensors, *[None] * (self.count - len(tensors))]
@@ -227,20 +230,20 @@ class _Recorder(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _recording(tape: Tape) -> Iterator[None]:
-    listening.tape = tape
+    token = active_tape.set(tape)
     try:
         with _Recorder(tape):
             yield
     finally:
-        listening.tape = None
+        active_tape.reset(token)
 
 
-# With the tables that were asked: what they said is part of a recording.
+# Each recording with the measured table that its choices come from: the reference keeps the table's id unique.
 _tapes: dict[Hashable, tuple[Tape, Any]] = {}
 
 
 def forget() -> None:
-    """Everything is decided anew."""
+    """Drop all recordings: the next call of each function decides and records anew."""
     _tapes.clear()
 
 
@@ -249,12 +252,15 @@ def _kind(t: Tensor) -> Hashable:
 
 
 def taped(key: Hashable, tensors: Sequence[Tensor], function: Callable[[], list[Tensor]]) -> list[Tensor]:
-    """function(), which depends on the tensors, on what key says, on measured tables and on whether tf32 is allowed, on
-    nothing else."""
+    """Return function(), replayed from a recording if there is one, else recorded if possible.
+
+    function must depend on nothing but the tensors, the values in `key`, the measured tables, and whether tf32 is
+    allowed.
+    """
     device = tensors[0].device
     here = device.type == expected_device() != "meta"
     plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-    if not here or not plain or listening.tape is not None or why_not_recorded(device) is not None:
+    if not here or not plain or active_tape.get() is not None or why_not_recorded(device) is not None:
         return function()
     table, ids = tables.table(device), list(map(id, tensors))
     same = tuple(map(ids.index, ids))

@@ -1,4 +1,4 @@
-// Barriers in shared memory, of arrivals and of bytes.
+// mbarriers in shared memory: arrival counts, transaction bytes, phases; and named barriers.
 #pragma once
 
 #include <cstdint>
@@ -7,13 +7,14 @@
 
 namespace emulation {
 
+// An mbarrier in its 8 bytes. The phase completes when no arrival and no byte is pending.
 struct BytesBarrier {
   uint16_t expected : 15, phase : 1;
   int16_t pending;
   int32_t bytes;
 
   void arrived() {
-    if (--pending < 0) fail("more arrivals at a barrier than it expects");
+    if (--pending < 0) fail("mbarrier: more arrivals than the barrier expects in a phase");
     turn();
   }
   void transferred(int n) {
@@ -40,7 +41,7 @@ struct ClusterBarrier {
   }
   static void arrive(const uint64_t* where) { emulation::barrier_at(where).arrived(); }
   static void wait(const uint64_t* where, uint32_t phase) {
-    emulation::await("a barrier", [&] { return emulation::barrier_at(where).phase != phase; });
+    emulation::await("an mbarrier", [&] { return emulation::barrier_at(where).phase != phase; });
   }
 };
 

@@ -1,4 +1,4 @@
-// The copy engine (TMA): boxes of tensors to and from shared memory.
+// TMA: loads of boxes of tensors into shared memory, tiled and im2col, and stores out of it.
 #pragma once
 
 #include <cuda.h>
@@ -13,7 +13,8 @@
 
 namespace emulation {
 
-// What a CUtensorMap points to. Strides in bytes; box of an im2col map: channels and pixels.
+// The decoded tensor map, to which the emulated CUtensorMap points. Strides in bytes; the box of an im2col map is
+// (channels, pixels).
 struct TensorMap {
   uint8_t* data;
   int rank, bytes;
@@ -26,7 +27,7 @@ struct TensorMap {
     std::memcpy(&kept, map, sizeof(kept));
     return *kept;
   }
-  // Of the element at `index`, or null outside.
+  // The address of the element at `index`, or null out of bounds.
   uint8_t* element(const int64_t* index) const {
     int64_t offset = 0;
     for (int i = 0; i < rank; ++i) {
@@ -42,17 +43,18 @@ struct TensorMap {
   }
 };
 
-// use(shared memory's element, the tensor's or null, its bytes) for each of the box, in order.
+// Call use(element in shared memory, element in the tensor or null, its bytes) for each element of the box, in order.
 template <class Use>
 void for_each_of_box(const TensorMap& m, uint32_t address, const int* corner, Use use) {
   if (address % (m.swizzled ? 1024 : 128) && m.swizzled) {
-    // Rows of 128 bytes may begin anywhere among eight: the swizzle goes by address.
-    if (address % 128) fail("a swizzled box at " + std::to_string(address));
+    // A swizzled box may begin at any row of 128 bytes, because the swizzle goes by address.
+    if (address % 128) fail("TMA: expected a swizzled box at a multiple of 128 bytes, got " + std::to_string(address));
   } else if (address % 128) {
-    fail("a box at " + std::to_string(address) + ", no multiple of 128");
+    fail("TMA: expected a box at a multiple of 128 bytes, got " + std::to_string(address));
   }
-  // Found on an H200: without swizzle the innermost coordinate is a multiple of 16 bytes.
-  if (!m.swizzled && corner[0] * m.bytes % 16) fail("a box from coordinate " + std::to_string(corner[0]));
+  // Found on an H200: without swizzle, the innermost coordinate must be a multiple of 16 bytes.
+  if (!m.swizzled && corner[0] * m.bytes % 16)
+    fail("TMA: expected an innermost coordinate at a multiple of 16 bytes, got " + std::to_string(corner[0]));
   const int n = m.box_bytes() / m.bytes;
   for (int i = 0; i < n; ++i) {
     int64_t index[5];
@@ -64,8 +66,9 @@ void for_each_of_box(const TensorMap& m, uint32_t address, const int* corner, Us
 
 inline void load_box(const CUtensorMap* map, uint64_t* barrier, uint32_t address, std::vector<int> corner) {
   const TensorMap& m = TensorMap::of(map);
-  if (m.im2col || m.rank != static_cast<int>(corner.size())) fail("a load of another kind than its tensor map");
-  block->under_way.push_back([=, &m] {
+  if (m.im2col || m.rank != static_cast<int>(corner.size()))
+    fail("TMA: expected a tiled tensor map of the load's rank");
+  block->in_flight.push_back([=, &m] {
     for_each_of_box(m, address, corner.data(), [](uint8_t* to, const uint8_t* from, int bytes) {
       from ? std::memcpy(to, from, bytes) : std::memset(to, 0, bytes);
     });
@@ -73,13 +76,15 @@ inline void load_box(const CUtensorMap* map, uint64_t* barrier, uint32_t address
   });
 }
 
-// Pixels from (w, h, n) on, columns first, inside the map less its corners; of each what lies (s, r) further.
+// An im2col load: consecutive pixels from (w, h, n) on, columns fastest, within the map's corners; from each pixel the
+// element at offset (s, r).
 inline void load_im2col(const CUtensorMap* map, uint64_t* barrier, uint32_t address, int c, int w, int h, int n, int s,
                         int r) {
   const TensorMap& m = TensorMap::of(map);
-  if (!m.im2col || !m.swizzled || address % 1024) fail("a load of another kind than its tensor map");
+  if (!m.im2col || !m.swizzled || address % 1024)
+    fail("TMA: expected a swizzled im2col tensor map and an address in multiples of 1024 bytes");
   const int64_t end_w = m.sizes[1] + m.upper[0], end_h = m.sizes[2] + m.upper[1];
-  block->under_way.push_back([=, &m] {
+  block->in_flight.push_back([=, &m] {
     int64_t at_w = w, at_h = h, at_n = n;
     for (int pixel = 0; pixel < m.box[1]; ++pixel) {
       for (int i = 0; i < m.box[0]; ++i) {
@@ -95,7 +100,8 @@ inline void load_im2col(const CUtensorMap* map, uint64_t* barrier, uint32_t addr
   });
 }
 
-// Of a thread: boxes to be taken out, in groups; shared memory is read as late as may be, when the group is awaited.
+// A thread's TMA stores, in bulk groups. Shared memory is read as late as possible, when the group is awaited, to find
+// buffers that are overwritten too early.
 struct Stores {
   std::vector<std::function<void()>> open;
   std::vector<std::vector<std::function<void()>>> groups;

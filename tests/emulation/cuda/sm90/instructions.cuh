@@ -1,4 +1,4 @@
-// In place of csrc/cuda/sm90/instructions.cuh: the same names, on this CPU.
+// Replaces csrc/cuda/sm90/instructions.cuh: the same functions, on a CPU.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -27,7 +27,7 @@ inline uint32_t cast_smem_ptr_to_uint(const void* p) {
   return static_cast<const uint8_t*>(p) - resnet_kernels::sm90::memory + emulation::kFirst;
 }
 
-// Of what `pointer` gives.
+// The shared memory address of a pointer that `pointer` returned.
 inline uint32_t address_of(const void* p) { return cast_smem_ptr_to_uint(p); }
 
 template <int kRank>
@@ -112,7 +112,7 @@ void multiply_by_ones(float (&d)[4], uint64_t a, uint64_t b, bool add) {
   emulation::my_batches().open.push_back(p);
 }
 
-// Products are begun by whole warps.
+// wgmma is issued by whole warps, so the warp meets here.
 inline void begin_products() { emulation::sync_warp(); }
 inline void end_products() {
   auto& mine = emulation::my_batches();

@@ -1,4 +1,4 @@
-// In place of csrc/cuda/sm90/launch.h: a launch on this CPU, done when it returns.
+// Replaces csrc/cuda/sm90/launch.h: the grid runs on this CPU and has completed when run returns.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -13,10 +13,10 @@
 
 namespace emulation {
 
-inline const char* what_a_thread_left(unsigned thread) {
-  if (!stores[thread].open.empty() || !stores[thread].groups.empty()) return "its stores were awaited";
+inline const char* unawaited_by(unsigned thread) {
+  if (!stores[thread].open.empty() || !stores[thread].groups.empty()) return "it had waited for its TMA stores";
   const auto& products = warp_groups[thread / kWarpGroup].of[thread % kWarpGroup];
-  if (!products.open.empty() || !products.ended.empty()) return "its products were awaited";
+  if (!products.open.empty() || !products.ended.empty()) return "it had waited for its wgmma batches";
   return nullptr;
 }
 
@@ -24,8 +24,8 @@ inline void begin_block(uint32_t threads, uint32_t bytes) {
   take_shared_memory(bytes);
   stores.assign(threads, {});
   warp_groups.assign((threads + kWarpGroup - 1) / kWarpGroup, {});
-  left_behind = what_a_thread_left;
-  turned = true;
+  unawaited = unawaited_by;
+  reverse_odd_blocks = true;
 }
 
 }  // namespace emulation

@@ -1,5 +1,5 @@
-// Products of warp groups (wgmma). They are made as late as may be, when they are awaited: what is written over before
-// shows.
+// wgmma. A product is computed as late as possible, when its batch is awaited, to find operands that are overwritten
+// too early.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -15,8 +15,8 @@ namespace emulation {
 
 constexpr unsigned kWarpGroup = 128;
 
-// d (64 x columns) = a b^T [+ d], a (64 x 16) and b (columns x 16) given by descriptors, or a in registers; transposed:
-// as (16 x 64) and (16 x columns) in memory.
+// One thread's view of an issued wgmma: d (64 x columns) = a b^T [+ d], a (64 x 16) and b (columns x 16) as
+// descriptors, or a in registers. Transposed operands are (16 x 64) and (16 x columns) in memory.
 struct Product {
   float* d;
   int columns;
@@ -30,13 +30,14 @@ struct Product {
   }
 };
 
+// A thread's products: not yet committed, and committed batches.
 struct Batches {
   std::vector<Product> open;
   std::vector<std::vector<Product>> ended;
 };
 struct WarpGroup {
-  std::vector<Batches> of = std::vector<Batches>(kWarpGroup);  // its threads
-  size_t done = 0;          // batches
+  std::vector<Batches> of = std::vector<Batches>(kWarpGroup);  // of its threads
+  size_t done = 0;                                             // batches completed
 };
 inline std::vector<WarpGroup> warp_groups;
 
@@ -55,19 +56,19 @@ inline float value(uint16_t bits, bool half) {
   return f;
 }
 
-// Where element k of row `row` of a described matrix lies. The PTX manual's canonical layouts: chunks of 8 elements,
-// without swizzle or with that of 128 bytes; transposed: rows are contiguous, not k.
+// The address of element k of a row of a described matrix, by the PTX manual's canonical layouts: chunks of 8 elements,
+// without swizzle or with the 128-byte swizzle. transposed: the MN-major layout, where rows are contiguous and not k.
 inline uint32_t where(uint64_t descriptor, int row, int k, bool transposed) {
   const uint32_t start = (descriptor & 0x3FFF) << 4, leading = (descriptor >> 16 & 0x3FFF) << 4;
   const uint32_t stride = (descriptor >> 32 & 0x3FFF) << 4;
   const unsigned swizzle = descriptor >> 62;
-  if (descriptor >> 49 & 7) fail("a matrix with a base offset");
+  if (descriptor >> 49 & 7) fail("wgmma: expected a descriptor with base offset 0");
   if (transposed) {
-    if (swizzle != 1) fail("a transposed matrix of another swizzle than 128 bytes");
+    if (swizzle != 1) fail("wgmma: expected a transposed operand with the 128-byte swizzle");
     return swizzled128(start + row / 64 * leading + row % 64 * 2 + k / 8 * stride + k % 8 * 128);
   }
   if (swizzle == 1) return swizzled128(start + row / 8 * stride + row % 8 * 128 + k * 2);
-  if (swizzle != 0) fail("a matrix of another swizzle than none or 128 bytes");
+  if (swizzle != 0) fail("wgmma: expected an operand without swizzle or with the 128-byte swizzle");
   return start + row / 8 * stride + row % 8 * 16 + k / 8 * leading + k % 8 * 2;
 }
 
@@ -87,7 +88,7 @@ inline void make_product(std::vector<Batches>& threads, size_t i) {
   if (!first.a_in_registers) read_matrix(a, 64, first.a, first.half, first.a_transposed);
   for (unsigned t = 0; t < kWarpGroup; ++t) {
     const Product& p = threads[t].ended.front()[i];
-    if (!p.same(first)) fail("threads of a warp group begin different products");
+    if (!p.same(first)) fail("wgmma: threads of a warp group issued different products");
     for (int r = 0; p.a_in_registers && r < 4; ++r)
       for (int j = 0; j < 2; ++j)
         a[16 * (t / 32) + t % 32 / 4 + 8 * (r % 2)][8 * (r / 2) + 2 * (t % 4) + j] =
@@ -113,14 +114,15 @@ inline void await_batches_but(size_t left) {
   Batches& mine = my_batches();
   const size_t begun = group.done + mine.ended.size();
   const size_t target = begun > left ? begun - left : 0;
-  await("its warp group's products", [&] {
+  await("its warp group's wgmma batches", [&] {
     for (auto& of : group.of)
       if (group.done + of.ended.size() < target) return false;
     return true;
   });
   for (; group.done < target; ++group.done) {
     for (auto& of : group.of)
-      if (of.ended.front().size() != group.of[0].ended.front().size()) fail("a warp group's batches differ");
+      if (of.ended.front().size() != group.of[0].ended.front().size())
+        fail("wgmma: threads of a warp group committed batches of different sizes");
     for (size_t i = 0; i < group.of[0].ended.front().size(); ++i) make_product(group.of, i);
     for (auto& of : group.of) of.ended.erase(of.ended.begin());
   }

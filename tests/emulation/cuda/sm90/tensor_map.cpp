@@ -1,4 +1,4 @@
-// The driver's side of tensor maps, and the copy engine's.
+// The driver's functions that encode tensor maps, with the driver's checks.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
@@ -79,5 +79,5 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, 
   return cudaSuccess;
 }
 
-const char* cudaGetErrorString(cudaError_t) { return "an error"; }
+const char* cudaGetErrorString(cudaError_t) { return "an emulated CUDA error"; }
 }
