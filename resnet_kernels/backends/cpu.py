@@ -136,8 +136,8 @@ def _convolve(
         return C.conv(x, conv, None if shift is None else shift.to(x.dtype), y, overwrite, relu)
     scale = None
     if isinstance(packed.weight, Tensor):
-        # The scale of a plain weight (in training) multiplies the accumulator: rounding scale * weight would put the same
-        # error in every row.
+        # The scale of a plain weight (in training) multiplies the accumulator: rounding scale * weight would put the
+        # same error in every row.
         scale = None if packed.scale is None else packed.scale.float().contiguous()
         packed = pack(packed.weight, torch.ones(packed.shape[0]), g, x.shape, keep=False)
     if scale is not None and x.dtype != torch.float32:
