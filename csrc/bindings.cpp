@@ -1,5 +1,5 @@
-// The Python module resnet_kernels._C: what was built, and the C++ primitives the backends call. Those in CUDA are in the
-// same library, behind a C interface (cuda/api.h).
+// The Python module resnet_kernels._C: build information, and the C++ primitives of the backend `cpu`. The CUDA primitives
+// are in the same library, behind a C interface (cuda/api.h).
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
@@ -8,7 +8,7 @@
 #include "cpu/gated.h"
 #include "cpu/gradients.h"
 #include "cpu/max_pool.h"
-#include "cpu/pool.h"
+#include "cpu/memory_pool.h"
 #include "cpu/reductions.h"
 
 #ifdef RESNET_KERNELS_CUDA
@@ -33,7 +33,7 @@ py::dict build_info() {
   return info;
 }
 
-// (tensor, mask, a, b, second, a2, mean, relu, centre) of an Operand.
+// An Operand from Python: (tensor, mask, a, b, second, a2, mean, relu, centre, winners, (kernel, stride, padding, H, W)).
 using LazyTuple = std::tuple<at::Tensor, std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<at::Tensor>,
                              std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<at::Tensor>, bool,
                              std::optional<at::Tensor>, std::optional<at::Tensor>, std::array<int64_t, 5>>;
@@ -46,25 +46,25 @@ resnet_kernels::Lazy lazy_of(const LazyTuple& t) {
           some(std::get<8>(t)), some(std::get<9>(t)), {kernel, stride, padding, H, W}};
 }
 
-// (y or None, the pair of reductions or None).
+// Returns (y, or None without `store`; the pair of reductions, or None).
 py::tuple bn_pass(const LazyTuple& x, const std::optional<at::Tensor>& shift, const std::optional<LazyTuple>& residual,
-                        bool relu, const std::optional<LazyTuple>& kept, float threshold, bool store,
+                        bool relu, const std::optional<LazyTuple>& mask, float threshold, bool store,
                         const std::optional<at::Tensor>& out, const std::string& reduce,
                         const std::optional<std::array<at::Tensor, 3>>& normalized) {
   using resnet_kernels::Reduce;
-  resnet_kernels::Finish finish{shift.value_or(at::Tensor()), std::nullopt, relu, std::nullopt, threshold};
-  if (residual) finish.residual = lazy_of(*residual);
-  if (kept) finish.kept = lazy_of(*kept);
+  resnet_kernels::PassEpilogue epilogue{shift.value_or(at::Tensor()), std::nullopt, relu, std::nullopt, threshold};
+  if (residual) epilogue.residual = lazy_of(*residual);
+  if (mask) epilogue.mask = lazy_of(*mask);
   const auto by = normalized ? Reduce::kNormalized : reduce == "stats" ? Reduce::kStats : Reduce::kNone;
   const auto n = normalized.value_or(std::array<at::Tensor, 3>());
-  resnet_kernels::Passed passed;
+  resnet_kernels::PassResult result;
   {
     py::gil_scoped_release unlocked;
-    passed = resnet_kernels::cpu_pass(lazy_of(x), finish, store, out.value_or(at::Tensor()), by, n[0], n[1], n[2]);
+    result = resnet_kernels::cpu_pass(lazy_of(x), epilogue, store, out.value_or(at::Tensor()), by, n[0], n[1], n[2]);
   }
-  const auto y = store ? py::cast(passed.y) : py::none();
+  const auto y = store ? py::cast(result.y) : py::none();
   if (by == Reduce::kNone) return py::make_tuple(y, py::none());
-  return py::make_tuple(y, py::make_tuple(passed.first, passed.second));
+  return py::make_tuple(y, py::make_tuple(result.first, result.second));
 }
 
 }  // namespace
@@ -75,10 +75,10 @@ PYBIND11_MODULE(_C, m) {
     return std::array{"onednn", "direct", "winograd"}[static_cast<int>(conv.engine)];
   });
   m.def("pack_conv", [](const at::Tensor& weight, const at::Tensor& scale, const std::array<int64_t, 4>& g,
-                        const std::vector<int64_t>& size, const std::string& engine, bool turned) {
+                        const std::vector<int64_t>& size, const std::string& engine, bool transposed) {
     py::gil_scoped_release unlocked;
-    return resnet_kernels::pack_conv(weight, scale, {g[0], g[1], g[2], g[3]}, size, engine, turned);
-  }, py::arg("weight"), py::arg("scale"), py::arg("geometry"), py::arg("size"), py::arg("engine"), py::arg("turned") = false);
+    return resnet_kernels::pack_conv(weight, scale, {g[0], g[1], g[2], g[3]}, size, engine, transposed);
+  }, py::arg("weight"), py::arg("scale"), py::arg("geometry"), py::arg("size"), py::arg("engine"), py::arg("transposed") = false);
   m.def("conv", &resnet_kernels::cpu_conv, py::arg("x"), py::arg("conv"), py::arg("shift"), py::arg("residual"),
         py::arg("overwrite"), py::arg("relu"), py::arg("scale") = py::none(), py::call_guard<py::gil_scoped_release>());
   m.def("residual_block", &resnet_kernels::cpu_residual_block, py::call_guard<py::gil_scoped_release>());

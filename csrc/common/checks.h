@@ -1,4 +1,4 @@
-// Argument checks whose messages name the argument, what was expected and what came.
+// Argument checks. Every message has the form "NAME: expected X, got Y" and raises a RuntimeError in Python.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -12,6 +12,7 @@
 
 namespace resnet_kernels {
 
+// Four dimensions, channels_last in memory.
 inline void check_nhwc(const at::Tensor& t, const char* name) {
   TORCH_CHECK(t.dim() == 4, name, ": expected 4 dimensions (N, C, H, W), got ", t.sizes());
   TORCH_CHECK(t.is_contiguous(at::MemoryFormat::ChannelsLast), name, ": expected channels_last memory, got sizes ",
@@ -22,6 +23,7 @@ inline void check_cpu(const at::Tensor& t, const char* name) {
   TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor, got one on ", t.device());
 }
 
+// A contiguous fp32 vector of one value per channel.
 inline void check_per_channel(const at::Tensor& t, int64_t channels, const char* name) {
   TORCH_CHECK(t.scalar_type() == at::kFloat, name, ": expected float32, got ", t.scalar_type());
   TORCH_CHECK(t.dim() == 1 && t.size(0) == channels && t.is_contiguous(), name, ": expected ", channels,

@@ -11,31 +11,32 @@
 
 namespace resnet_kernels {
 
-// Work in blocks, each done by whichever thread is free: the cores of a shared machine are not equally fast. Neighbours that
-// share operands come `together`.
-class Blocks {
+// `count` blocks of work. A thread takes the next blocks whenever it is free, because the cores of a shared machine are
+// not equally fast. It takes `at_a_time` consecutive blocks, which share operands.
+class BlockQueue {
  public:
-  explicit Blocks(int64_t count, int64_t together = 1) : count_(count), together_(together) {}
-  // work() on every thread: it takes blocks until none is left.
+  explicit BlockQueue(int64_t count, int64_t at_a_time = 1) : count_(count), at_a_time_(at_a_time) {}
+  // Runs work() on every thread. It must take blocks until none is left.
   template <typename Work>
   void run(const Work& work) {
-    const int64_t takers = std::min<int64_t>((count_ + together_ - 1) / together_, at::get_num_threads());
+    const int64_t takers = std::min<int64_t>((count_ + at_a_time_ - 1) / at_a_time_, at::get_num_threads());
     at::parallel_for(0, takers, 1, [&](int64_t, int64_t) { work(); });
   }
-  // Begin and end of the next ones; begin is `count` or more where none is left.
+  // Returns the begin and end of the next blocks. If none is left, begin is `count` or more.
   std::pair<int64_t, int64_t> take() {
-    const int64_t begin = next_.fetch_add(together_, std::memory_order_relaxed);
-    return {begin, std::min(count_, begin + together_)};
+    const int64_t begin = next_.fetch_add(at_a_time_, std::memory_order_relaxed);
+    return {begin, std::min(count_, begin + at_a_time_)};
   }
 
  private:
-  const int64_t count_, together_;
+  const int64_t count_, at_a_time_;
   std::atomic<int64_t> next_{0};
 };
 
+// Runs work(block) for every block in [0, count), on all threads.
 template <typename Work>
-void each_block(int64_t count, int64_t together, const Work& work) {
-  Blocks blocks(count, together);
+void for_each_block(int64_t count, int64_t at_a_time, const Work& work) {
+  BlockQueue blocks(count, at_a_time);
   blocks.run([&] {
     for (auto [block, end] = blocks.take(); block < count; std::tie(block, end) = blocks.take())
       for (; block < end; ++block) work(block);

@@ -1,21 +1,22 @@
-// Which engine computes a convolution, and the order and memory of a block's.
+// Chooses the engine of a convolution, and runs the convolutions of a residual block in order.
 //
-// After oneDNN, ReLU runs as a pass of its own over the result while it is in cache. oneDNN's fused ReLU is max(x, 0)
-// with the operands in the order that turns NaN into 0, which would hide a diverged model.
+// After a oneDNN convolution the ReLU is a separate pass over the result, which is still in cache. oneDNN's fused ReLU is
+// max(x, 0) with its operands in the order that turns NaN into 0, which would hide a diverged model.
 #include "cpu/conv.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include "common/checks.h"
 #include "cpu/x86.h"
-#include "cpu/pool.h"
+#include "cpu/memory_pool.h"
 
 namespace resnet_kernels {
 namespace {
 
-std::vector<int64_t> twice(int64_t value) { return {value, value}; }
+std::vector<int64_t> both_dimensions(int64_t value) { return {value, value}; }
 
-// Called by name and boxed, so that one source builds against every torch whose schema has these arguments.
+// Calls a torch operator by name with boxed arguments, so that this source builds against every torch whose operator has
+// the same arguments.
 at::Tensor call(const c10::OperatorHandle& op, torch::jit::Stack stack) {
   op.callBoxed(stack);
   return std::move(stack.front()).toTensor();
@@ -23,20 +24,21 @@ at::Tensor call(const c10::OperatorHandle& op, torch::jit::Stack stack) {
 
 at::Tensor onednn_pack(const at::Tensor& weight, const Geometry& g, const std::vector<int64_t>& size) {
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_reorder_convolution_weight", "");
-  return call(op, {weight, twice(g.padding), twice(g.stride), twice(g.dilation), g.groups, size});
+  return call(op, {weight, both_dimensions(g.padding), both_dimensions(g.stride), both_dimensions(g.dilation), g.groups, size});
 }
 
 at::Tensor onednn_conv(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& shift,
                        const Geometry& g) {
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_convolution_pointwise", "");
-  return call(op, {x, weight, shift, twice(g.padding), twice(g.stride), twice(g.dilation), g.groups, "none",
+  return call(op, {x, weight, shift, both_dimensions(g.padding), both_dimensions(g.stride), both_dimensions(g.dilation), g.groups, "none",
                    c10::List<std::optional<at::Scalar>>(), c10::IValue()});
 }
 
+// sum += conv(x, weight) + shift, in place.
 void onednn_conv_onto(const at::Tensor& sum, const at::Tensor& x, const at::Tensor& weight,
                       const std::optional<at::Tensor>& shift, const Geometry& g) {
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_convolution_pointwise_", "binary");
-  call(op, {sum, x, weight, shift, twice(g.padding), twice(g.stride), twice(g.dilation), g.groups, "add",
+  call(op, {sum, x, weight, shift, both_dimensions(g.padding), both_dimensions(g.stride), both_dimensions(g.dilation), g.groups, "add",
             c10::IValue(), c10::IValue(), c10::List<std::optional<at::Scalar>>(), c10::IValue()});
 }
 
@@ -49,10 +51,10 @@ std::vector<int64_t> output_sizes(const at::Tensor& x, const Conv& conv) {
   return {x.size(0), K, output_size(x.size(2), R, conv.geometry), output_size(x.size(3), S, conv.geometry)};
 }
 
-// One sentence or none: why an engine of ours cannot compute this.
+// Returns why one of our own engines cannot compute this convolution, or "" if it can.
 std::string why_not(Engine engine, const at::Tensor& weight, const Geometry& g) {
   const int64_t K = weight.size(0), C = weight.size(1), R = weight.size(2), S = weight.size(3);
-  if (!x86_runs()) return "expected AVX2";
+  if (!x86_runs()) return "expected a processor with AVX2 and FMA";
   if (weight.scalar_type() != at::kFloat) return "expected float32 weights";
   if (g.groups != 1 || K % 16 != 0) return "expected one group and output channels a multiple of 16";
   if (engine == Engine::kWinograd && (R != 3 || S != 3 || g.stride != 1 || g.dilation != 1 || g.padding != 1 || C % 8 != 0))
@@ -62,45 +64,47 @@ std::string why_not(Engine engine, const at::Tensor& weight, const Geometry& g) 
 
 // size: (N, C, H, W) of the input. On a map of one pixel a 3x3 filter has one tap: Winograd's transforms would err twice as
 // much as that sum over the channels, and take 1.7 to 2.2 times as long (AVX-512, 64 to 512 channels).
-Engine preferred(const at::Tensor& weight, const Geometry& g, const std::vector<int64_t>& size) {
+Engine preferred_engine(const at::Tensor& weight, const Geometry& g, const std::vector<int64_t>& size) {
   const bool one_pixel = size.size() == 4 && size[2] == 1 && size[3] == 1;
   if (!one_pixel && why_not(Engine::kWinograd, weight, g).empty()) return Engine::kWinograd;
   return why_not(Engine::kDirect, weight, g).empty() ? Engine::kDirect : Engine::kOneDnn;
 }
 
+// weight * scale per output channel, computed in fp32 and rounded once.
 at::Tensor folded(const at::Tensor& weight, const at::Tensor& scale) {
   return weight.to(at::kFloat).mul(scale.reshape({-1, 1, 1, 1})).to(weight.scalar_type());
 }
 
 }  // namespace
 
-Conv pack_conv(const at::Tensor& given, const at::Tensor& scale, const Geometry& g, const std::vector<int64_t>& size,
-               const std::string& name, bool turned) {
+Conv pack_conv(const at::Tensor& original, const at::Tensor& scale, const Geometry& g, const std::vector<int64_t>& size,
+               const std::string& name, bool transposed) {
   at::AutoDispatchBelowADInplaceOrView guard;
-  RK_CHECK_EQ(given.dim(), 4, "weight: dimensions");
-  TORCH_CHECK(!turned || (g.stride == 1 && g.groups == 1), "a turned weight: expected stride 1 and one group, got ", g.stride,
-              " and ", g.groups);
-  const auto weight = turned ? given.transpose(0, 1) : given;
+  RK_CHECK_EQ(original.dim(), 4, "weight: dimensions");
+  TORCH_CHECK(!transposed || (g.stride == 1 && g.groups == 1), "geometry: expected stride 1 and one group with a transposed weight, got stride ",
+              g.stride, " and ", g.groups, " groups");
+  const auto weight = transposed ? original.transpose(0, 1) : original;
   TORCH_CHECK(name == "auto" || name == "onednn" || name == "direct" || name == "winograd",
               "engine: expected auto, onednn, direct or winograd, got ", name);
   check_cpu(weight, "weight");
   check_per_channel(scale, weight.size(0), "scale");
   Engine engine = name == "direct" ? Engine::kDirect : name == "winograd" ? Engine::kWinograd : Engine::kOneDnn;
-  if (name == "auto") engine = preferred(weight, g, size);
+  if (name == "auto") engine = preferred_engine(weight, g, size);
   Conv conv{engine, g, {weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, {}, {}, {}, false};
   if (engine == Engine::kOneDnn) {
-    conv.packed = onednn_pack(folded(turned ? weight.flip({2, 3}).contiguous() : weight, scale), g, size);
+    conv.packed = onednn_pack(folded(transposed ? weight.flip({2, 3}).contiguous() : weight, scale), g, size);
     return conv;
   }
   const auto reason = why_not(engine, weight, g);
   TORCH_CHECK(reason.empty(), "engine ", name, ": ", reason, ", got a weight of ", weight.sizes());
-  conv.packed = x86_pack(given, scale, engine == Engine::kWinograd, turned);
+  conv.packed = x86_pack(original, scale, engine == Engine::kWinograd, transposed);
+  // A weight with NaN, Inf or huge values would spread them over its transform.
   if (engine == Engine::kWinograd && name == "auto" && !x86_all_moderate(conv.packed)) {
     conv.engine = Engine::kDirect;
-    conv.packed = x86_pack(given, scale, false, turned);
+    conv.packed = x86_pack(original, scale, false, transposed);
   } else if (engine == Engine::kWinograd) {
     conv.plain = weight;
-    conv.turned = turned;
+    conv.transposed = transposed;
     conv.scale = scale;
   }
   return conv;
@@ -119,11 +123,11 @@ at::Tensor cpu_conv(const at::Tensor& x, const Conv& conv, const std::optional<a
     check_nhwc(*residual, "residual");
     RK_CHECK_EQ(residual->sizes(), at::IntArrayRef(sizes), "residual: sizes");
   }
-  const bool ours = conv.engine == Engine::kDirect || (conv.engine == Engine::kWinograd && x86_all_moderate(x));
-  if (ours) {
+  const bool own_kernel = conv.engine == Engine::kDirect || (conv.engine == Engine::kWinograd && x86_all_moderate(x));
+  if (own_kernel) {
     RK_CHECK_EQ(x.scalar_type(), at::kFloat, "x: dtype");
     if (shift.has_value()) check_per_channel(*shift, conv.shape[0], "shift");
-    const auto y = residual.has_value() && overwrite ? *residual : pooled_nhwc(sizes, x.options());
+    const auto y = residual.has_value() && overwrite ? *residual : allocate_nhwc(sizes, x.options());
     if (scale.has_value()) check_per_channel(*scale, conv.shape[0], "scale");
     const float* a = scale.has_value() ? scale->const_data_ptr<float>() : nullptr;
     const float* b = shift.has_value() ? shift->const_data_ptr<float>() : nullptr;
@@ -141,14 +145,15 @@ at::Tensor cpu_conv(const at::Tensor& x, const Conv& conv, const std::optional<a
     if (residual.has_value()) t.add_(*residual);
     return relu ? at::relu_(t) : t;
   }
-  const auto plain = conv.turned ? conv.plain.flip({2, 3}) : conv.plain;
+  // oneDNN, also for a Winograd convolution whose input Winograd must not transform.
+  const auto plain = conv.transposed ? conv.plain.flip({2, 3}) : conv.plain;
   const auto weight = conv.engine == Engine::kWinograd ? folded(plain, conv.scale) : conv.packed;
   at::Tensor y;
   if (residual.has_value()) {
     y = overwrite ? *residual : residual->clone();
     if (y.numel() > 0) onednn_conv_onto(y, x, weight, shift, g);
   } else {
-    y = x.size(0) == 0 ? pooled_nhwc(sizes, x.options()) : onednn_conv(x, weight, shift, g);
+    y = x.size(0) == 0 ? allocate_nhwc(sizes, x.options()) : onednn_conv(x, weight, shift, g);
   }
   return relu ? at::relu_(y) : y;
 }
@@ -157,8 +162,8 @@ at::Tensor cpu_residual_block(const at::Tensor& x, const std::vector<const Conv*
                               const std::vector<at::Tensor>& shifts, const std::string& shortcut, bool overwrite) {
   const bool projection = shortcut == "projection";
   TORCH_CHECK(convs.size() >= (projection ? 3 : 2) && shifts.size() + projection == convs.size(),
-              "residual block: expected two convolutions at least and a shift for each but the projection, got ",
-              convs.size(), " and ", shifts.size());
+              "residual block: expected at least two convolutions and a shift for each except the projection, got ",
+              convs.size(), " convolutions and ", shifts.size(), " shifts");
   const size_t last = shifts.size() - 1;
   at::Tensor h = x;
   for (size_t i = 0; i < last; ++i) h = cpu_conv(h, *convs[i], shifts[i], std::nullopt, false, true);
@@ -168,7 +173,7 @@ at::Tensor cpu_residual_block(const at::Tensor& x, const std::vector<const Conv*
   } else if (shortcut == "zero_pad") {
     int64_t stride = 1;
     for (const auto* conv : convs) stride *= conv->geometry.stride;
-    residual = pooled_nhwc(output_sizes(h, *convs[last]), x.options()).zero_();
+    residual = allocate_nhwc(output_sizes(h, *convs[last]), x.options()).zero_();
     residual.narrow(1, 0, x.size(1)).copy_(x.slice(2, 0, std::nullopt, stride).slice(3, 0, std::nullopt, stride));
   }
   return cpu_conv(h, *convs[last], shifts[last], residual, overwrite || shortcut != "identity", true);

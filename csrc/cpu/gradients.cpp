@@ -1,16 +1,18 @@
+// Chooses what computes a gradient: our own kernels (x86.h), or torch's where channels, groups or the processor do not fit.
 #include "cpu/gradients.h"
 
 #include <ATen/ops/convolution_backward.h>
 
 #include "common/checks.h"
 #include "cpu/x86.h"
-#include "cpu/pool.h"
+#include "cpu/memory_pool.h"
 #include "cpu/reductions.h"
 
 namespace resnet_kernels {
 namespace {
 
-bool in_panels(const at::Tensor& g, const at::Tensor& x) {
+// Whether our own kernels run: they read both operands in panels of 16 channels.
+bool fits_panels(const at::Tensor& g, const at::Tensor& x) {
   return x86_runs() && g.size(1) % 16 == 0 && x.size(1) % 16 == 0;
 }
 
@@ -30,24 +32,25 @@ std::pair<at::Tensor, at::Tensor> cpu_wgrad(const at::Tensor& g, const at::Tenso
     RK_CHECK_EQ(g.size(d), (x.size(d) + 2 * geo.padding - geo.dilation * ((d == 2 ? R : S) - 1) - 1) / geo.stride + 1, "g: map");
   RK_CHECK_EQ(g.size(0), x.size(0), "g: images");
   const bool pointwise = R == 1 && S == 1 && geo.stride == 1 && geo.padding == 0 && geo.groups == 1;
-  const bool three = R == 3 && S == 3 && geo.stride == 1 && geo.padding == 1 && geo.dilation == 1 && geo.groups == 1;
+  const bool winograd = R == 3 && S == 3 && geo.stride == 1 && geo.padding == 1 && geo.dilation == 1 && geo.groups == 1;
   at::Tensor sum;
-  if (pointwise && in_panels(g, x)) {
-    const auto dweight = pooled_nhwc({K, C, 1, 1}, x.options());
+  if (pointwise && fits_panels(g, x)) {
+    const auto dweight = allocate_nhwc({K, C, 1, 1}, x.options());
     if (sums) sum = at::empty({K}, x.options());
     x86_wgrad(dweight.mutable_data_ptr<float>(), g.const_data_ptr<float>(), x.const_data_ptr<float>(),
                sums ? sum.mutable_data_ptr<float>() : nullptr, g.numel() / K, K, C);
     return {dweight, sum};
   }
-  if (sums) sum = cpu_pass(Lazy{g}, Finish{}, false, {}, Reduce::kNormalized, g, at::zeros({K}, g.options()), at::zeros({K}, g.options())).first;
-  if (geo.groups == 1 && in_panels(g, x)) {
-    const auto dweight = pooled_nhwc({K, C, R, S}, x.options());
-    // Winograd's transform would spread NaN and Inf over a filter.
-    if (three && x86_all_moderate(x) && x86_all_moderate(g)) x86_winograd_wgrad(dweight, g, x);
+  // kNormalized also sums g; the other reduction is not used.
+  if (sums) sum = cpu_pass(Lazy{g}, PassEpilogue{}, false, {}, Reduce::kNormalized, g, at::zeros({K}, g.options()), at::zeros({K}, g.options())).first;
+  if (geo.groups == 1 && fits_panels(g, x)) {
+    const auto dweight = allocate_nhwc({K, C, R, S}, x.options());
+    // Winograd's transform would spread a NaN or Inf over a whole filter.
+    if (winograd && x86_all_moderate(x) && x86_all_moderate(g)) x86_winograd_wgrad(dweight, g, x);
     else x86_conv_wgrad(dweight, g, x, {R, S, geo.stride, geo.padding, geo.dilation});
     return {dweight, sum};
   }
-  // Grouped ones are read as NCHW by torch's kernels whatever they get, and an empty batch has no gradient there.
+  // torch's kernels read grouped convolutions as NCHW whatever the layout, and give no gradient for an empty batch.
   const auto weight = at::empty({K, C / geo.groups, R, S}, x.options().memory_format(at::MemoryFormat::ChannelsLast));
   if (g.size(0) == 0) return {weight.zero_(), sum};
   const int64_t s[] = {geo.stride, geo.stride}, p[] = {geo.padding, geo.padding}, d[] = {geo.dilation, geo.dilation}, none[] = {0, 0};
@@ -63,7 +66,7 @@ at::Tensor cpu_data_grad(const at::Tensor& g, const at::Tensor& weight, int64_t 
   RK_CHECK_EQ(weight.scalar_type(), at::kFloat, "weight: dtype");
   RK_CHECK_EQ(g.size(1), weight.size(0), "g: channels");
   const int64_t C = weight.size(1) * geo.groups, R = weight.size(2), S = weight.size(3);
-  const auto dx = pooled_nhwc({g.size(0), C, H, W}, g.options());
+  const auto dx = allocate_nhwc({g.size(0), C, H, W}, g.options());
   if (x86_runs() && geo.groups == 1 && C % 16 == 0) {
     x86_data_grad(dx, g, weight, {R, S, geo.stride, geo.padding, geo.dilation});
     return dx;
@@ -80,9 +83,9 @@ at::Tensor cpu_second_moments(const at::Tensor& h) {
   check_nhwc(h, "h");
   RK_CHECK_EQ(h.scalar_type(), at::kFloat, "h: dtype");
   const int64_t J = h.size(1);
-  if (!in_panels(h, h)) {
-    // Products of a few rows each, summed in fp64: MKL's over all rows errs up to 16 times as much (a variance that
-    // cancels shows it), in an order that the threads decide.
+  if (!fits_panels(h, h)) {
+    // Products of at most max(64, J) rows, summed in fp64. One MKL product over all rows has up to 16 times the error,
+    // visible in a variance that cancels, and its order of summation depends on the threads.
     const auto rows = h.permute({0, 2, 3, 1}).flatten(0, 2);
     const int64_t size = std::max<int64_t>(64, J), whole = rows.size(0) / size * size;
     const auto parts = rows.narrow(0, 0, whole).view({-1, size, J}), rest = rows.narrow(0, whole, rows.size(0) - whole);

@@ -1,4 +1,4 @@
-// Compiled for several instruction sets, the best of which is chosen when the library is loaded.
+// RK_MULTI_ISA compiles a function for several x86-64 instruction sets; the loader picks the best one the CPU supports.
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)

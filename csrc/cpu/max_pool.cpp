@@ -1,5 +1,6 @@
-// Each thread has rows of windows; the inner loops are plain C++ over one row of channels, compiled for several
-// instruction sets: they vectorise without -ffast-math because max is written as the selection that keeps NaN.
+// Max pooling. A thread owns whole rows of windows. The inner loops are plain C++ over the channels of one position,
+// compiled for several instruction sets. They vectorise without -ffast-math because max is written as a selection that
+// keeps NaN.
 #include "cpu/max_pool.h"
 
 #include <ATen/Dispatch.h>
@@ -10,13 +11,14 @@
 
 #include "common/checks.h"
 #include "cpu/isa.h"
-#include "cpu/pool.h"
+#include "cpu/memory_pool.h"
 #include "cpu/reductions.h"
 
 namespace resnet_kernels {
 namespace {
 
-// fp32 rows pass through unchanged; bf16 rows are widened on the way in and rounded on the way out.
+// A "row" below is the C channels of one position. fp32 rows are read in place; bf16 rows are widened before the maximum
+// and rounded after it.
 RK_MULTI_ISA void max_row(float* y, const float* x, int64_t C) {
   for (int64_t c = 0; c < C; ++c) y[c] = x[c] > y[c] || x[c] != x[c] ? x[c] : y[c];
 }
@@ -39,7 +41,7 @@ const float* as_float(const at::BFloat16* x, std::vector<float>& row, int64_t C)
 void store(float* y, const float* x, int64_t C) { std::copy(x, x + C, y); }
 void store(at::BFloat16* y, const float* x, int64_t C) { round_row(y, x, C); }
 
-// Where relu(a*x + b) is above best, it and its place take over.
+// Per channel: if v = relu(a*x + b) exceeds best or is NaN, best = v and winners = element.
 RK_MULTI_ISA void max_row_winners(float* best, int32_t* winners, const float* x, const float* a, const float* b,
                                 int32_t element, int64_t C) {
   for (int64_t c = 0; c < C; ++c) {
@@ -50,47 +52,49 @@ RK_MULTI_ISA void max_row_winners(float* best, int32_t* winners, const float* x,
   }
 }
 
+// y = winners as uint8, or kNoWinner where best <= 0.
 RK_MULTI_ISA void narrow_row(uint8_t* y, const int32_t* x, const float* best, int64_t C) {
   for (int64_t c = 0; c < C; ++c) y[c] = static_cast<uint8_t>(best[c] <= 0 ? int32_t{kNoWinner} : x[c]);
 }
 
-constexpr int64_t kGrain = 32768;  // elements a thread must have to be worth waking
+constexpr int64_t kGrain = 32768;  // elements below which waking another thread costs more than it saves
 
 template <typename scalar_t>
 void max_pool_rows(scalar_t* y, const scalar_t* x, int64_t N, int64_t H, int64_t W, int64_t C, int64_t P, int64_t Q,
                    int64_t kernel, int64_t stride, int64_t padding) {
   at::parallel_for(0, N * P, std::max<int64_t>(1, kGrain / (Q * C)), [&](int64_t begin, int64_t end) {
-    std::vector<float> wide_x(C), best(C);
+    std::vector<float> widened(C), best(C);
     for (int64_t row = begin; row < end; ++row) {
       const int64_t n = row / P, h0 = (row % P) * stride - padding;
       for (int64_t q = 0; q < Q; ++q) {
         const int64_t w0 = q * stride - padding;
-        // max(relu(.)) = max(0, .), and every window holds at least one element.
+        // max of relu(x) is max(0, max of x), and every window holds at least one element.
         std::fill(best.begin(), best.end(), 0.f);
         for (int64_t h = std::max<int64_t>(h0, 0); h < std::min(h0 + kernel, H); ++h)
           for (int64_t w = std::max<int64_t>(w0, 0); w < std::min(w0 + kernel, W); ++w)
-            max_row(best.data(), as_float(x + ((n * H + h) * W + w) * C, wide_x, C), C);
+            max_row(best.data(), as_float(x + ((n * H + h) * W + w) * C, widened, C), C);
         store(y + (row * Q + q) * C, best.data(), C);
       }
     }
   });
 }
 
+// Checks the arguments of max pooling and returns the sizes (N, C, P, Q) of its result.
 std::array<int64_t, 4> pooled_sizes(const at::Tensor& x, int64_t kernel, int64_t stride, int64_t padding) {
   check_cpu(x, "x");
   check_nhwc(x, "x");
-  TORCH_CHECK(padding >= 0 && 2 * padding <= kernel && stride > 0, "max pool: expected 2 * padding <= kernel, got kernel ",
-              kernel, ", stride ", stride, ", padding ", padding);
+  TORCH_CHECK(padding >= 0 && 2 * padding <= kernel && stride > 0, "max pool: expected 2 * padding <= kernel and a stride of at least 1, got kernel ", kernel, ", stride ", stride,
+              ", padding ", padding);
   const int64_t H = x.size(2), W = x.size(3);
-  TORCH_CHECK(H + 2 * padding >= kernel && W + 2 * padding >= kernel, "max pool: a window of ", kernel,
-              " does not fit a map of ", H, " x ", W, " padded by ", padding);
+  TORCH_CHECK(H + 2 * padding >= kernel && W + 2 * padding >= kernel, "max pool: expected a window that fits, but a window of ",
+              kernel, " does not fit a map of ", H, " x ", W, " padded by ", padding);
   return {x.size(0), x.size(1), (H + 2 * padding - kernel) / stride + 1, (W + 2 * padding - kernel) / stride + 1};
 }
 
 }  // namespace
 
 at::Tensor cpu_max_pool_relu(const at::Tensor& x, int64_t kernel, int64_t stride, int64_t padding) {
-  auto y = pooled_nhwc(pooled_sizes(x, kernel, stride, padding), x.options());
+  auto y = allocate_nhwc(pooled_sizes(x, kernel, stride, padding), x.options());
   const int64_t N = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3), P = y.size(2), Q = y.size(3);
   if (y.numel() == 0) return y;
   AT_DISPATCH_SWITCH(x.scalar_type(), "max_pool_relu",
@@ -107,34 +111,35 @@ at::Tensor cpu_max_pool_relu(const at::Tensor& x, int64_t kernel, int64_t stride
 std::pair<at::Tensor, at::Tensor> cpu_max_pool_relu_winners(const at::Tensor& x, const std::optional<at::Tensor>& a,
                                                           const std::optional<at::Tensor>& b, int64_t kernel,
                                                           int64_t stride, int64_t padding) {
-  auto y = pooled_nhwc(pooled_sizes(x, kernel, stride, padding), x.options());
+  auto y = allocate_nhwc(pooled_sizes(x, kernel, stride, padding), x.options());
   RK_CHECK_EQ(x.scalar_type(), at::kFloat, "x");
   TORCH_CHECK(kernel * kernel < kNoWinner, "max pool: expected a kernel of at most 15 for winners, got ", kernel);
-  TORCH_CHECK(a.has_value() == b.has_value(), "max pool: expected a with b");
+  TORCH_CHECK(a.has_value() == b.has_value(), "max pool: expected a with b, got one of the two");
   const int64_t N = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3), P = y.size(2), Q = y.size(3);
   const auto scale = a.value_or(at::Tensor()), shift = b.value_or(at::Tensor());
   for (const auto& t : {scale, shift})
     if (t.defined()) check_per_channel(t, C, "a and b");
-  auto winners = pooled_nhwc(y.sizes(), x.options().dtype(at::kByte));
+  auto winners = allocate_nhwc(y.sizes(), x.options().dtype(at::kByte));
   if (y.numel() == 0) return {y, winners};
   const std::vector<float> ones(C, 1.f), zeros(C);
-  const float *from = x.const_data_ptr<float>(), *times = scale.defined() ? scale.const_data_ptr<float>() : ones.data(),
-              *plus = shift.defined() ? shift.const_data_ptr<float>() : zeros.data();
-  float* const to = y.mutable_data_ptr<float>();
-  uint8_t* const places = winners.mutable_data_ptr<uint8_t>();
+  const float* const in = x.const_data_ptr<float>();
+  const float* const a_values = scale.defined() ? scale.const_data_ptr<float>() : ones.data();
+  const float* const b_values = shift.defined() ? shift.const_data_ptr<float>() : zeros.data();
+  float* const out = y.mutable_data_ptr<float>();
+  uint8_t* const winners_out = winners.mutable_data_ptr<uint8_t>();
   at::parallel_for(0, N * P, std::max<int64_t>(1, kGrain / (Q * C)), [&](int64_t begin, int64_t end) {
-    std::vector<int32_t> place(C);
+    std::vector<int32_t> winners_row(C);
     for (int64_t row = begin; row < end; ++row) {
       const int64_t n = row / P, h0 = (row % P) * stride - padding;
       for (int64_t q = 0; q < Q; ++q) {
         const int64_t w0 = q * stride - padding, at = (row * Q + q) * C;
-        // Below any relu(.), so that the first element of a window is one of its maxima.
-        std::fill(to + at, to + at + C, -1.f);
+        // Below any value of a ReLU, so that the first element of a window becomes its first maximum.
+        std::fill(out + at, out + at + C, -1.f);
         for (int64_t h = std::max<int64_t>(h0, 0); h < std::min(h0 + kernel, H); ++h)
           for (int64_t w = std::max<int64_t>(w0, 0); w < std::min(w0 + kernel, W); ++w)
-            max_row_winners(to + at, place.data(), from + ((n * H + h) * W + w) * C, times, plus,
-                          static_cast<int32_t>((h - h0) * kernel + w - w0), C);
-        narrow_row(places + at, place.data(), to + at, C);
+            max_row_winners(out + at, winners_row.data(), in + ((n * H + h) * W + w) * C, a_values, b_values,
+                            static_cast<int32_t>((h - h0) * kernel + w - w0), C);
+        narrow_row(winners_out + at, winners_row.data(), out + at, C);
       }
     }
   });

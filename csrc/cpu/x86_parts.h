@@ -1,4 +1,4 @@
-// What our convolutions and their weight gradients share.
+// What x86.cpp (convolutions) and x86_wgrad.cpp (weight gradients) share.
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -7,42 +7,44 @@
 #include <cstdint>
 
 #include "cpu/blocks.h"
-#include "cpu/pool.h"
+#include "cpu/memory_pool.h"
 
 #define RK_AVX2 __attribute__((target("avx2,fma")))
 #define RK_AVX512 __attribute__((target("avx512f")))
 
 namespace resnet_kernels {
 
-// What the processor has and torch uses itself (ATEN_CPU_CAPABILITY).
+// The instruction set to use: the best that the processor has and that ATEN_CPU_CAPABILITY allows, as in torch.
 enum class Isa { kNone, kAvx2, kAvx512 };
 Isa isa();
 
-// Memory for `floats` values, from the pool: fresh pages would be zeroed first.
+// Scratch memory for `floats` values, from the memory pool: the kernel would zero fresh pages first.
 class Scratch {
  public:
-  explicit Scratch(int64_t floats) : memory_(pooled_nhwc({1, floats, 1, 1}, at::TensorOptions(at::kFloat))) {}
+  explicit Scratch(int64_t floats) : memory_(allocate_nhwc({1, floats, 1, 1}, at::TensorOptions(at::kFloat))) {}
   float* get() const { return memory_.mutable_data_ptr<float>(); }
 
  private:
   const at::Tensor memory_;
 };
 
-// Asks for `count` floats that are read soon, or in L2 alone where that is later.
+// Prefetches `count` floats: into L1, or with _MM_HINT_T1 into L2 for a later read.
 template <_mm_hint hint = _MM_HINT_T0>
 inline void prefetch(const float* from, int64_t count) {
   for (int64_t i = 0; i < count; i += 16) _mm_prefetch(reinterpret_cast<const char*>(from + i), hint);
 }
 
-struct Map {
+// An H x W map whose output is cut into 2x2 tiles, as F(2x2, 3x3) computes them.
+struct TiledMap {
   int64_t N, H, W, C, K;
   int64_t tiles_down() const { return (H + 1) / 2; }
   int64_t tiles_across() const { return (W + 1) / 2; }
   int64_t tiles() const { return N * tiles_down() * tiles_across(); }
 };
 
-// F(2x2, 3x3) of Winograd's minimal filtering (Lavin and Gray 2015, arXiv 1509.09308): V = B^T d B of a 4x4 patch,
-// 8 channels at a time; rows outside the map come as null pointers.
+// The input transform V = B^T d B of a 4x4 patch, 8 channels from c on, of Winograd's minimal filtering F(2x2, 3x3) (Lavin
+// and Gray 2015, arXiv 1509.09308). patch: pointers to the patch's positions; null for positions outside the map. The 16
+// results are stored `position_stride` floats apart.
 RK_AVX2 inline void transform_patch(const float* const patch[16], int64_t c, float* v, int64_t position_stride) {
   __m256 d[4][4], t[4][4];
 #pragma GCC unroll 16

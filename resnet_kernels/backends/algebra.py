@@ -1,10 +1,11 @@
 """The per-channel algebra of batch norm between convolutions, in plain torch.
 
-With c = h W^T over M rows, mean3 = W mu and var3[k] = W[k] Cov W[k]^T: the statistics of a 1x1 convolution's output
-follow from the first and second moments of its operand, so that c need not exist. The same holds backward.
-tests/test_training.py holds it against autograd.
+A 1x1 convolution is c = h W^T over M rows, with W (K, J). The statistics of its output follow from the moments of its
+operand: mean(c) = W mu and var(c)[k] = W[k] Cov W[k]^T, where mu and Cov are the mean and covariance of h. So c need
+not be stored. The same holds for the gradients. tests/test_training.py compares this file with autograd.
 
-With `group` the statistics are those of several processes, each of which has rows of its own.
+A `group` argument means synchronized batch norm: the statistics are those of all processes, and each process holds its
+own rows.
 """
 
 from __future__ import annotations
@@ -18,40 +19,44 @@ from .contract import Affine, Moments, Stats, TailGrad
 
 
 class Group(NamedTuple):
-    """Sums over all processes: rows, sum(g), un-normalised dgamma. `bn_grad` needs the same: processes with rows enough
-    for moments and others understand each other."""
+    """Sums over all processes that `tail_grad` needs.
+
+    rows: (1), the total of rows. sg: (K), sum(g). dgamma: (K), sum(g * xhat). `bn_grad` needs the same three, so that a
+    process with enough rows to use moments and one without can exchange them.
+    """
 
     rows: Tensor
     sg: Tensor
     dgamma: Tensor
 
 
-# Vectors are computed in fp64 and rounded once: an error of theirs is the same in every row, so that sums over the rows
-# add it up, where other errors cancel. Matrices stay in `accumulator_dtype`.
+# Per-channel vectors are computed in fp64, rounded once. Their rounding error is the same in every row, so a sum over
+# rows adds it up M times; rounding errors of single elements cancel instead. Matrices stay in `accumulator_dtype`.
 
 
 def table(stats: Stats, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    """Rows a, b, mean, rstd, unbiased variance; see `contract.Affine`."""
+    """Return the (5, K) table of `contract.Affine` from batch statistics; see `contract.Backend.finalize_stats`."""
     rows = stats.rows
-    least = max(rows - 1, 1) if isinstance(rows, int) else (rows - 1).clamp_min(1)
+    degrees_of_freedom = max(rows - 1, 1) if isinstance(rows, int) else (rows - 1).clamp_min(1)
     M2 = stats.M2.double()
-    return _rows(stats.mean, M2 / rows, M2 / least, gamma, beta, eps)
+    return _table(stats.mean, M2 / rows, M2 / degrees_of_freedom, gamma, beta, eps)
 
 
 def frozen_table(mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    return _rows(mean, var.double(), var, gamma, beta, eps)
+    """Return the (5, K) table of `contract.Affine` from running statistics, in evaluation mode."""
+    return _table(mean, var.double(), var, gamma, beta, eps)
 
 
-def _rows(mean: Tensor, var: Tensor, unbiased: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+def _table(mean: Tensor, var: Tensor, unbiased: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
     rstd = torch.rsqrt(var + eps)
-    # b belongs to the a and the mean that are stored: what is computed from them is then consistent.
+    # b is computed from the rounded a and mean that are stored, so that later uses of a, b and mean agree.
     a = (gamma * rstd).to(gamma.dtype)
     b = beta - mean.double() * a.double()
     return torch.stack([a.double(), b, mean.double(), rstd, unbiased.double()]).to(gamma.dtype)
 
 
 def product_stats(m: Moments, weight: Tensor) -> Stats:
-    """Of c = h W^T from the moments of h. weight: (K, J)."""
+    """Return the statistics of c = h W^T from the moments of h: mean = W mu, M2 = diag(W M2(h) W^T). weight: (K, J)."""
     w = weight.to(m.M2.dtype)
     # Rounding can leave a variance of zero slightly negative. NaN stays.
     M2 = ((w @ m.M2).double() * w).sum(1).clamp_min(0)
@@ -59,13 +64,17 @@ def product_stats(m: Moments, weight: Tensor) -> Stats:
 
 
 def bn_grad(sums: tuple[Tensor, Tensor], rows: int | Tensor, affine: Affine) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (al, be, const) of dL/dc = al*g + be*(c - mean) + const; see `contract.Backend.finalize_bn_grad`."""
     dbeta, dgamma, a, rstd = (t.double() for t in (*sums, affine.a, affine.rstd))
     be, const = -a * rstd * dgamma / rows, -a * dbeta / rows
     return affine.a, be.to(affine.a.dtype), const.to(affine.a.dtype)
 
 
 def tail_dgamma(sg: Tensor, G: Tensor, centre: Tensor | None, weight: Tensor, affine: Affine) -> Tensor:
-    """sum(g * xhat) of c = h W^T from sg = sum(g) and G = g^T (h - centre), in fp64."""
+    """Return sum(g * xhat) for c = h W^T from sg = sum(g) and G = g^T (h - centre), (K) in fp64.
+
+    sg: (K). G, weight: (K, J). centre: (J), or None for zero.
+    """
     w = weight.double()
     mean = affine.mean.double() if centre is None else affine.mean.double() - w @ centre.double()
     return affine.rstd.double() * ((G * w).sum(1) - sg.double() * mean)
@@ -80,27 +89,31 @@ def tail_grad(
     affine: Affine,
     group: Group | None = None,
 ) -> TailGrad:
-    """See `contract.Backend.finalize_tail_grad`.
+    """Return the gradients of a tail c = h W^T and its batch norm; see `contract.Backend.finalize_tail_grad`.
 
-    dweight = a (g^T h - m1 sum(h)^T) - q (c - mean)^T h, where g^T h = G + sg centre^T and
-    (c - mean)^T h = W M2 + n (W mu - mean) mu^T: the last product and sg - n m1 vanish but in a group, where mu and M2
-    are of this process's rows and mean is of all.
+    dweight = a (g^T h - m1 sum(h)^T) - q (c - mean)^T h, with m1 = sum(g)/rows and q = a rstd dgamma/rows, where
+
+        g^T h          = G + sg centre^T
+        (c - mean)^T h = W M2 + n (W mu - mean) mu^T
+
+    n, mu and M2 belong to this process's n rows, and mean to the rows of all processes. Without a group W mu = mean and
+    sg = n m1, so their differences vanish and are left out.
     """
-    wide, n = G.dtype, m.rows
-    w, w64, mu = weight.to(wide), weight.double(), m.mean.double()
+    dtype, n = G.dtype, m.rows
+    w, w64, mu = weight.to(dtype), weight.double(), m.mean.double()
     a, s = affine.a.double(), sg.double()
     dgamma = tail_dgamma(sg, G, centre, weight, affine)
     rows, s_all, dgamma_all = group or Group(torch.as_tensor(n), s, dgamma)
     m1, q = s_all / rows, a * affine.rstd.double() * dgamma_all / rows
-    off = mu if centre is None else mu - centre.double()
-    per_row = (-a * s)[:, None] * off
+    mu_off_centre = mu if centre is None else mu - centre.double()
+    rank_one = (-a * s)[:, None] * mu_off_centre
     if group is not None:
-        apart = w64 @ mu - affine.mean
-        per_row += (a * (s - n * m1))[:, None] * mu - (q * n * apart)[:, None] * mu
-    dweight = (affine.a[:, None] * G).add_(per_row.to(wide)).sub_((w @ m.M2).mul_(q.to(wide)[:, None]))
-    A, B = (a[:, None] * w64).to(weight.dtype), (-w.T @ (q.to(wide)[:, None] * w)).to(weight.dtype)
-    # v from the rounded A and B: their rounding then cancels against the means.
-    v = -(m1 @ A.double()) - off @ B.double()
+        mean_difference = w64 @ mu - affine.mean  # of this process's rows from the mean of all
+        rank_one += (a * (s - n * m1))[:, None] * mu - (q * n * mean_difference)[:, None] * mu
+    dweight = (affine.a[:, None] * G).add_(rank_one.to(dtype)).sub_((w @ m.M2).mul_(q.to(dtype)[:, None]))
+    A, B = (a[:, None] * w64).to(weight.dtype), (-w.T @ (q.to(dtype)[:, None] * w)).to(weight.dtype)
+    # v uses the rounded A and B, so that their rounding does not shift the mean of dL/dh.
+    v = -(m1 @ A.double()) - mu_off_centre @ B.double()
     if group is not None:
-        v -= (q * apart) @ w64
-    return TailGrad(dweight, dgamma.to(wide), A, B, v.to(wide))
+        v -= (q * mean_difference) @ w64
+    return TailGrad(dweight, dgamma.to(dtype), A, B, v.to(dtype))

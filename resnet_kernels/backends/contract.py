@@ -1,17 +1,23 @@
-"""What a backend may implement: the primitives' signatures, shapes, dtypes and errors.
+"""The contract between the ops and the backends: data structures, primitives, and their argument checks.
 
-Everything is NHWC in memory (channels_last), written N, C, H, W; K output channels, R x S filter, P x Q output map,
-M = N*P*Q. Activations and weights share the compute dtype; scales, shifts, statistics and sums are fp32 (fp64 for
-fp64 inputs: `accumulator_dtype`). Five families, see `Backend`:
+`Backend`, at the end of this file, lists every primitive with its formula, shapes, dtypes and errors. They come in five
+families:
 
-    conv         sums of products with an epilogue: forward convolutions and, with `data_grad_size`, data gradients
-    wgrad        weight gradients, and the moments of an activation
-    bn_pass      memory-bound passes; `reduce`, those that write nothing
-    gated        a pass that ends a block whose branch is gated per image, and its gradient
-    finalize_*   the per-channel algebra between them
+    conv         sums of convolutions with an epilogue; with `Product.data_grad_size`, data gradients
+    wgrad        weight gradients, and `moments`: the first and second moments of an activation
+    bn_pass      memory-bound passes over an activation; `reduce` is the same pass without a stored result
+    gated        the pass that ends a block whose branch is gated per image, and its gradient
+    finalize_*   the per-channel algebra between those passes
 
-`reference` defines the result of each. Another backend implements what it can and tells the rest in `why_not`, a pure
-function of a `Call`; it never tries and fails.
+Letters: N images; C input channels; H x W input map; K output channels; R x S filter; P x Q output map; M = N*P*Q rows
+(positions of the output map); J input channels of a 1x1 convolution c = h W^T, whose weight W is (K, J).
+
+Layout and dtypes: activations are channels_last (NHWC in memory) and their sizes are written N, C, H, W. Activations
+and weights share one compute dtype; scales, shifts, statistics and sums are in `accumulator_dtype` of it (fp32, or fp64
+for fp64 activations).
+
+The backend `reference` defines the result of every primitive. Another backend implements a subset and reports the rest
+in `why_not`, a pure function of a call's metadata (`Call`), so that a backend is chosen before anything runs.
 """
 
 from __future__ import annotations
@@ -25,11 +31,11 @@ from torch import Tensor
 
 
 class BackendUnavailable(RuntimeError):
-    """A backend that was named cannot run the call; the message says why."""
+    """The backend that the user named cannot run this call. The message gives the reason."""
 
 
 class Geometry(NamedTuple):
-    """Of a convolution, the same in both directions."""
+    """Stride, padding, dilation and groups of a convolution; the first three hold for rows and columns alike."""
 
     stride: int = 1
     padding: int = 0
@@ -37,12 +43,17 @@ class Geometry(NamedTuple):
     groups: int = 1
 
     def output_size(self, size: int, kernel: int) -> int:
+        """Return the output rows (or columns) for `size` input rows and a filter of `kernel` rows."""
         return (size + 2 * self.padding - self.dilation * (kernel - 1) - 1) // self.stride + 1
 
 
 class Packed(NamedTuple):
-    """A weight (K, C/groups, R, S) = shape as a backend wants it: laid out, and multiplied by its scale if `scale` is
-    None. `weight` is a Tensor or the backend's own object."""
+    """A weight in the layout that one backend's `conv` reads.
+
+    weight: a Tensor, or an object private to the backend.
+    scale: (K), the scale per output channel that `conv` still has to apply; None if `weight` already contains it.
+    shape: (K, C/groups, R, S), the shape of the weight before packing.
+    """
 
     weight: Any
     scale: Tensor | None
@@ -57,13 +68,17 @@ class Pool(NamedTuple):
     padding: int
 
 
-# In place of an element of a window: what its maximum gets ends there.
+# The value in `Pooled.winners` of a window whose gradient goes to no element: its maximum, after ReLU, is 0.
 NO_WINNER = 255
 
 
 class Pooled(NamedTuple):
-    """What the gradient of max pooling needs beside that of its result. winners: uint8 of the result's sizes, which
-    element of its window, row by row, each maximum was, or NO_WINNER. size: (H, W) of what was pooled."""
+    """What the gradient of ReLU and max pooling needs besides the gradient of the pooled map.
+
+    winners: uint8, of the pooled map's sizes. Each value is the position of the maximum within its window, counted row
+        by row, or NO_WINNER.
+    size: (H, W) of the map before pooling.
+    """
 
     winners: Tensor
     pool: Pool
@@ -71,9 +86,13 @@ class Pooled(NamedTuple):
 
 
 class PackedBlock(NamedTuple):
-    """A residual block: packed weights and geometries of its chain, then of its projection if `shortcut` is
-    "projection" (else "identity", "zero_pad" or "none"); the chain's shifts, the last with the projection's added; and
-    whether it ends with a ReLU, which only a chain without a shortcut may not."""
+    """A residual block ready for inference: a chain of convolutions with its shortcut.
+
+    weights, geometries: of each convolution of the chain in order, then of the projection if there is one.
+    shifts: one per convolution of the chain, each (its K). The last includes the projection's shift.
+    shortcut: "projection", "identity", "zero_pad" or "none".
+    relu: whether the block ends with a ReLU. Must be True unless `shortcut` is "none".
+    """
 
     weights: Sequence[Packed]
     shifts: Sequence[Tensor]
@@ -84,16 +103,24 @@ class PackedBlock(NamedTuple):
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor seen through what is applied while loading it, in this order:
+    """A tensor together with elementwise work that a kernel applies while loading it. No other tensor is stored.
 
-    v = tensor, every stride-th row and column
-    v = of the map that was pooled, where each element gets what the maxima that it was have in v (then stride is 1)
-    v = v where mask, else 0         mask: bool of the tensor's sizes, or what the same backend returned for "mask", or
-                                     another operand of one tensor with affine and ReLU: where not (it <= 0)
-    v = a*v + b                      affine = (a, b), per channel
-    v = a*v + a2*(tensor2 - mean) + b   with second = (tensor2, a2, mean): a large mean leaves before it is multiplied
-    v = relu(v), rounded to the tensor's dtype
-    v = v - centre, per channel      (fp32 and fp64 only: it is not rounded again)
+    The value v that an operand stands for is computed in this order; absent fields are skipped:
+
+    stride          v = every stride-th row and column of `tensor` (and of the other tensors below)
+    pooled          v = the gradient before max pooling: each element of the un-pooled map gets the sum of v over the
+                    windows whose maximum it was. Requires stride 1; the tensors below then have the un-pooled sizes.
+    mask            v = v where the mask keeps it, else 0. One of: a bool tensor of `tensor`'s sizes (True keeps); what
+                    the same backend returned for `Epilogue.reduce` = "mask"; an Operand u of one tensor, with at most
+                    an affine and a ReLU, which keeps v where not (u <= 0)
+    affine          v = a*v + b, with affine = (a, b), each (C)
+    second          v = a*v + a2*(tensor2 - mean) + b, with second = (tensor2, a2, mean): a2 and mean are (C). The mean
+                    is subtracted before the factor multiplies, so a large mean costs no digits
+    relu            v = max(v, 0); NaN stays NaN
+                    v is rounded to `tensor`'s dtype
+    centre          v = v - centre, (C). fp32 and fp64 only
+
+    tensor: (N, C, H, W). Vectors are in `accumulator_dtype(tensor.dtype)`.
     """
 
     tensor: Tensor
@@ -107,7 +134,7 @@ class Operand:
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
-        """N, C, H, W of what it stands for."""
+        """(N, C, H, W) of the value, after un-pooling and striding."""
         N, C, H, W = self.tensor.shape
         if self.pooled is not None:
             H, W = self.pooled.size
@@ -115,13 +142,13 @@ class Operand:
 
     @property
     def plain(self) -> bool:
-        """Return whether it is its tensor."""
-        nothing = (self.affine, self.second, self.mask, self.centre, self.pooled)
-        return self.stride == 1 and not self.relu and all(value is None for value in nothing)
+        """Whether the value is `tensor` itself, with nothing to apply."""
+        optional = (self.affine, self.second, self.mask, self.centre, self.pooled)
+        return self.stride == 1 and not self.relu and all(value is None for value in optional)
 
 
 class Normalized(NamedTuple):
-    """xhat = (tensor - mean) * rstd, per channel."""
+    """xhat = (tensor - mean) * rstd per channel: a batch norm's input (N, C, H, W) with its statistics, each (C)."""
 
     tensor: Tensor
     mean: Tensor
@@ -130,10 +157,13 @@ class Normalized(NamedTuple):
 
 @dataclass(frozen=True)
 class Product:
-    """scale * conv(operand, weight), scale per output channel.
+    """One term of a `conv`: scale * conv(operand, weight), or its data gradient.
 
-    weight: (K, C/groups, R, S), plain or packed by the backend that gets it (which then holds the scale).
-    data_grad_size: (H, W) turns it into the data gradient: operand is (N, K, P, Q), the result (N, C, H, W).
+    operand: (N, C, H, W); of a data gradient (N, K, P, Q), the gradient of the convolution's output.
+    weight: (K, C/groups, R, S) in the operand's dtype, or a `Packed` from the same backend's `pack`, which then holds
+        the scale. Of a data gradient always a Tensor.
+    scale: one factor per channel of the result, (K), or (C) of a data gradient; None for no scale.
+    data_grad_size: (H, W) of the result (N, C, H, W) of a data gradient; None for a forward convolution.
     """
 
     operand: Operand
@@ -144,12 +174,17 @@ class Product:
 
     @property
     def packed(self) -> Packed:
+        """The weight as a `Packed`; a plain weight is wrapped unchanged."""
         if isinstance(self.weight, Packed):
             return self.weight
         return Packed(self.weight, self.scale, tuple(self.weight.shape))
 
     def output_sizes(self) -> tuple[int, int, int, int]:
-        """(N, K, P, Q), or (N, C, H, W) of a data gradient. Raises ValueError where the shapes do not fit."""
+        """Return (N, K, P, Q), or (N, C, H, W) for a data gradient.
+
+        Raises:
+            ValueError: the shapes of operand, weight and geometry do not fit together.
+        """
         x, shape, g = self.operand.tensor, self.packed.shape, self.geometry
         if x.dim() != 4 or len(shape) != 4:
             raise ValueError(f"conv: expected 4-D operand and weight, got {tuple(x.shape)} and {shape}")
@@ -157,32 +192,43 @@ class Product:
         K, C, R, S = shape[0], shape[1] * g.groups, shape[2], shape[3]
         expected = C if self.data_grad_size is None else K
         if channels != expected:
-            raise ValueError(f"conv: expected an operand of {expected} channels, got {tuple(x.shape)}")
+            raise ValueError(f"conv: expected an operand of {expected} channels, got sizes {tuple(x.shape)}")
         if K % g.groups:
             raise ValueError(f"conv: expected output channels divisible by {g.groups} groups, got {K}")
         P, Q = (H, W) if self.data_grad_size is None else self.data_grad_size
         out = g.output_size(P, R), g.output_size(Q, S)
         if min(out) < 1:
-            raise ValueError(f"conv: a {R}x{S} filter with {g} does not fit a map of {P}x{Q}")
+            raise ValueError(
+                f"conv: expected a filter that fits, got {R}x{S} with {g}, which does not fit a map of {P}x{Q}"
+            )
         if self.data_grad_size is None:
             return N, K, *out
         if out != (H, W):
-            raise ValueError(f"conv: a gradient for {P}x{Q} has {out[0]}x{out[1]} positions, got {H}x{W}")
+            raise ValueError(
+                f"conv: expected an operand of {out[0]}x{out[1]} positions for a data gradient of {P}x{Q}, got {H}x{W}"
+            )
         return N, C, P, Q
 
 
 @dataclass(frozen=True)
 class Epilogue:
-    """What happens to the accumulator t: t += shift, t += residual, relu, zero where not mask, round, reduce.
+    """What happens to the accumulator t of a `conv` or the value t of a `bn_pass`, in this order:
 
-    residual: of the result's sizes; with fewer channels, those it lacks are zero. upsample: it stands at every
-        upsample-th row and column of the result, zeros between.
-    mask: bool of the result's sizes, or an Operand: then t stays where `not (operand <= 0)`.
-    reduce: "stats" for `Stats` of the rounded result; `Normalized` xhat for the pair sum(t), sum(t * xhat) per channel;
-        "mask" for a tensor that tells where `not (result <= 0)`, in a form of the backend's own (`mask_size`);
-        "winners", with relu and pooling, for `Pooled.winners`: of several maxima the first, NO_WINNER where the result
-        is <= 0.
-    overwrite: the result may take the residual's memory.
+    t += shift;  t += residual;  t = relu(t);  t = t where mask, else 0;  round to the operand's dtype;  reduce
+
+    shift: (K), in `accumulator_dtype`.
+    residual: (N, K, P, Q). It may have fewer channels; the missing ones count as zero.
+    upsample: the residual is zero-inserted: its rows and columns land on every upsample-th row and column of the
+        result, with zeros between. Its map is then ceil(P/upsample) x ceil(Q/upsample).
+    mask: bool of the result's sizes (True keeps), or an Operand u of those sizes, which keeps t where not (u <= 0).
+    reduce: what to compute from the result, returned beside it:
+        None          nothing
+        "stats"       `Stats` of the rounded result
+        `Normalized`  (sum(t), sum(t * xhat)) per channel, each (K)
+        "mask"        a tensor from which the same backend can read where not (result <= 0), see `Backend.mask_size`
+        "winners"     `Pooled.winners`; only `bn_pass` with ReLU and pooling. The first of several equal maxima wins;
+                      NO_WINNER where the result is <= 0
+    overwrite: the result may reuse the residual's memory.
     """
 
     shift: Tensor | None = None
@@ -195,7 +241,10 @@ class Epilogue:
 
 
 class Stats(NamedTuple):
-    """Per channel: rows, mean, and the sum of squared deviations from it."""
+    """Batch statistics of M rows per channel: mean and M2 = sum((row - mean)^2), each (K) in `accumulator_dtype`.
+
+    rows: M; a 0-dim Tensor where statistics of several processes were merged.
+    """
 
     rows: int | Tensor
     mean: Tensor
@@ -203,8 +252,13 @@ class Stats(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Of rows h: how many, mean (J) and M2 = sum of (h - mean)(h - mean)^T (J, J). centred: h - mean as a plain
-    operand, where it was made on the way (fp32 and fp64 only)."""
+    """First and second moments of M rows h of J channels, in `accumulator_dtype`.
+
+    rows: M.
+    mean: (J).
+    M2: (J, J) = sum over rows of (h - mean)(h - mean)^T.
+    centred: h - mean as a plain Operand, if the backend stored it to compute M2 (fp32 and fp64 only); else None.
+    """
 
     rows: int
     mean: Tensor
@@ -213,8 +267,12 @@ class Moments(NamedTuple):
 
 
 class Affine(NamedTuple):
-    """A batch norm ready to apply: y = a*x + b, with the mean and 1/sqrt(var + eps) it came from, and the unbiased
-    variance. The rows of the (5, K) table that `finalize_*` return."""
+    """A batch norm as an affine map y = a*x + b, with the statistics behind it. Every field is (K).
+
+    a = gamma*rstd, b = beta - mean*a, rstd = 1/sqrt(biased variance + eps). var is the unbiased variance, which updates
+    the running variance. The fields are the rows of the (5, K) table that `finalize_stats` and `finalize_moments`
+    return.
+    """
 
     a: Tensor
     b: Tensor
@@ -224,12 +282,20 @@ class Affine(NamedTuple):
 
     @classmethod
     def of(cls, table: Tensor) -> Affine:
+        """Return the rows of a (5, K) table as an Affine."""
         return cls(*table.unbind())
 
 
 class TailGrad(NamedTuple):
-    """Of c = h W^T and its batch norm: dweight (K, J) and dgamma (K) in `accumulator_dtype`; A (K, J) and B (J, J) in
-    the weight's dtype and v (J) in `accumulator_dtype` with dL/dh = g A + (h - centre) B + v."""
+    """Gradients of a tail c = h W^T followed by batch norm, where c was never stored.
+
+    dL/dh = g A + (h - centre) B + v, where g is the gradient of the batch norm's output and `centre` is the argument of
+    `Backend.finalize_tail_grad`.
+
+    dweight: (K, J) and dgamma: (K), in `accumulator_dtype`.
+    A: (K, J) and B: (J, J), in the weight's dtype, ready to be weights of products.
+    v: (J), in `accumulator_dtype`.
+    """
 
     dweight: Tensor
     dgamma: Tensor
@@ -240,14 +306,15 @@ class TailGrad(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """Metadata of a call, all that `why_not` may look at.
+    """The metadata of a call: everything that `Backend.why_not` may depend on.
 
-    needs: names of what is asked for: a primitive ("conv", "wgrad", "moments", "bn_pass", "finalize") and features
-        ("residual", "two_products", "lazy", "two_tensors", "mask", "stats", "reduce" (what else `Epilogue.reduce`
-        says), "data_grad", "pool"), or "gated" for that pass and its gradient. "training" stands for all primitives and
-        features but "pool" and "gated".
-    weights: (K, C/groups, R, S) and geometry of each product.
-    size: (N, C, H, W) of the first operand where it is known; only what was measured depends on it.
+    needs: the primitives and features that the call uses.
+        Primitives: "conv", "wgrad", "moments", "bn_pass", "finalize", and "gated" (the pass and its gradient).
+        Features: "residual"; "two_products"; "lazy" (an Operand's affine, ReLU or stride, or `Epilogue.upsample`);
+        "two_tensors" (`Operand.second`); "mask"; "stats"; "reduce" (any other `Epilogue.reduce`); "data_grad"; "pool".
+        "training" stands for all primitives and features except "pool" and "gated".
+    weights: (shape (K, C/groups, R, S), geometry) of each product.
+    size: (N, C, H, W) of the first operand, or () if unknown. Only choices from measured tables depend on it.
     """
 
     device: torch.device
@@ -260,7 +327,13 @@ class Call:
 def why_unsupported(
     call: Call, supports: frozenset[str], device: str | None, dtypes: Sequence[torch.dtype] | None
 ) -> str | None:
-    """Why a call is beyond a backend of these primitives and features, device type and dtypes (None: any), or None."""
+    """Return why a backend with these capabilities cannot run the call, or None if it can.
+
+    Args:
+        supports: the names of `Call.needs` that the backend implements.
+        device: the device type it needs; None: any.
+        dtypes: the compute dtypes it has; None: any floating dtype.
+    """
     missing = call.needs - supports
     if missing:
         return f"not implemented here: {', '.join(sorted(missing))}"
@@ -273,7 +346,7 @@ def why_unsupported(
 
 
 def call_of(products: Sequence[Product], epilogue: Epilogue) -> Call:
-    """The metadata of a `conv`."""
+    """Return the metadata of `conv(products, epilogue)`."""
     operands = [p.operand for p in products] + ([epilogue.residual] if epilogue.residual else [])
     present = {
         "conv": True,
@@ -289,11 +362,17 @@ def call_of(products: Sequence[Product], epilogue: Epilogue) -> Call:
     }
     x = products[0].operand.tensor
     shapes = tuple((p.packed.shape, p.geometry) for p in products)
-    return Call(x.device, x.dtype, frozenset(n for n, there in present.items() if there), shapes, tuple(x.shape))
+    needs = frozenset(name for name, used in present.items() if used)
+    return Call(x.device, x.dtype, needs, shapes, tuple(x.shape))
 
 
 def check_conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[int, int, int, int]:
-    """The result's sizes. Raises TypeError or ValueError naming what was expected and what came."""
+    """Check the arguments of a `conv` and return the sizes of its result, (N, K, P, Q) or (N, C, H, W).
+
+    Raises:
+        ValueError: no products, or shapes that do not fit together.
+        TypeError: operands, weights or residual differ in dtype or device from the first operand.
+    """
     if not products:
         raise ValueError("conv: expected at least one product, got none")
     sizes = products[0].output_sizes()
@@ -304,26 +383,27 @@ def check_conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[int, in
             raise TypeError(f"conv: expected {name} in {first.dtype} on {first.device}, got {t.dtype} on {t.device}")
     for p in products:
         if not isinstance(p.weight, Packed) and p.weight.dtype != first.dtype:
-            raise TypeError(f"conv: expected a weight in {first.dtype}, as its operand, got {p.weight.dtype}")
+            raise TypeError(f"conv: expected a weight in {first.dtype}, the operand's dtype, got {p.weight.dtype}")
         if p.output_sizes() != sizes:
             raise ValueError(f"conv: expected products of equal sizes, got {sizes} and {p.output_sizes()}")
     if epilogue.residual is not None:
         got = epilogue.residual.sizes
         expected = (*sizes[:2], *(-(-n // epilogue.upsample) for n in sizes[2:]))
         if (got[0], *got[2:]) != (expected[0], *expected[2:]) or got[1] > expected[1]:
-            raise ValueError(f"conv: expected a residual of {expected}, got {got}")
+            raise ValueError(f"conv: expected a residual of {expected}, or of fewer channels, got {got}")
     if epilogue.shift is not None and epilogue.shift.shape != (sizes[1],):
-        raise ValueError(f"conv: expected {sizes[1]} shifts, got {tuple(epilogue.shift.shape)}")
+        raise ValueError(f"conv: expected {sizes[1]} shifts, got a shift of sizes {tuple(epilogue.shift.shape)}")
     return sizes
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums, scales and statistics beside activations of `dtype`."""
+    """Return the dtype of sums, scales, shifts and statistics for activations of `dtype`: fp32, or fp64 for fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def nhwc_strides(t: Tensor) -> tuple[int, int, int]:
-    """Elements from an image, row, column to the next; where there is one only, what a dense map would have."""
+    """Return the strides (image, row, column) of an NHWC tensor in elements. A dimension of size 1 gets the stride that
+    a dense map would have, whatever torch reports."""
     N, C, H, W = t.shape
     n, _, h, w = t.stride()
     w = w if W > 1 else C
@@ -332,30 +412,49 @@ def nhwc_strides(t: Tensor) -> tuple[int, int, int]:
 
 
 def tf32_allowed() -> bool:
-    """Return whether torch's flags let convolutions of fp32 multiply in tf32."""
+    """Return whether torch's flags let fp32 convolutions multiply in tf32."""
     cudnn: Any = torch.backends.cudnn
     return cudnn.conv.fp32_precision == "tf32"
 
 
 def fold(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight (K, ...) times scale per output channel, computed in `accumulator_dtype` and rounded once."""
+    """Return weight * scale per output channel, computed in `accumulator_dtype` and rounded once to `dtype`. weight:
+    (K, C/groups, R, S); scale: (K)."""
     return (weight.to(accumulator_dtype(dtype)) * scale[:, None, None, None]).to(dtype)
 
 
 class Backend(Protocol):
-    """A backend is a module with these names. A primitive may be called where `why_not` of its call is None, and need
-    not exist elsewhere. Optional are, in one call, what `ops.block_inference.run` and `ops.stem_inference.run` compose,
-    and a way to decide once:
+    """The primitives of a backend. A backend is a module with these names.
 
-    residual_blocks(x, blocks, overwrite), of blocks that have a shortcut
-    residual_block(x, block), of one: its result, or None where no kernel has all of it
-    stem(x, weight, shift, geometry, pool), with its weight by `pack_stem(weight, scale, geometry, pool)` and its x in
-        memory of `stem_channels(weight sizes, geometry, pool)` channels, zeros behind the image's
+    A primitive may be called only if `why_not` returned None for a `Call` that names it; a backend may lack the rest.
+    Activations in results are channels_last.
 
-    taped(key, tensors, function) -> function(), a list of tensors that follows from the tensors and from key. It may
-        record the first call, and do the same again on other tensors of the same sizes
+    Raises: `conv` raises TypeError or ValueError for arguments that do not fit (`check_conv`). The other primitives get
+    arguments that this package checked; what a backend checks again raises TypeError or ValueError from Python and
+    RuntimeError from C++.
 
-    PACKS_FOR_SIZE: whether `pack` depends on the operand's size.
+    Numerics, for every backend: products accumulate in fp32 (fp64 for fp64 activations) and a result is rounded once,
+    at its end, unless the backend's file says otherwise. A mask keeps where not (t <= 0), so that a gradient passes
+    where t is NaN. This package's own kernels add in a fixed order, without atomics: the same call gives the same bits.
+
+    A backend may also define the following names; the callers look them up with getattr.
+
+    residual_blocks(x, blocks, overwrite) -> Tensor
+        Run consecutive `PackedBlock`s, each with a shortcut. x: (N, C, H, W), channels_last, in the compute dtype.
+        overwrite: the result may reuse x's memory. Without it, `ops.block_inference.run` composes blocks from `conv`.
+    residual_block(x, block) -> Tensor | None
+        Run one block, or return None if no kernel covers all of it.
+    stem(x, weight, shift, geometry, pool) -> Tensor
+        Return max_pool(relu(conv(x, weight) + shift)). weight comes from `pack_stem(weight, scale, geometry, pool)`. x
+        has `stem_channels(sizes of the weight, geometry, pool)` channels; those after the image's own are zero.
+    taped(key, tensors, function) -> list[Tensor]
+        Return function(), a list of tensors that depends only on `tensors` and `key`. The backend may record the
+        launches of a first call and replay them for other tensors of the same sizes.
+
+    Attributes:
+        NAME: the name that `use_backend` takes.
+        SUPPORTS: the names of `Call.needs` that are implemented.
+        PACKS_FOR_SIZE: whether the result of `pack` depends on the operand's size.
     """
 
     NAME: str
@@ -363,69 +462,195 @@ class Backend(Protocol):
     PACKS_FOR_SIZE: bool
 
     def why_not(self, call: Call) -> str | None:
-        """None if the call runs here, else the reason. A pure function of metadata."""
+        """Return None if this backend can run the call, else the reason. A pure function of the metadata in `call`."""
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype activations of `dtype` are computed and kept in inside a fused sequence."""
+        """Return the dtype in which activations of `dtype` are computed and stored inside a fused sequence."""
 
     def images_per_pass(self, image_bytes: int) -> int | None:
-        """How many images to run through a sequence of blocks at a time, when the largest pair of an image's
-        activations takes `image_bytes`; None for the whole batch."""
+        """Return how many images to run at a time through a sequence of blocks, or None for the whole batch.
+
+        Args:
+            image_bytes: bytes of the largest pair of consecutive activations of one image.
+        """
 
     def pack(self, weight: Tensor, scale: Tensor, geometry: Geometry, size: Sequence[int], keep: bool = True) -> Packed:
-        """Prepare a weight for operands of `size` (N, C, H, W). keep: for many calls, so that work here pays."""
+        """Return a weight and its scale in the layout that this backend's `conv` reads.
+
+        Args:
+            weight: (K, C/groups, R, S), in the compute dtype.
+            scale: (K), in `accumulator_dtype`.
+            size: (N, C, H, W) of the operands to come; ignored unless PACKS_FOR_SIZE.
+            keep: the result will be reused by many calls, so that more work here pays off.
+        """
 
     def mask_size(self, sizes: Sequence[int]) -> tuple[int, ...] | None:
-        """Of the uint8 tensor that stands for the mask of a result of these sizes (N, K, P, Q); None: the result itself
-        is what `reduce="mask"` returns."""
+        """Return the sizes of the uint8 tensor that `Epilogue.reduce` = "mask" returns for a result of (N, K, P, Q), or
+        None if the backend returns the result itself, from which the mask is not (result <= 0)."""
 
     def materialize(self, operand: Operand, kernel: int) -> Operand:
-        """An operand that several kernels are going to read, one of them a product with a kernel x kernel filter: as
-        it came if they apply what it holds while loading, else computed once."""
+        """Return an operand that several kernels will read, in the form that suits this backend.
+
+        Args:
+            kernel: one of the readers is a product with a kernel x kernel filter.
+
+        Returns:
+            `operand` unchanged if the readers apply its fields while loading; else a plain Operand, computed once.
+        """
 
     def conv(self, products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
-        """(t, reduced): t (N, K, P, Q) = epilogue(sum of products), channels_last; reduced as `Epilogue.reduce`."""
+        """t = epilogue(sum over products of scale * conv(operand, weight)).
+
+        Args:
+            products: one or more terms of equal result sizes, all in one dtype on one device.
+
+        Returns:
+            (t, reduced): t is (N, K, P, Q), or (N, C, H, W) of data gradients, in the operands' dtype; `reduced` as
+            `Epilogue.reduce` says.
+
+        Raises:
+            TypeError, ValueError: see `check_conv`.
+
+        Numerics: the scale of a plain weight multiplies the accumulator, not the weight; that of a weight from `pack`
+            may be folded into the weight. A backend that departs from this says so in its file.
+        """
 
     def masked_conv(self, products: Sequence[Product], epilogue: Epilogue) -> tuple[Operand, tuple[Tensor, Tensor]]:
-        """`conv` with a mask, an Operand, and sums; the result as an operand that may hold the mask."""
+        """t = `conv` with a mask and the sums (sum(t), sum(t * xhat)) per channel.
+
+        Args:
+            epilogue: with `mask` an Operand and `reduce` a `Normalized`.
+
+        Returns:
+            (t, (sum(t), sum(t * xhat))): t as an Operand, which may hold the mask instead of a masked tensor. Sums are
+            (K), or (C) of data gradients, in `accumulator_dtype`.
+        """
 
     def wgrad(
         self, g: Operand, x: Operand, kernel: tuple[int, int], geometry: Geometry, sums: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """(dL/dweight (K, C/groups, R, S), sum of g per channel if `sums`), both in `accumulator_dtype`, for
-        g = dL/dconv (N, K, P, Q) and conv's operand x (N, C, H, W)."""
+        """dweight[k, c, r, s] = sum over output positions of g[k] * x[c] at the position that tap (r, s) reads.
+
+        Args:
+            g: (N, K, P, Q), the gradient of the convolution's output.
+            x: (N, C, H, W), the convolution's operand.
+            kernel: (R, S).
+            sums: also return the sum of g per channel.
+
+        Returns:
+            (dweight (K, C/groups, R, S), sum of g (K) or None), both in `accumulator_dtype`.
+        """
 
     def moments(self, h: Operand) -> Moments:
-        """Over the M rows of h (N, J, P, Q)."""
+        """Return mean = sum(h)/M and M2 = sum((h - mean)(h - mean)^T) over the M = N*P*Q rows of h.
+
+        Args:
+            h: (N, J, P, Q).
+
+        Numerics: of the rounded h. The mean is taken out before the products where h is fp32 or fp64.
+        """
 
     def bn_pass(self, x: Operand, epilogue: Epilogue, pool: Pool | None = None) -> tuple[Tensor, Any]:
-        """(t, reduced): epilogue(x), then max-pooled (NaN wins, padding -inf) if pool is given."""
+        """t = epilogue(x), then max-pooled if `pool` is given: one read and one write of memory.
+
+        Args:
+            x: (N, C, H, W).
+            pool: padding counts as -inf, and NaN is the greatest value, as in torch.
+
+        Returns:
+            (t, reduced): t is (N, C, H, W), or of the pooled sizes, in x's dtype; `reduced` as `Epilogue.reduce` says.
+        """
 
     def reduce(self, x: Operand, by: str | Normalized) -> Any:
-        """What `bn_pass` of x reduces to by "stats" or `Normalized`, without its result."""
+        """Return what `bn_pass(x, Epilogue(reduce=by))` reduces to, without storing its result. by: "stats" or a
+        `Normalized`."""
 
     def gated(self, z: Tensor, gate: Tensor | None, shortcut: Tensor | None, relu: bool) -> Tensor:
-        """y (N, K, P, Q) = relu(gate * z + shortcut), rounded once. z, shortcut: of y's sizes, channels_last; gate:
-        (N, K) in `accumulator_dtype`; a gate of None is one, a shortcut of None zero."""
+        """y = relu(gate * z + shortcut).
+
+        Args:
+            z: (N, K, P, Q), channels_last: the branch of the block.
+            gate: (N, K) in `accumulator_dtype`; None counts as one.
+            shortcut: (N, K, P, Q), channels_last; None counts as zero.
+            relu: False leaves the ReLU out.
+
+        Returns:
+            y (N, K, P, Q) in z's dtype, channels_last.
+
+        Numerics: computed in `accumulator_dtype`, rounded once.
+        """
 
     def gated_grad(
         self, dy: Tensor, y: Tensor | None, z: Tensor | None, gate: Tensor | None, wanted: Sequence[bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """With g = dy where not (y <= 0), or dy where y is None: g * gate, the sum of g * z over P and Q (N, K) in
-        `accumulator_dtype`, and g; None for what is not wanted. z is needed for the sum alone. Maps are
-        channels_last."""
+        """dz = g * gate, dgate = sum over P and Q of g * z, dshortcut = g, where g = dy where not (y <= 0), else 0.
+
+        Args:
+            dy: (N, K, P, Q), channels_last.
+            y: the result of `gated`, whose ReLU masks dy; None if it had no ReLU: g = dy.
+            z: (N, K, P, Q), channels_last. Needed for dgate only.
+            gate: (N, K) in `accumulator_dtype`. Needed for dz only.
+            wanted: whether to compute each of dz, dgate, dshortcut.
+
+        Returns:
+            (dz (N, K, P, Q) in dy's dtype, dgate (N, K) in `accumulator_dtype`, dshortcut (N, K, P, Q) in dy's dtype);
+            None for each that was not requested.
+        """
 
     def finalize_stats(self, stats: Stats, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-        """The table of `Affine`: a = gamma*rstd, b = beta - mean*a, from the biased variance."""
+        """rstd = 1/sqrt(M2/rows + eps), a = gamma*rstd, b = beta - mean*a.
+
+        Args:
+            gamma, beta: (K), in `accumulator_dtype`.
+
+        Returns:
+            The (5, K) table of `Affine`, in gamma's dtype.
+
+        Numerics: computed in fp64 and rounded once. b uses the rounded a.
+        """
 
     def finalize_moments(self, m: Moments, weight: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-        """The same for c = h W^T (weight (K, J)), from h's moments: mean = W mu, var = diag(W Cov W^T)."""
+        """The table of `finalize_stats` for c = h W^T, from the moments of h: mean = W mu, var = diag(W Cov W^T).
+
+        Args:
+            m: moments of h over rows of J channels: mu = m.mean, Cov = m.M2 / m.rows.
+            weight: W, (K, J).
+            gamma, beta: (K), in `accumulator_dtype`.
+
+        Returns:
+            The (5, K) table of `Affine`, in gamma's dtype.
+
+        Numerics: a variance that rounding made slightly negative counts as zero; NaN stays NaN.
+        """
 
     def finalize_bn_grad(self, sums: tuple[Tensor, Tensor], rows: int | Tensor, affine: Affine) -> tuple[Tensor, ...]:
-        """From sum(g), sum(g*xhat): (al, be, const) with dL/dc = al*g + be*(c - mean) + const."""
+        """dL/dc = al*g + be*(c - mean) + const: the coefficients of a batch norm's gradient.
+
+        al = a, be = -a * rstd * sum(g*xhat) / rows, const = -a * sum(g) / rows.
+
+        Args:
+            sums: (sum(g), sum(g * xhat)), each (K): also the gradients of beta and gamma.
+            rows: M; a Tensor where the rows of several processes were added.
+
+        Returns:
+            (al, be, const), each (K) in `accumulator_dtype`.
+
+        Numerics: computed in fp64 and rounded once.
+        """
 
     def finalize_tail_grad(
         self, sg: Tensor, G: Tensor, centre: Tensor | None, m: Moments, weight: Tensor, affine: Affine
     ) -> TailGrad:
-        """From sg = sum(g) and G = g^T (h - centre), for c = h W^T whose statistics came from the moments m; weight and
-        G are (K, J), centre None is zero."""
+        """dL/dh = g A + (h - centre) B + v for c = h W^T and its batch norm, with dweight and dgamma: see `TailGrad`.
+
+        Args:
+            sg: (K), sum(g) over rows: also the gradient of beta.
+            G: (K, J) = g^T (h - centre), the `wgrad` of g and the centred h.
+            centre: (J), or None for zero.
+            m: the moments of h from which the statistics of c came.
+            weight: W, (K, J).
+            affine: the batch norm, from `finalize_moments`.
+
+        Numerics: vectors are computed in fp64 and rounded once. v uses the rounded A and B, so that their rounding does
+            not shift the mean of dL/dh.
+        """

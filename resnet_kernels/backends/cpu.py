@@ -1,12 +1,17 @@
-"""CPUs: fp32 convolutions of our own where there is AVX2 or AVX-512, oneDNN's for the rest, and vectorised passes
-(csrc/cpu).
+"""The CPU backend: fp32 convolutions of our own for AVX2 and AVX-512, oneDNN for all others, and vectorised passes.
 
-A batch runs a few images at a time, so that their activations stay in cache (`images_per_pass`). That also keeps them
-under the size from which malloc maps and zeroes fresh pages on every call: on 2 Zen 3 cores oneDNN's 64 -> 256 1x1
-convolution on 56x56 runs at 166 GFLOP/s for 4 images at a time and at 37 for 16.
+The C++ is in csrc/cpu. The primitives are documented in contract.py.
 
-16-bit activations are computed in fp32 where the processor has no such instructions (and fp16 always): more accurate,
-and far faster than emulation.
+A batch runs a few images at a time, so that their activations stay in cache (`images_per_pass`). Activations also stay
+below the size from which malloc maps fresh pages, zeroed by the kernel, on every call: on 2 Zen 3 cores oneDNN's
+64 -> 256 1x1 convolution on 56x56 runs at 166 GFLOP/s for 4 images at a time and at 37 GFLOP/s for 16.
+
+fp16 activations are always computed in fp32, and bf16 ones if the processor has no bf16 instructions. That is more
+accurate and far faster than emulation.
+
+In training, convolutions read plain operands: what an Operand holds is computed once, by a pass of
+csrc/cpu/reductions.cpp. Passes, reductions and weight gradients run in fp32; 16-bit activations are widened before them
+and rounded after them.
 """
 
 from __future__ import annotations
@@ -46,15 +51,15 @@ SUPPORTS = frozenset(
 PACKS_FOR_SIZE = True
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Bytes of activations to keep in flight. Between 12 and 24 MB speed is level (ResNet-18 and 50, 2 AVX-512 cores: within
-# 3 %); with 24 a ResNet-18's peak passes half of eager's there.
+# Bytes of the activations that are alive during one pass. From 12 to 24 MB the speed is the same within 3 % (ResNet-18
+# and ResNet-50, 2 AVX-512 cores). With 24 MB the peak memory of ResNet-18 exceeds half of eager's there.
 PASS_BYTES = 16 * 2**20
 
 
 def why_not(call: Call) -> str | None:
     reason = why_unsupported(call, SUPPORTS, "cpu", DTYPES)
     if reason is None and not torch.backends.mkldnn.is_available():
-        reason = "this torch was built without oneDNN"
+        reason = "expected a torch built with oneDNN, got one without"
     return reason or extension.load()[1]
 
 
@@ -84,21 +89,21 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
     sizes = check_conv(products, epilogue)
     C, _ = extension.load()
     dtype = products[0].operand.tensor.dtype
-    # Data gradients that no convolution of stride 1 computes exist in fp32.
-    strided = any(p.data_grad_size and (p.geometry.stride > 1 or p.geometry.groups > 1) for p in products)
-    compute = torch.float32 if strided else compute_dtype(dtype)
-    # A pass behind the convolutions does what their own epilogue (shift, residual, ReLU) cannot.
-    pass_behind = _needs_pass(epilogue, sizes[1])
-    residual = None if pass_behind else epilogue.residual
+    # A data gradient with a stride or groups is no convolution of stride 1, and exists in fp32 only.
+    only_fp32 = any(p.data_grad_size and (p.geometry.stride > 1 or p.geometry.groups > 1) for p in products)
+    compute = torch.float32 if only_fp32 else compute_dtype(dtype)
+    # The epilogue of a convolution kernel has shift, residual and ReLU. A pass after the convolutions does the rest.
+    separate_pass = _needs_pass(epilogue, sizes[1])
+    residual = None if separate_pass else epilogue.residual
     overwrite = epilogue.overwrite and compute == dtype
     y = None if residual is None else _nhwc(residual.tensor, compute)
     for i, p in enumerate(products):
-        shift = None if pass_behind or i else epilogue.shift
-        relu = epilogue.relu and not pass_behind and i == len(products) - 1
+        shift = None if separate_pass or i else epilogue.shift
+        relu = epilogue.relu and not separate_pass and i == len(products) - 1
         x = _nhwc(_plain(p.operand, compute), compute)
         y = _convolve(C, x, p, shift, y, overwrite or i > 0, relu)
     assert y is not None
-    if pass_behind:
+    if separate_pass:
         return _pass(Operand(y), epilogue, dtype, store=True, in_place=True)
     result = y.to(dtype)
     return result, _reduction_of(result, epilogue.reduce)
@@ -107,54 +112,60 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
 def _convolve(
     C: Any, x: Tensor, p: Product, shift: Tensor | None, y: Tensor | None, overwrite: bool, relu: bool
 ) -> Tensor:
-    """relu(product of x + shift + y)."""
+    """Return relu(scale * conv(x) + shift + y) for one product, or the same with its data gradient.
+
+    C: the extension. x: the product's operand as a plain tensor in the compute dtype, channels_last. overwrite: the
+    result may reuse y's memory.
+    """
     packed, g = p.packed, p.geometry
     if p.data_grad_size is not None:
         assert isinstance(packed.weight, Tensor)
         weight = packed.weight.to(x.dtype)
         if packed.scale is not None:
             x = x * packed.scale[:, None, None]
-        # oneDNN has no negative padding.
-        cropped = g.dilation * (weight.shape[2] - 1) < g.padding
-        if g.stride > 1 or g.groups > 1 or cropped:
+        # The equivalent convolution would have a negative padding, which oneDNN does not support.
+        negative_padding = g.dilation * (weight.shape[2] - 1) < g.padding
+        if g.stride > 1 or g.groups > 1 or negative_padding:
             t = C.data_grad(x, weight, *p.data_grad_size, g)
             if y is None and shift is None and not relu:
                 return t
             return _pass(Operand(t), Epilogue(shift, None if y is None else Operand(y), relu), x.dtype, True, True)[0]
-        # A data gradient of stride 1 is the convolution by the filter turned round.
+        # A data gradient of stride 1 is a convolution with the transposed weight, its filters rotated by 180 degrees.
         g = Geometry(1, g.dilation * (weight.shape[2] - 1) - g.padding, g.dilation)
         conv = C.pack_conv(weight, torch.ones(weight.shape[1]), g, x.shape, "auto", True)
         return C.conv(x, conv, None if shift is None else shift.to(x.dtype), y, overwrite, relu)
     scale = None
     if isinstance(packed.weight, Tensor):
-        # The weight stays exact: rounding of a scaled one would be the same error in every row.
+        # The scale of a plain weight (in training) multiplies the accumulator: rounding scale * weight would put the
+        # same error in every row.
         scale = None if packed.scale is None else packed.scale.float().contiguous()
         packed = pack(packed.weight, torch.ones(packed.shape[0]), g, x.shape, keep=False)
     if scale is not None and x.dtype != torch.float32:
-        # oneDNN rounds its sums to 16 bits; all that follows is rounded once.
+        # oneDNN rounds its sums to 16 bits. The pass does the rest of the epilogue in fp32 and rounds once more.
         c = C.conv(x, packed.weight, None, None, False, False, None)
         b = torch.zeros_like(scale) if shift is None else shift.float()
-        added = Epilogue(residual=None if y is None else Operand(y), relu=relu)
-        return _pass(Operand(c, (scale, b)), added, x.dtype, store=True, in_place=True)[0]
+        rest = Epilogue(residual=None if y is None else Operand(y), relu=relu)
+        return _pass(Operand(c, (scale, b)), rest, x.dtype, store=True, in_place=True)[0]
     return C.conv(x, packed.weight, None if shift is None else shift.to(x.dtype), y, overwrite, relu, scale)
 
 
 def _needs_pass(e: Epilogue, channels: int) -> bool:
+    """Return whether an epilogue has more than the shift, plain residual and ReLU of a convolution kernel."""
     r = e.residual
-    residual = r is not None and (not r.plain or e.upsample > 1 or r.tensor.shape[1] < channels)
-    return residual or e.mask is not None or isinstance(e.reduce, Normalized)
+    residual_work = r is not None and (not r.plain or e.upsample > 1 or r.tensor.shape[1] < channels)
+    return residual_work or e.mask is not None or isinstance(e.reduce, Normalized)
 
 
 def _reduction_of(y: Tensor, by: str | Normalized | None) -> Any:
-    """Of a result that is stored already."""
+    """Return the reduction of a stored result y, as `Epilogue.reduce` says; here the mask is y itself."""
     return None if by is None else y if by == "mask" else reduce(Operand(y), by)
 
 
 def residual_blocks(x: Tensor, blocks: Sequence[PackedBlock], overwrite: bool) -> Tensor:
-    """Whole blocks, one call each; x in the compute dtype and channels_last."""
+    """Run consecutive blocks, one C++ call each. x: channels_last, in the compute dtype."""
     C, _ = extension.load()
     for i, block in enumerate(blocks):
-        # The packed weights know their geometries.
+        # Each packed weight holds its geometry.
         weights, shifts = [w.weight for w in block.weights], [b.to(x.dtype) for b in block.shifts]
         x = C.residual_block(x, weights, shifts, block.shortcut, overwrite or i > 0)
     return x
@@ -184,7 +195,7 @@ def bn_pass(x: Operand, epilogue: Epilogue, pool: Pool | None = None) -> tuple[T
             or x != Operand(x.tensor, affine)
             or epilogue != Epilogue(relu=True, reduce="winners")
         ):
-            # Which of them is the greatest is decided between rounded values.
+            # Winners are decided between the rounded values, so those are computed first.
             x, affine = Operand(_pass(x, dataclasses.replace(epilogue, reduce=None), dtype, store=True)[0]), None
         a, b = (t.float().contiguous() for t in affine) if affine else (None, None)
         y, winners = C.max_pool_relu_winners(_nhwc(x.tensor, torch.float32), a, b, *pool)
@@ -193,9 +204,6 @@ def bn_pass(x: Operand, epilogue: Epilogue, pool: Pool | None = None) -> tuple[T
         v = _nhwc(x.tensor, torch.float32 if dtype == torch.float16 else dtype)
         return C.max_pool_relu(v, *pool).to(dtype), None
     return torch.max_pool2d(_pass(x, epilogue, dtype, store=True)[0], *pool), None
-
-
-# Training. Products read plain operands: what an Operand holds is computed once, by a pass.
 
 
 def mask_size(sizes: Sequence[int]) -> tuple[int, ...] | None:
@@ -207,7 +215,7 @@ def materialize(operand: Operand, kernel: int) -> Operand:
 
 
 def _lazy(o: Operand) -> tuple:
-    """As the extension takes it, in fp32; its stride must be 1."""
+    """Return an operand of stride 1 as the tuple of fp32 tensors that the extension takes; see csrc/bindings.cpp."""
     per_channel = [None if t is None else t.float().contiguous() for t in (*(o.affine or (None, None)), o.centre)]
     mask = _plain(o.mask, torch.float32) if isinstance(o.mask, Operand) else o.mask
     tensors = [None if t is None else _nhwc(t, torch.float32) for t in (o.tensor, mask, o.second and o.second[0])]
@@ -219,22 +227,24 @@ def _lazy(o: Operand) -> tuple:
 
 
 def _unstrided(o: Operand) -> Operand:
-    """With every stride-th row and column taken."""
+    """Return the operand with its tensors subsampled, so that its stride is 1."""
     if o.stride == 1:
         return o
 
     C, _ = extension.load()
 
-    def part(t: Tensor) -> Tensor:
+    def subsampled(t: Tensor) -> Tensor:
         return C.subsampled(t.contiguous(memory_format=torch.channels_last), o.stride)
 
-    second = None if o.second is None else (part(o.second[0]), *o.second[1:])
-    mask = None if o.mask is None else part(_plain(o.mask, torch.float32) if isinstance(o.mask, Operand) else o.mask)
-    return dataclasses.replace(o, tensor=part(o.tensor), second=second, mask=mask, stride=1)
+    second = None if o.second is None else (subsampled(o.second[0]), *o.second[1:])
+    mask = _plain(o.mask, torch.float32) if isinstance(o.mask, Operand) else o.mask
+    mask = None if mask is None else subsampled(mask)
+    return dataclasses.replace(o, tensor=subsampled(o.tensor), second=second, mask=mask, stride=1)
 
 
 def _plain(operand: Operand, dtype: torch.dtype) -> Tensor:
-    """What the operand stands for, rounded to its tensor's dtype, in `dtype`."""
+    """Return the value that the operand stands for, rounded to its tensor's dtype and then converted to `dtype`. Of a
+    plain operand, return its tensor unconverted."""
     o = _unstrided(operand)
     if o.plain:
         return o.tensor
@@ -244,30 +254,34 @@ def _plain(operand: Operand, dtype: torch.dtype) -> Tensor:
 
 
 def _rounds_to_zero(dtype: torch.dtype) -> float:
-    """The largest number that fp32 still has and `dtype` does not."""
+    """Return the largest fp32 number that rounds to zero in `dtype`; 0 if `dtype` has fp32's exponents. A mask computed
+    in fp32 compares with this threshold, so that it keeps the same elements as a mask that was rounded to `dtype`."""
     return 2.0**-25 if dtype == torch.float16 else 0.0
 
 
 def _pass(x: Operand, e: Epilogue, dtype: torch.dtype, store: bool, in_place: bool = False) -> tuple[Any, Any]:
-    """bn_pass, with its result in `dtype`; in_place: it may take x's memory."""
+    """Return (t, reduced) of `bn_pass` with t in `dtype`.
+
+    store: False computes the reduction only; t is then None. in_place: t may reuse x's memory.
+    """
     C, _ = extension.load()
     x = _unstrided(x)
-    residual, kept = None, None
+    residual, mask = None, None
     if e.residual is not None:
         r = _unstrided(e.residual)
         if e.upsample > 1 or r.tensor.shape[1] < x.tensor.shape[1]:
-            part = _plain(r, torch.float32)
+            value = _plain(r, torch.float32)
             if in_place and x.plain:
-                x.tensor[:, : part.shape[1], :: e.upsample, :: e.upsample] += part
+                x.tensor[:, : value.shape[1], :: e.upsample, :: e.upsample] += value
                 e = dataclasses.replace(e, residual=None, upsample=1)
                 if store and e == Epilogue(overwrite=e.overwrite):
                     return x.tensor.to(dtype), None
             else:
-                r = Operand(_upsample(part, x.sizes, e.upsample))
+                r = Operand(_upsample(value, x.sizes, e.upsample))
         residual = None if e.residual is None else _lazy(r)
     if e.mask is not None:
-        kept = _lazy(e.mask if isinstance(e.mask, Operand) else Operand(e.mask.to(torch.float32)))
-    # Sums are of the rounded result: where rounding follows, they are taken behind it.
+        mask = _lazy(e.mask if isinstance(e.mask, Operand) else Operand(e.mask.to(torch.float32)))
+    # Reductions are of the rounded result. If the result will be rounded to 16 bits, they are taken after that.
     rounds = dtype != torch.float32
     normalized, kind = None, ""
     if isinstance(e.reduce, Normalized) and not rounds:
@@ -279,7 +293,7 @@ def _pass(x: Operand, e: Epilogue, dtype: torch.dtype, store: bool, in_place: bo
     rows = N * H * W
     shift = None if e.shift is None else e.shift.float().contiguous()
     out = lazy[0] if in_place and lazy[0].is_contiguous(memory_format=torch.channels_last) else None
-    y, sums = C.bn_pass(lazy, shift, residual, e.relu, kept, _rounds_to_zero(dtype), store, out, kind, normalized)
+    y, sums = C.bn_pass(lazy, shift, residual, e.relu, mask, _rounds_to_zero(dtype), store, out, kind, normalized)
     if not store:
         return None, Stats(rows, *sums) if kind else sums
     t: Tensor = y.to(dtype)
@@ -293,7 +307,7 @@ def _pass(x: Operand, e: Epilogue, dtype: torch.dtype, store: bool, in_place: bo
 
 
 def _upsample(r: Tensor, sizes: Sequence[int], upsample: int) -> Tensor:
-    """r at every upsample-th row and column, and in the first channels, of zeros."""
+    """Return zeros of `sizes` (N, C, H, W) with r in the first channels of every upsample-th row and column."""
     full = torch.zeros(sizes, dtype=r.dtype).contiguous(memory_format=torch.channels_last)
     full[:, : r.shape[1], ::upsample, ::upsample] = r
     return full

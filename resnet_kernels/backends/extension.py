@@ -1,4 +1,4 @@
-"""The compiled extension, loaded once and never fatal: what is missing is a reason, not an error."""
+"""Loads the compiled extension `resnet_kernels._C` once. A missing or broken extension is a reason, never an error."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 @functools.cache
 def load() -> tuple[Any, str | None]:
-    """(module, None), or (None, why there is none)."""
+    """Return (module, None), or (None, reason) if the extension is not built or does not load."""
     try:
         return importlib.import_module("resnet_kernels._C"), None
     except ModuleNotFoundError:
         return None, "the C++ extension was not built (RESNET_KERNELS_BUILD=none, or an install without a compiler)"
     except ImportError as error:
-        return None, f"the C++ extension does not load: {error}; was it built for another torch?"
+        return None, f"the C++ extension does not load: {error}; was it built for another torch? Then build it again"

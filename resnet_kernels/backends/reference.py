@@ -1,7 +1,8 @@
-"""The primitives in plain torch, for any floating dtype: the definition of correct.
+"""The reference backend: every primitive in plain torch, for any floating dtype. It defines the correct result.
 
-Products are computed in `accumulator_dtype` (fp32, or fp64) from operands rounded to the compute dtype, and a result
-is rounded once, at its end. Nothing here is meant to be fast.
+Products are computed in `accumulator_dtype` (fp32, or fp64 for fp64) from operands rounded to the compute dtype, and a
+result is rounded once, at its end. The code is written to be read, not to be fast. The primitives are documented in
+contract.py.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def pack(weight: Tensor, scale: Tensor, geometry: Geometry, size: Sequence[int],
 
 
 def _per_channel(t: Tensor) -> Tensor:
+    """Return a vector (C) as (C, 1, 1), to broadcast over an NCHW tensor."""
     return t[:, None, None]
 
 
@@ -72,14 +74,14 @@ def materialize(operand: Operand, kernel: int) -> Operand:
 
 
 def _value(operand: Operand) -> Tensor:
-    """What the operand stands for, in its tensor's dtype."""
+    """Return the value that the operand stands for, in its tensor's dtype; see `contract.Operand` for the order."""
     s = operand.stride
     x = operand.tensor[:, :, ::s, ::s]
     v = x.to(accumulator_dtype(x.dtype))
     if operand.pooled is not None:
         v = _unpooled(v, operand.pooled)
     if operand.mask is not None:
-        v = torch.where(_kept(operand.mask)[:, :, ::s, ::s], v, 0)
+        v = torch.where(_keeps(operand.mask)[:, :, ::s, ::s], v, 0)
     if operand.affine is not None:
         a, b = operand.affine
         v = _per_channel(a) * v + _per_channel(b)
@@ -93,35 +95,37 @@ def _value(operand: Operand) -> Tensor:
 
 
 def _corners(pool: Pool, P: int, Q: int) -> tuple[Tensor, Tensor]:
-    """Row and column of the first element of each of P x Q windows."""
+    """Return the row (P, 1) and the column (1, Q) of the top left element of each of P x Q windows."""
     rows, columns = (torch.arange(n) * pool.stride - pool.padding for n in (P, Q))
     return rows[:, None], columns[None, :]
 
 
 def _winners(flat: Tensor, t: Tensor, pool: Pool, W: int) -> Tensor:
-    """`Pooled.winners` from where the maxima t stand in their map of width W, counted row by row."""
+    """Return `Pooled.winners` for the maxima t. flat: the index of each maximum in its map of width W, row by row."""
     row, column = (o.to(flat.device) for o in _corners(pool, *t.shape[2:]))
     within = (flat // W - row) * pool.kernel + flat % W - column
     return torch.where(t <= 0, NO_WINNER, within).to(torch.uint8).contiguous(memory_format=torch.channels_last)
 
 
 def _unpooled(v: Tensor, pooled: Pooled) -> Tensor:
+    """Return the gradient before max pooling: each value of v added to the element that won its window."""
     winners, pool, (H, W) = pooled
     row, column = (o.to(v.device) for o in _corners(pool, *v.shape[2:]))
-    within, ends = winners.long(), winners == NO_WINNER
+    within, no_winner = winners.long(), winners == NO_WINNER
     flat = (row + within // pool.kernel) * W + column + within % pool.kernel
     full = v.new_zeros(*v.shape[:2], H * W)
-    full.scatter_add_(2, torch.where(ends, 0, flat).flatten(2), torch.where(ends, 0, v).flatten(2))
+    full.scatter_add_(2, torch.where(no_winner, 0, flat).flatten(2), torch.where(no_winner, 0, v).flatten(2))
     return full.view(*v.shape[:2], H, W)
 
 
-def _kept(mask: Tensor | Operand) -> Tensor:
-    """Where a mask of any form keeps what it is laid over: a NaN's gradient passes."""
+def _keeps(mask: Tensor | Operand) -> Tensor:
+    """Return a bool tensor that is True where the mask keeps a value. A NaN in the mask keeps."""
     t = _value(mask) if isinstance(mask, Operand) else mask
     return t if t.dtype == torch.bool else ~(t <= 0)
 
 
 def _finish(t: Tensor, epilogue: Epilogue, dtype: torch.dtype, pool: Pool | None = None) -> tuple[Tensor, Any]:
+    """Return (epilogue(t) rounded to dtype and pooled, its reduction). A residual is added to t in place."""
     if epilogue.shift is not None:
         t = t + _per_channel(epilogue.shift)
     if epilogue.residual is not None:
@@ -130,7 +134,7 @@ def _finish(t: Tensor, epilogue: Epilogue, dtype: torch.dtype, pool: Pool | None
     if epilogue.relu:
         t = torch.relu(t)
     if epilogue.mask is not None:
-        t = torch.where(_kept(epilogue.mask), t, 0)
+        t = torch.where(_keeps(epilogue.mask), t, 0)
     t = t.to(dtype)
     if pool is not None:
         W = t.shape[3]
@@ -145,11 +149,12 @@ def _finish(t: Tensor, epilogue: Epilogue, dtype: torch.dtype, pool: Pool | None
 
 
 def _reduced(t: Tensor, by: str | Normalized) -> Any:
-    # Summed in fp64: a mean's error is the same in every row.
+    """Return the `Stats` of t, or (sum(t), sum(t * xhat)) for a `Normalized`."""
+    # Sums are in fp64: the error of a mean is the same in every row, so later sums over rows add it up.
     v, w = t.double(), accumulator_dtype(t.dtype)
     if isinstance(by, Normalized):
-        off = by.tensor.to(v.dtype) - _per_channel(by.mean)
-        return v.sum((0, 2, 3)).to(w), ((v * off).sum((0, 2, 3)) * by.rstd).to(w)
+        centred = by.tensor.to(v.dtype) - _per_channel(by.mean)
+        return v.sum((0, 2, 3)).to(w), ((v * centred).sum((0, 2, 3)) * by.rstd).to(w)
     mean = v.mean((0, 2, 3))
     M2 = (v - _per_channel(mean)).square().sum((0, 2, 3))
     return Stats(v.numel() // v.shape[1], mean.to(w), M2.to(w))
@@ -166,13 +171,13 @@ def conv(products: Sequence[Product], epilogue: Epilogue) -> tuple[Tensor, Any]:
         if p.data_grad_size is None:
             t = F.conv2d(x, w, None, *g)
         else:
-            # conv_transpose2d leaves the size open by stride - 1 rows: the operand's.
+            # Up to `stride` input sizes have the same output size; output_padding picks the right one.
             R, S = w.shape[2:]
-            extra = [
+            output_padding = [
                 n + 2 * g.padding - g.dilation * (k - 1) - 1 - (m - 1) * g.stride
                 for n, m, k in ((H, x.shape[2], R), (W, x.shape[3], S))
             ]
-            t = F.conv_transpose2d(x, w, None, g.stride, g.padding, extra, g.groups, g.dilation)
+            t = F.conv_transpose2d(x, w, None, g.stride, g.padding, output_padding, g.groups, g.dilation)
         if scale is not None:
             t = t * _per_channel(scale)
         total = t if total is None else total + t
@@ -203,7 +208,7 @@ def moments(h: Operand) -> Moments:
 def bn_pass(x: Operand, epilogue: Epilogue, pool: Pool | None = None) -> tuple[Tensor, Any]:
     dtype = x.tensor.dtype
     value = _value(x).to(accumulator_dtype(dtype))
-    # A residual is added in place.
+    # `_finish` adds a residual in place, so the caller's tensor is copied first.
     return _finish(value.clone() if x.plain else value, epilogue, dtype, pool)
 
 
