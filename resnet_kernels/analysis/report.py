@@ -274,7 +274,7 @@ class Change:
 
     @property
     def fails(self) -> bool:
-        """Return whether ours became slower, or stopped being right. A slower peer is the machine's or PyTorch's doing."""
+        """Return whether ours became slower, or wrong. A slower peer is not our regression."""
         lost = self.old.status == "ok" and self.new.status != "ok"
         return not self.new.peer and (lost or self.flag == "regression")
 
