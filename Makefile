@@ -51,7 +51,8 @@ gpu:
 readme: $(VENV)/built
 	$(BIN)/resnet-kernels report --readme docs/performance.md
 	$(BIN)/resnet-kernels report --readme docs/accuracy.md
-	$(BIN)/resnet-kernels coverage --readme docs/coverage.md
+	$(BIN)/resnet-kernels coverage --readme docs/coverage.md --results benchmarks/results
+	$(BIN)/python -m benchmarks.headline
 
 # The documents and an API reference as a site: build/site/index.html.
 docs: $(VENV)/built

@@ -7,6 +7,7 @@ import pytest
 
 from resnet_kernels.analysis.report import readme_tables
 from resnet_kernels.analysis.results import load
+from resnet_kernels.analysis.rows import comparisons
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -59,6 +60,13 @@ def test_the_tables_are_what_the_results_say(name, least):
     text = path.read_text()
     assert text.count("<!-- results ") >= least
     assert readme_tables(text, path.parent) == text
+
+
+def test_the_plots_numbers_are_what_the_results_say():
+    """`make readme` draws the plot and writes its numbers."""
+    headline = pytest.importorskip("benchmarks.headline", reason="the plot needs matplotlib")
+    found = comparisons(ROOT / "benchmarks" / "results")
+    assert (ROOT / "docs/figures/headline.csv").read_text() == headline.table(found)
 
 
 def test_no_two_columns_of_a_table_have_the_same_title():

@@ -23,7 +23,8 @@ from resnet_kernels.cli import coverage
 from resnet_kernels.nn.blocks import Fused
 from resnet_kernels.testing import assert_matches
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "coverage.md"
 NHWC = torch.channels_last
 NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)
 
@@ -256,7 +257,7 @@ def test_torchvisions_are_replaced_and_restored(name, count):
     assert [type(m) for m in model.modules()] == kinds
 
 
-# The README's table of what is replaced.
+# The table of replaced blocks.
 
 
 def table_rows(text):
@@ -269,13 +270,13 @@ def test_the_readmes_table_is_current(title):
     """Its other rows are made in the same way; `make readme` makes all."""
     family = next(f for f in coverage.FAMILIES if f"{f.library} {f.title}" == title)
     pytest.importorskip(family.library)
-    table = coverage.BLOCK.search(README.read_text())[2]
-    made = coverage.table(README.parent / "benchmarks" / "results", [family])
+    table = coverage.BLOCK.search(PAGE.read_text())[2]
+    made = coverage.table(ROOT / "benchmarks" / "results", [family])
     assert table_rows(table)[title] == table_rows(made)[title]
 
 
 def test_the_readmes_table_holds_every_family():
-    table = coverage.BLOCK.search(README.read_text())[2]
+    table = coverage.BLOCK.search(PAGE.read_text())[2]
     assert list(table_rows(table)) == [f"{f.library} {f.title}" for f in coverage.FAMILIES]
 
 
@@ -302,7 +303,7 @@ def test_what_is_counted(monkeypatch):
 def test_the_command_puts_the_table_into_a_readme(monkeypatch, tmp_path, capsys):
     families = [coverage.Family("torchvision", "ResNet", ("resnet18",)), coverage.Family("absent_library", "X", ("x",))]
     monkeypatch.setattr(coverage, "FAMILIES", families)
-    results = ["--results", str(README.parent / "benchmarks" / "results")]
+    results = ["--results", str(ROOT / "benchmarks" / "results")]
     assert cli.main(["coverage", *results]) == 0
     printed = capsys.readouterr().out.strip()
     assert "| torchvision ResNet | resnet18 8 | – | fused | fused, the stem too | " in printed

@@ -1,6 +1,7 @@
-"""Figures of a results file: roofline, speed against each peer, memory, and where the time of a forward goes.
+"""Figures of results files: roofline, speed against each peer, memory, time by part, and the headline of all files.
 
-A provider has one colour in all of them: ours are blue, eager ways of PyTorch grey, other peers orange.
+A provider has the same colour in every figure of a file: ours are blue, variants of eager PyTorch grey, other peers
+orange. Losses are written in red.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ from matplotlib.axis import Axis
 from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from .results import Results, Row
 from .rows import (
     MODELS,
+    Comparison,
     best_of_ours,
     by,
     describe,
+    distinct,
     faster_modes,
     label,
     label_with_mode,
@@ -35,7 +39,7 @@ from .rows import (
     unit,
 )
 
-INK, QUIET, LOSS = "#1f2937", "#6b7280", "#b91c1c"
+INK, QUIET, GRID, LOSS, GAIN = "#1f2937", "#6b7280", "#e5e7eb", "#b91c1c", "#2f7be5"
 FAMILIES = {
     "ours": ("#0b2f7a", "#2f7be5", "#7dd3fc"),
     "eager": ("#4b5563", "#b9c0ca"),
@@ -62,7 +66,7 @@ STYLE = RcParams(
 
 @dataclasses.dataclass
 class Gallery:
-    """Figures of one kind by name, and what they show, or why there are none."""
+    """The figures of one kind, by name, and a text: what they show, or why there are none."""
 
     title: str
     text: str
@@ -70,7 +74,7 @@ class Gallery:
 
 
 def galleries(results: Results) -> list[Gallery]:
-    """All that the rows and facts allow."""
+    """All figures that the rows and facts of a file allow."""
     with rc_context(STYLE):
         return [f(results) for f in (rooflines, speedups, memory, waterfalls)]
 
@@ -84,7 +88,7 @@ def data_uri(figure: Figure) -> str:
 
 
 def colours(results: Results) -> dict[str, str]:
-    """By label of a provider."""
+    """The colour of each provider, by label."""
     families: dict[str, list[str]] = {name: [] for name in FAMILIES}
     for name, rows in by(results.rows, label).items():
         kind = "ours" if not rows[0].peer else "eager" if rows[0].provider.startswith("eager") else "other"
@@ -107,7 +111,7 @@ def _title(what: str, rows: Sequence[Row], results: Results) -> str:
 def _panels(
     title: str, names: Sequence[str], across: int, height: float, sharex: bool = True
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with a panel for each name, in lines of so many."""
+    """A figure with one panel per name, at most `across` of them side by side."""
     across = min(across, len(names))
     lines = math.ceil(len(names) / across)
     figure = Figure(figsize=(WIDTH, 0.7 + lines * height), layout="constrained")
@@ -115,7 +119,7 @@ def _panels(
     grid = list(figure.subplots(lines, across, squeeze=False, sharex=sharex, sharey=True).flat)
     for axes, name in zip(grid, names, strict=False):
         axes.set_title("\n".join(textwrap.fill(line, 120 // across) for line in name.split("\n")))
-        # Panels of a line above others would have no numbers.
+        # matplotlib numbers a shared axis in the lowest line of panels only.
         axes.tick_params(axis="x", labelbottom=True)
     for axes in grid[len(names) :]:
         axes.set_axis_off()
@@ -128,7 +132,7 @@ def _stem(*words: object) -> str:
 
 @dataclasses.dataclass
 class Bar:
-    """value: None where there is only the text."""
+    """A horizontal bar and the text on its right. value: None draws the text only."""
 
     name: str
     value: float | None
@@ -138,7 +142,7 @@ class Bar:
 
 
 def _bars(axes: Axes, bars: Sequence[Bar], names: Sequence[str], xlabel: str, start: float = 0.0) -> None:
-    """Horizontal ones, each in the line of its name, with its text on the right."""
+    """Draw each bar from `start` in the line of its name."""
     for bar in bars:
         line, end = names.index(bar.name), start if bar.value is None else bar.value
         axes.barh(line, end - start, left=start, color=bar.colour, height=0.72)
@@ -151,7 +155,7 @@ def _write(axes: Axes, text: str, x: float, line: int, ink: str) -> None:
 
 
 def _lines(axes: Axes, names: Sequence[str], xlabel: str) -> None:
-    """The names down the left side, the first on top."""
+    """Write the names down the left side, the first on top."""
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlabel(xlabel)
@@ -164,10 +168,30 @@ def _log_ticks(axis: Axis, least: float, most: float) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if most / least < 500 else (1,), numticks=20))
 
 
+def _apart(places: Sequence[float], gap: float, highest: float) -> list[float]:
+    """Places for labels, in the order of `places`: at least `gap` apart, at most `highest`, and as near as that
+    allows."""
+    order = sorted(range(len(places)), key=lambda i: places[i])
+    # A cluster is (middle, how many labels); two that overlap become one around their common middle.
+    clusters: list[tuple[float, int]] = []
+    for i in order:
+        middle, count = places[i], 1
+        while True:
+            middle = min(middle, highest - (count - 1) / 2 * gap)
+            if not clusters or middle - clusters[-1][0] >= (count + clusters[-1][1]) / 2 * gap:
+                break
+            other, more = clusters.pop()
+            middle, count = (middle * count + other * more) / (count + more), count + more
+        clusters.append((middle, count))
+    spread = [middle + (k - (count - 1) / 2) * gap for middle, count in clusters for k in range(count)]
+    moved = dict(zip(order, spread, strict=True))
+    return [moved[i] for i in range(len(places))]
+
+
 def rooflines(results: Results) -> Gallery:
-    """For each section and dtype, a panel for each model and batch; blocks and primitives share one."""
+    """A figure per section and dtype, with a panel per model and batch; blocks and primitives share one panel."""
     memory, matrix = results.facts.get("memory"), results.facts.get("matrix") or {}
-    rows = [r for r in results.rows if r.flops_per_second and r.bytes_per_second]
+    rows = [r for r in distinct(results, results.rows) if r.flops_per_second and r.bytes_per_second]
     bare = sorted({r.dtype for r in rows} - set(matrix)) if memory else []
     figures = {
         _stem("roofline", section, dtype): _roofline(results, same, memory, matrix[dtype])
@@ -175,9 +199,10 @@ def rooflines(results: Results) -> Gallery:
         if memory and dtype in matrix
     }
     text = (
-        "Operations over the bytes that must move at least, and the rate reached by each provider's faster mode. On "
-        "the line only less work would be faster; above it is who does fewer operations than are counted (Winograd), "
-        "or keeps data in a cache. Providers share the FLOP per byte of their case: drawn around it."
+        "Each point is a provider's faster mode: the operations of its case over the least bytes the case must move, "
+        "and the rate it reached. Providers of one case stand exactly above each other. Both axes are logarithmic. On "
+        "the line, only less work would be faster; a provider above the line does fewer operations than are counted "
+        '(Winograd) or keeps data in a cache. "(+2)" behind a case counts further cases of the same intensity.'
     )
     if bare or not memory:
         lacking = f"matrix ceiling of {', '.join(bare)}" if memory else "memory ceiling"
@@ -199,27 +224,76 @@ def _roofline(results: Results, rows: list[Row], memory: float, matrix: float) -
     rates = [r.flops_per_second or matrix for r in rows]
     low, high = min(matrix / 4, *rates) / 1.5, max(matrix, *rates) * 1.5
     across = min(3, len({r.batch for r in rows})) if section in MODELS else 1
-    height = 2.9 if across > 1 else 4.0
+    named = all(len({r.group for r in same}) > 1 for same in panels.values())
+    height = 2.9 if across > 1 else 4.7 if named else 4.0
     figure, grid = _panels(_title(f"Roofline: {section}", rows, results), list(panels), across, height)
     for i, (axes, same) in enumerate(zip(grid, panels.values(), strict=True)):
         axes.loglog([left, ridge, right], [memory * left / size, matrix / size, matrix / size], color=INK, lw=1.2)
+        axes.set(xlim=(left, right), ylim=(low / size, high / size), xlabel="FLOP per byte (logarithmic)")
+        axes.set_ylabel(f"{prefix}FLOP/s (logarithmic)" if i % across == 0 else "")
         groups = by(same, lambda r: r.group)
-        step = 0.006 if len(groups) == 1 else 0.002
-        for group in groups.values():
-            for name, row in faster_modes(group).items():
-                aside = step * (names.index(name) - (len(names) - 1) / 2)
-                x, y = row.flops / row.bytes * (right / left) ** aside, (row.flops_per_second or 0.0) / size
-                axes.plot(x, y, "o", color=shades[name], ms=5 if row.peer else 7, mec="white", mew=0.6)
-        axes.set(xlim=(left, right), ylim=(low / size, high / size), xlabel="FLOP per byte")
-        axes.set_ylabel(f"{prefix}FLOP/s" if i % across == 0 else "")
+        _points(axes, groups, shades, size)
+        if len(groups) == 1:
+            _name_points(axes, same, size)
+        else:
+            _name_cases(axes, list(groups.values()))
         _log_ticks(axes.xaxis, *axes.get_xlim())
         _log_ticks(axes.yaxis, *axes.get_ylim())
-        axes.grid(color="#e5e7eb", lw=0.6)
+        axes.grid(color=GRID, lw=0.6)
     ceilings = f"{quantity(memory, 'B/s')}, {quantity(matrix, 'FLOP/s')}"
     handles = [Line2D([], [], color=INK, label=ceilings)]
-    handles += [Line2D([], [], marker="o", ls="", color=shades[name], label=name) for name in names]
+    handles += [
+        Line2D([], [], marker=MARKS[name.startswith("ours, ")], ls="", mfc=shades[name], mec="white", label=name)
+        for name in names
+    ]
     figure.legend(handles=handles, loc="outside lower left", ncols=5, frameon=False)
     return figure
+
+
+# Circles for peers, diamonds for ours: points of one case may cover each other.
+MARKS = {False: "o", True: "D"}
+
+
+def _points(axes: Axes, groups: dict[tuple, list[Row]], shades: dict[str, str], size: float) -> None:
+    """A point per provider, at the intensity of its case."""
+    for group in groups.values():
+        for name, row in faster_modes(group).items():
+            x, y = row.flops / row.bytes, (row.flops_per_second or 0.0) / size
+            axes.plot(x, y, MARKS[not row.peer], color=shades[name], ms=6, mec="white", mew=0.6)
+
+
+def _name_points(axes: Axes, group: Sequence[Row], size: float) -> None:
+    """Write each provider's name beside its point; names move up or down to stay apart, points do not."""
+    found = faster_modes(group)
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    ys = [math.log((r.flops_per_second or low * size) / size / low) / math.log(high / low) for r in found.values()]
+    x = math.log(group[0].flops / group[0].bytes / left) / math.log(right / left)
+    aside, side = (0.04, "left") if x < 0.7 else (-0.04, "right")
+    for name, y, moved in zip(found, ys, _apart(ys, 0.062, 0.97), strict=True):
+        axes.annotate(
+            name, (x, y), (x + aside, moved), "axes fraction", "axes fraction", ha=side, va="center", fontsize=8,
+            arrowprops={"arrowstyle": "-", "color": QUIET, "lw": 0.5, "shrinkA": 1, "shrinkB": 3},
+        )  # fmt: skip
+
+
+def _name_cases(axes: Axes, groups: Sequence[Sequence[Row]]) -> None:
+    """Write the names of the cases that share an intensity along the top, with a line down to their points."""
+    cases = by([rows[0] for rows in groups], lambda r: f"{r.flops / r.bytes:.3g}")
+    texts, places = [], []
+    left, right = axes.get_xlim()
+    for same in cases.values():
+        names = [r.part or r.case for r in same]
+        texts.append(names[0] + f" (+{len(names) - 1})" * (len(names) > 1))
+        places.append(math.log(same[0].flops / same[0].bytes / left) / math.log(right / left))
+    for text, place, moved in zip(texts, places, _apart(places, 0.022, 0.99), strict=True):
+        axes.axvline(left * (right / left) ** place, color=GRID, lw=0.8, zorder=0)
+        axes.annotate(
+            text, (place, 1.0), (moved, 1.05), "axes fraction", "axes fraction", rotation=45, ha="left", va="bottom",
+            rotation_mode="anchor", fontsize=7.5, arrowprops={"arrowstyle": "-", "color": QUIET, "lw": 0.5},
+        )  # fmt: skip
+    # The panel's title stands above the names of its cases.
+    longest = max(map(len, texts))
+    axes.set_title(axes.get_title(loc="left"), pad=20 + 3.0 * longest)
 
 
 def _by_model(results: Results, rows: Iterable[Row], kind: str, draw: Callable[..., Figure]) -> dict[str, Figure]:
@@ -229,10 +303,13 @@ def _by_model(results: Results, rows: Iterable[Row], kind: str, draw: Callable[.
 
 
 def speedups(results: Results) -> Gallery:
-    """Our best provider's speed over each peer's, a panel for each batch."""
+    """The speed of our best provider over each peer's, a panel per batch."""
     groups = [rows for g, rows in results.groups().items() if g[0] in MODELS and any(r.peer for r in rows)]
     figures = _by_model(results, (r for rows in groups if best_of_ours(rows) for r in rows), "speed", _speedup)
-    text = "The speed of our fastest right provider over each peer's faster mode. Left of the line the peer is faster."
+    text = (
+        "The speed of our fastest correct provider over each peer's faster mode, on a logarithmic axis. A bar to the "
+        "left of the line, with a red number, is a loss: the peer is faster."
+    )
     untimed = [f"{rows[0].section} of {describe(rows)}" for rows in groups if not best_of_ours(rows)]
     if untimed:
         text += f" Ours has no time: {'; '.join(untimed)}."
@@ -255,7 +332,7 @@ def _speedup(results: Results, rows: list[Row]) -> Figure:
             text = f"{ratio:.2f}x" + " (graph)" * (peer.mode == "graph") if ratio else peer.status
             bars.append(Bar(name, ratio, text, shades[name], LOSS if ratio and ratio < 1 or not ratio else INK))
         axes.set_xscale("log")
-        _bars(axes, bars, names, "times the peer's speed", start=1.0)
+        _bars(axes, bars, names, "times the peer's speed (logarithmic)", start=1.0)
         axes.axvline(1.0, color=INK, lw=1.0)
         ratios += [bar.value for bar in bars if bar.value]
     least, most = 0.9 * min(ratios), max(ratios)
@@ -267,10 +344,19 @@ def _speedup(results: Results, rows: list[Row]) -> Figure:
 
 
 def memory(results: Results) -> Gallery:
-    """Peak bytes of each provider, a panel for each batch."""
-    figures = _by_model(results, (r for r in results.rows if r.peak_bytes is not None), "memory", _memory)
-    text = "Peak memory of a call, above what was there before it." if figures else "No row has its peak memory."
-    return Gallery("Memory", text, figures)
+    """The peak bytes of each provider, a panel per batch; for GPUs only."""
+    rows = [r for r in results.rows if r.peak_bytes is not None]
+    if not rows:
+        return Gallery("Memory", "No row has its peak memory.", {})
+    if results.facts["device"] == "cpu":
+        # benchmarks/measure.py subtracts the pool from the memory before the call, whoever filled it.
+        text = (
+            "No plot. On a CPU the peak memory of a row counts the pool of activations that our providers have filled "
+            "in the same process before, in the peers' rows too: the rows of a file cannot be compared with each other."
+        )
+        return Gallery("Memory", text, {})
+    text = "Peak memory that PyTorch's allocator handed out during a call, above what was allocated before the call."
+    return Gallery("Memory", text, _by_model(results, rows, "memory", _memory))
 
 
 def _memory(results: Results, rows: list[Row]) -> Figure:
@@ -290,15 +376,18 @@ def _memory(results: Results, rows: list[Row]) -> Figure:
 
 
 def waterfalls(results: Results) -> Gallery:
-    """The parts of a model, one after the other, a panel for each provider."""
-    layers = by((r for r in results.rows if r.section == "layers"), lambda r: (r.case, r.dtype, r.batch, r.size))
+    """The parts of a model in the order they run, a panel per provider."""
+    rows = [r for r in distinct(results, results.rows) if r.section == "layers"]
+    layers = by(rows, lambda r: (r.case, r.dtype, r.batch, r.size))
     figures = {
-        _stem("layers", case, dtype, batch, size): _waterfall(results, rows)
-        for (case, dtype, batch, size), rows in layers.items()
-        if any(r.seconds for r in rows)
+        _stem("layers", case, dtype, batch, size): _waterfall(results, same)
+        for (case, dtype, batch, size), same in layers.items()
+        if any(r.seconds for r in same)
     }
     text = (
-        "A bar is the time of a part and starts where the one before ended; black is the least time that it needs."
+        "Each bar is the time of one part and starts where the bar before it ended. The black bar is the floor: the "
+        "least time for the counted bytes and operations. A floor longer than the time means fewer operations than "
+        "are counted (Winograd) or data that stayed in a cache."
         if figures
         else "No layer was timed."
     )
@@ -334,3 +423,50 @@ def _waterfall(results: Results, rows: list[Row]) -> Figure:
         _lines(axes, parts, second)
     grid[0].set_xlim(0, 1.25 * max(sums.values()) * scale)
     return figure
+
+
+def headline(found: Sequence[Comparison]) -> Figure:
+    """Our speed over the best peer's for every model measured, gains and losses on one linear axis.
+
+    Args:
+        found: what `rows.comparisons` returned, in the order of the lines from top to bottom.
+    """
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 1.5 + 0.36 * len(found)), layout="constrained")
+        figure.suptitle(
+            "Our speed over the fastest other implementation measured on the same machine", x=0.01, ha="left"
+        )
+        axes = figure.subplots()
+        for line, c in enumerate(found):
+            colour = GAIN if c.factor >= 1 else LOSS
+            axes.barh(line, c.factor - 1, left=1.0, color=colour, height=0.62)
+            for peer in faster_modes(c.peers).values():
+                # The peer's speed in the same unit: the best one stands at 1.
+                speed = (c.best.seconds or 0.0) / (peer.seconds or 1.0)
+                axes.plot(speed, line, "|", color=QUIET, ms=9, mew=1.4)
+            text = f"{c.factor:.2f}x {name_of(c.best)}" + " (a loss)" * (c.factor < 1)
+            _write(axes, text, max(1.0, c.factor), line, INK if c.factor >= 1 else LOSS)
+        axes.axvline(1.0, color=INK, lw=1.0)
+        _lines(axes, [line_of(c) for c in found], "images per second; 1 = the fastest other implementation")
+        axes.set_xlim(0, 1.35 * max(c.factor for c in found))
+        axes.grid(axis="x", color=GRID, lw=0.6)
+        axes.set_axisbelow(True)
+        handles = [
+            Patch(color=GAIN, label="ours, faster"),
+            Patch(color=LOSS, label="ours, slower"),
+            Line2D([], [], marker="|", ls="", color=QUIET, ms=9, mew=1.4, label="each other implementation"),
+        ]
+        figure.legend(handles=handles, loc="outside lower left", ncols=3, frameon=False)
+    return figure
+
+
+def name_of(row: Row) -> str:
+    """The provider's name for readers who do not know ours of the benchmarks."""
+    known = {"inductor": "torch.compile", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+    return known.get(row.provider, f"PyTorch {row.provider}" if row.provider.startswith("eager") else row.provider)
+
+
+def line_of(c: Comparison) -> str:
+    """What was measured: machine, model, section, dtype and batch."""
+    model = c.ours.case.replace("resnet", "ResNet-")
+    return f"{c.machine}: {model} {c.ours.section}, {c.ours.dtype}, batch {c.ours.batch}"

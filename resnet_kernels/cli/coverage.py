@@ -1,4 +1,4 @@
-"""A table of what `replace_blocks` replaces in torchvision's and timm's models, for the command and for the README.
+"""A table of what `replace_blocks` replaces in torchvision's and timm's models, for the command and for the documents.
 
 The models are built on the meta device, where weights take no memory. One of each distinct replaced block is run on the
 CPU, in evaluation and in training, and `explain` reports whether it runs fused.
@@ -22,8 +22,8 @@ from rich.console import Console
 from torch import nn
 
 from ..analysis.report import Part, markdown_table
-from ..analysis.results import Row, best_peer, load, write_atomically
-from ..analysis.rows import NONE, best_of_ours
+from ..analysis.results import Row, write_atomically
+from ..analysis.rows import NONE, comparisons
 from ..explain import explain
 from ..replace import ReplacementReport, replace_blocks
 
@@ -142,14 +142,11 @@ def _speed(family: Family, rows: Sequence[tuple[str, Row, Row]]) -> str:
 
 
 def measured(folder: Path) -> list[tuple[str, Row, Row]]:
-    """Return, for every model in the folder's results files, the file's name, our fastest row and the best peer's."""
-    found = []
-    for path in sorted(folder.glob("*.json")):
-        for rows in load(path).groups().values():
-            ours, peer = best_of_ours(rows), best_peer(rows)
-            if rows[0].section in ("inference", "training") and not rows[0].part and ours and peer:
-                found.append((path.stem, ours, peer))
-    return found
+    """Return (name of the file, our fastest row, the best peer's row) for every model in the folder's results files.
+
+    See `comparisons`: files of commits with local changes do not count.
+    """
+    return [(c.source, c.ours, c.best) for c in comparisons(folder)]
 
 
 def missing(families: Sequence[Family]) -> list[str]:
@@ -190,7 +187,7 @@ def readme(path: Path, text: str) -> None:
 
 
 def coverage(console: Console, results: Path | None, path: Path | None) -> int:
-    """Print the table, or write it into the README at `path`. Returns the exit code."""
+    """Print the table, or write it into the file at `path`. Returns the exit code."""
     folder = results or (path.resolve().parent if path else Path()) / "benchmarks" / "results"
     text = table(folder)
     if path is None:
