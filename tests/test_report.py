@@ -8,6 +8,7 @@ import pytest
 
 from resnet_kernels.analysis.report import Change, number, readme_tables
 from resnet_kernels.analysis.results import Results, Row
+from resnet_kernels.analysis.rows import comparisons, distinct
 from resnet_kernels.cli.main import main
 
 PROVIDERS = {"eager": (True, 0.040), "inductor": (True, 0.025), "replaced": (False, 0.030), "frozen": (False, 0.020)}
@@ -196,8 +197,14 @@ def test_the_plots_draw_the_rows():
     assert [bar.get_x() for bar in eager] == pytest.approx([0, 0, 10, 10])
     assert [bar.get_width() for bar in eager] == pytest.approx([10, 1, 20, 2])
     assert [t.get_text() for t in layers.axes[4].texts] == ["no row", "failed"]
-    roof = plots.rooflines(results).figures["roofline-inference-bf16"].axes[0].lines
+    axes = plots.rooflines(results).figures["roofline-inference-bf16"].axes[0]
+    roof = axes.lines
     assert roof[0].get_ydata()[-1] == 790 and list(roof[0].get_xdata())[1] == pytest.approx(7.9e14 / 4.3e12)
+    # Points of one case stand at its intensity, exactly above each other; their names stand apart.
+    assert {float(point.get_xdata()[0]) for point in roof[1:]} == {131.0}
+    heights = sorted(text.xyann[1] for text in axes.texts)
+    assert len(heights) == 4 and all(b - a > 0.06 for a, b in zip(heights, heights[1:], strict=False))
+    assert "logarithmic" in axes.get_xlabel() and "logarithmic" in speed.axes[0].get_xlabel()
     assert sorted(float(point.get_ydata()[0]) for point in roof[1:]) == pytest.approx([3.275, 131 / 30, 6.55, 16.375])
     shades = plots.colours(results)
     assert (
@@ -214,6 +221,56 @@ def test_no_roofline_without_ceilings():
     assert plots.rooflines(results).text == "No roofline. The file lacks the matrix ceiling of bf16."
     del results.facts["memory"]
     assert plots.rooflines(results).text == "No roofline. The file lacks the memory ceiling."
+
+
+def test_labels_stay_apart():
+    from resnet_kernels.analysis.plots import _apart
+
+    assert _apart([0.1, 0.9, 0.5], 0.1, 1.0) == [0.1, 0.9, 0.5]
+    assert _apart([0.5, 0.5, 0.5], 0.1, 1.0) == pytest.approx([0.4, 0.5, 0.6])
+    assert _apart([1.0, 0.99], 0.1, 1.0) == pytest.approx([1.0, 0.9])
+
+
+def test_a_cpus_peak_memory_is_not_drawn():
+    """The rows of a file cannot be compared there: the pool of activations is in them, whoever filled it."""
+    from resnet_kernels.analysis import plots
+
+    results = whole()
+    assert plots.memory(results).figures
+    results.facts["device"] = "cpu"
+    found = plots.memory(results)
+    assert not found.figures and found.text.startswith("No plot.")
+
+
+def test_one_implementation_is_shown_once():
+    results = Results({"device": "cpu"})
+    results.rows = [row("frozen", 0.1), row("frozen cpu", 0.1), row("frozen library", 0.2), row("eager cpu", 0.3, True)]
+    assert [r.provider for r in distinct(results, results.rows)] == ["frozen", "frozen library", "eager cpu"]
+    results.facts["device"] = "cuda"
+    assert len(distinct(results, results.rows)) == 4
+    results.facts["device"], results.rows[0].status = "cpu", "failed"
+    assert len(distinct(results, results.rows)) == 4
+
+
+def test_comparisons_take_the_best_peer_of_the_machine(tmp_path):
+    facts = {"device": "cpu", "processor": "AMD EPYC", "date": "2026-11-25", "commit": "11ec96a", "versions": {}}
+    facts |= {"threads": 2, "capability": "AVX2"}
+
+    def save(name, rows, **other):
+        Results(facts | other, rows=rows).save(tmp_path / f"{name}.json")
+
+    save("bf16", [row("frozen", 0.05), row("inductor", 0.5, True)])
+    save("fp32", [row("frozen", 0.08, dtype="fp32"), row("onnxruntime", 0.06, True, dtype="fp32")])
+    # Peers of another machine, another batch and a commit with local changes do not count.
+    save("other", [row("eager", 0.001, True)], capability="AVX512")
+    save("small", [row("eager", 0.001, True, batch=1)])
+    save("dirty", [row("eager", 0.001, True), row("frozen", 0.0001)], commit="11ec96a-dirty")
+    found = {c.source: c for c in comparisons(tmp_path)}
+    assert list(found) == ["bf16", "fp32"]
+    # Emulated bf16 is no bar where the same processor is faster in fp32; and bf16 is none for fp32.
+    assert found["bf16"].best.provider == "onnxruntime" and found["bf16"].factor == pytest.approx(1.2)
+    assert found["fp32"].factor == pytest.approx(0.75)
+    assert found["bf16"].machine == "AMD EPYC AVX2, 2 threads"
 
 
 def test_a_file_cut_halfway(capsys, tmp_path):
@@ -360,7 +417,7 @@ def test_readme_round_trip_and_check(capsys, project):
     path = project / "README.md"
     assert run(capsys, "--readme", path, "--check")[0] == 1 and path.read_text() == README
     code, out, _ = run(capsys, "--readme", path)
-    assert code == 0 and "made anew" in out and "| ours, frozen | 800 (0.40x) |" in path.read_text()
+    assert code == 0 and "tables written" in out and "| ours, frozen | 800 (0.40x) |" in path.read_text()
     assert run(capsys, "--readme", path, "--check")[0] == 0
     path.write_text(path.read_text().replace("800 (0.40x)", "900 (2.00x)"))
     assert run(capsys, "--readme", path, "--check")[0] == 1

@@ -272,7 +272,7 @@ def _name_points(axes: Axes, group: Sequence[Row], size: float) -> None:
     for name, y, moved in zip(found, ys, _apart(ys, 0.062, 0.97), strict=True):
         axes.annotate(
             name, (x, y), (x + aside, moved), "axes fraction", "axes fraction", ha=side, va="center", fontsize=8,
-            arrowprops={"arrowstyle": "-", "color": QUIET, "lw": 0.5, "shrinkA": 1, "shrinkB": 3},
+            arrowprops={"arrowstyle": "-", "color": QUIET, "lw": 0.5, "shrinkB": 3, "relpos": (float(x >= 0.7), 0.5)},
         )  # fmt: skip
 
 

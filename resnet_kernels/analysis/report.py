@@ -1,6 +1,6 @@
-"""`resnet-kernels report`: results files as tables and plots, two of them compared, and the README's tables.
+"""`resnet-kernels report`: a results file as tables and plots, a comparison of two, and the tables of the documents.
 
-A report is a list of `Part`s, made once and rendered as Markdown and as HTML, so that both hold the same numbers.
+A report is a list of `Part`s, which is rendered as Markdown and as HTML, so that both hold the same numbers.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .rows import (
     best_of_ours,
     by,
     describe,
+    distinct,
     faster_modes,
     label,
     label_with_mode,
@@ -36,23 +37,25 @@ from .rows import (
 
 T = TypeVar("T")
 
-# Medians of reruns on a shared machine differ by this much with nothing changed.
+# Medians of two runs of the same code on a shared machine differ by up to this share.
 TOLERANCE = 0.05
-# Columns of words; the others hold numbers and are aligned to the right.
+# Headings of the columns that hold words. All others hold numbers and are aligned to the right.
 WORDS = {"case", "part", "dtype", "provider", "mode", "section", "note", "fact", "value", "status", "reason", "flag"}
 WORDS |= {"finding", "old", "new", "best peer", "best of ours"}
 IDENTITY = ("section", "case", "part", "dtype", "batch", "size", "provider", "mode")
 UNITS = {"memory": "B/s", "matrix": "FLOP/s", "l2": "B"}
 MEANING = (
-    "Times are medians with p20–p80. x best peer: the time of the fastest peer that is right, in whichever mode, over "
-    "the row's. Floor: the time that the least bytes and operations take at the machine's measured ceilings; rates "
-    "count these bytes and operations. Peak memory is above what was there before the call."
+    "Times are medians with p20–p80. x best peer: the time of the fastest correct peer, in either mode, over the time "
+    "of the row; below 1 is a loss. Floor: the time that the least bytes and operations take at the machine's measured "
+    "ceilings; rates count these bytes and operations. Peak memory is the highest use during a call above the use "
+    "before it; on a CPU the pool of activations counts as unused before the call, whoever filled it, so that peers "
+    "measured after ours have it added and the rows of a file cannot be compared."
 )
 
 
 @dataclasses.dataclass
 class Part:
-    """A stretch of a report: a heading, a sentence, a table, images as data URIs by name (in HTML only)."""
+    """A part of a report: a heading, a text, a table, and images as data URIs by name, which only HTML shows."""
 
     title: str
     level: int = 2
@@ -62,6 +65,7 @@ class Part:
     images: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def is_number(self, column: int) -> bool:
+        """Return whether the column holds numbers."""
         return column > 0 and self.headings[column] not in WORDS
 
 
@@ -94,14 +98,14 @@ def _fact(name: str, value: Any) -> str:
 def _table(
     title: str, columns: dict[str, Callable[[T], str]], rows: Sequence[T], level: int = 2, text: str = ""
 ) -> Part:
-    """A line per row. A column that no row has anything for is left out."""
+    """A table with a line per row. A column that is empty in every row is left out."""
     cells = {heading: [cell(row) for row in rows] for heading, cell in columns.items()}
     used = {heading: column for heading, column in cells.items() if set(column) - {NONE, ""}}
     return Part(title, level, text, list(used), list(zip(*used.values(), strict=True)))
 
 
 def _columns(results: Results, rows: Sequence[Row], *without: str) -> dict[str, Callable[[Row], str]]:
-    """What a table of rows may have, by heading."""
+    """The columns that a table of rows may have: by heading, the function from a row to its cell."""
     best = {group: best_peer(same) for group, same in results.groups().items()}
     size, prefix = unit(max((r.flops_per_second or 0.0 for r in rows), default=0.0))
     columns: dict[str, Callable[[Row], str]] = {
@@ -137,7 +141,7 @@ def _model_tables(results: Results, rows: list[Row]) -> list[Part]:
 
 
 def _layer_tables(results: Results, rows: list[Row]) -> list[Part]:
-    """Parts down, providers across, microseconds; what has no time is told below."""
+    """Tables of microseconds, a line per part and a column per provider; the text lists the rows without a time."""
     tables = []
     for same in by(rows, lambda r: (r.case, r.dtype, r.batch, r.size)).values():
         found = {(r.part, label_with_mode(r)): r for r in same}
@@ -149,7 +153,7 @@ def _layer_tables(results: Results, rows: list[Row]) -> list[Part]:
             + [_time(found[part, n], 1e6).split(" ")[0] if (part, n) in found else NONE for n in names]
             for part in parts
         ]
-        # A sum that lacks a part would look fast.
+        # The sum of a provider that lacks a part would look fast, so there is none.
         sums: list[list[float | None]] = [[floors.get(p) for p in parts]]
         sums += [[found[p, n].seconds if (p, n) in found else None for p in parts] for n in names]
         lines.append(["sum", *(number(None if None in s else sum(filter(None, s)), 1e6) for s in sums)])
@@ -160,8 +164,8 @@ def _layer_tables(results: Results, rows: list[Row]) -> list[Part]:
 
 
 ACCURACY = (
-    "RMS of the error against fp64 over that of the exact values, over several seeds; gradients (d) against fp64 under "
-    f"the implementation's own ReLU masks; {NONE} where the exact value is 0."
+    "RMS of the error against fp64 over the RMS of the exact values, over several seeds. Gradients (d) are compared "
+    f"with fp64 under the implementation's own ReLU masks. {NONE}: the exact value is 0."
 )
 
 
@@ -170,7 +174,7 @@ def _error(row: Row, tensor: str) -> str:
 
 
 def _accuracy_tables(results: Results, rows: list[Row]) -> list[Part]:
-    """Tensors down; dtypes, kinds of data and providers across."""
+    """Tables of relative errors, a line per tensor and a column per dtype, kind of data and provider."""
     tables = []
     for (case, batch, size), same in by(rows, lambda r: (r.case, r.batch, r.size)).items():
         headings = [f"{r.dtype} {r.part}, {'eager' if r.peer else 'ours'}" for r in same]
@@ -184,11 +188,11 @@ def _accuracy_tables(results: Results, rows: list[Row]) -> list[Part]:
 
 
 def _wide_tables(results: Results, rows: list[Row]) -> list[Part]:
-    """One table of all cases, with whatever a profiler read."""
+    """One table of all cases, with a column for every metric that a profiler read."""
     columns = _columns(results, rows, "section", "ms", "images/s", "gap us")
     note = columns.pop("note")
     for name in dict.fromkeys(name for r in rows for name in r.metrics):
-        # mypy takes a lambda's default, which binds the name of this round, for an argument that callers must know.
+        # The default binds the name of this iteration. mypy takes it for a second argument of the lambda.
         columns[name] = lambda r, name=name: number(r.metrics.get(name))  # type: ignore[misc]
     ordered = [r for same in by(rows, lambda r: r.group).values() for r in peers_first(same)]
     return [_table("", columns | {"note": note}, ordered, 3)]
@@ -212,14 +216,14 @@ def _sections(results: Results) -> Part:
 
 
 def _glance(results: Results) -> Part:
-    """Per model, the best of ours beside the best peer."""
+    """A table of our best provider beside the best peer, a line per model."""
     lines = []
     for group, rows in results.groups().items():
         if group[0] in MODELS:
             ours, best = best_of_ours(rows), best_peer(rows)
             pair = [f"{label_with_mode(r)}: {number(r.images_per_second)}" if r else NONE for r in (best, ours)]
             lines.append([group[0], describe(rows), *pair, _factor(ours, best) if ours else NONE])
-    text = "Images per second of the fastest right ones." if lines else "No whole model was measured."
+    text = "Images per second of the fastest correct providers." if lines else "No whole model was measured."
     return Part("At a glance", 2, text, ["section", "case", "best peer", "best of ours", "x best peer"], lines)
 
 
@@ -232,12 +236,12 @@ def _gaps(results: Results, most: int = 3) -> Part:
     sections = by(timed, lambda r: r.section).values()
     rows = [r for same in sections for r in sorted(same, key=_gap, reverse=True)[:most]]
     columns = _columns(results, rows, "ms", "images/s", "GB/s", "peak MB", "note")
-    text = f"Of our rows, the {most} of each section that are furthest above the least time they need."
+    text = f"Our {most} rows of each section with the largest difference between time and floor."
     return _table("Largest gaps to the floor", columns, rows, 2, text if rows else "No row of ours has time and floor.")
 
 
 def single(results: Results) -> list[Part]:
-    """The report of one file."""
+    """Return the report of one file."""
     parts = [Part("Measurements", 1, MEANING), _facts(results), _sections(results), _glance(results)]
     rows = by(results.rows, lambda r: r.section)
     tables = dict.fromkeys(MODELS, _model_tables) | {"layers": _layer_tables, "accuracy": _accuracy_tables}
@@ -252,17 +256,19 @@ def single(results: Results) -> list[Part]:
 
 @dataclasses.dataclass
 class Change:
-    """The same provider on the same case, in both files."""
+    """A pair of rows: the same provider and case in the old file and in the new one."""
 
     old: Row
     new: Row
 
     @property
     def ratio(self) -> float | None:
+        """The new time over the old one, or None if either file has no time."""
         return self.new.seconds / self.old.seconds if self.new.seconds and self.old.seconds else None
 
     @property
     def flag(self) -> str:
+        """The change of status, "regression" or "improvement"; "" if the difference is within the noise."""
         if self.old.status != self.new.status:
             return f"{self.old.status} -> {self.new.status}"
         if self.ratio is None or abs(self.ratio - 1) <= TOLERANCE:
@@ -280,7 +286,7 @@ class Change:
 
 
 def changes(old: Results, new: Results) -> list[Change]:
-    """Rows that both files have: first those whose status changed, then regressions, improvements and the rest."""
+    """Return the rows of both files in pairs: changes of status first, then regressions, improvements and the rest."""
     before, after = ({(r.group, r.provider, r.mode): r for r in results.rows} for results in (old, new))
     found = [Change(before[key], row) for key, row in after.items() if key in before]
     ranks = {"regression": 1, "improvement": 2, "": 4}
@@ -288,7 +294,7 @@ def changes(old: Results, new: Results) -> list[Change]:
 
 
 def comparison(old: Results, new: Results) -> list[Part]:
-    """The report of two files."""
+    """Return the report that compares two files."""
     found = changes(old, new)
     flags = [c.flag for c in found]
     peers = [c.ratio for c in found if c.new.peer and c.ratio]
@@ -298,7 +304,7 @@ def comparison(old: Results, new: Results) -> list[Part]:
         f"only in the new.",
         f"Status changed: {sum('->' in f for f in flags)}. Regressions: {flags.count('regression')}, of ours {ours}. "
         f"Improvements: {flags.count('improvement')}.",
-        f"Flagged is what differs by more than {TOLERANCE:.0%} with p20–p80 intervals that do not overlap.",
+        f"A row is flagged if its times differ by more than {TOLERANCE:.0%} and its p20–p80 intervals do not overlap.",
     ]
     if peers:
         sentences.append(f"The peers' times changed by {statistics.median(peers):.2f}x (median).")
@@ -311,7 +317,7 @@ def comparison(old: Results, new: Results) -> list[Part]:
     columns: dict[str, Callable[[Change], str]] = {"flag": lambda c: c.flag}
     every = _columns(new, new.rows)
     for name in IDENTITY:
-        # As above: the default binds the cell of this round.
+        # As in _wide_tables, the default binds the cell of this iteration.
         columns[name] = lambda c, cell=every[name]: cell(c.new)  # type: ignore[misc]
     columns |= {
         "old ms": lambda c: _time(c.old, 1e3),
@@ -331,6 +337,7 @@ def _cell(text: str) -> str:
 
 
 def markdown_table(part: Part) -> str:
+    """Return the table of a part as Markdown, columns of numbers aligned to the right."""
     rule = ["---:" if part.is_number(i) else "---" for i in range(len(part.headings))]
     lines = [part.headings, *part.rows]
     cells = [[_cell(text) for text in line] for line in lines]
@@ -338,7 +345,7 @@ def markdown_table(part: Part) -> str:
 
 
 def markdown(parts: Iterable[Part]) -> str:
-    """Without images."""
+    """Return the parts as Markdown, without their images."""
     blocks = []
     for part in parts:
         blocks += [f"{'#' * part.level} {_cell(part.title)}"] if part.title else []
@@ -348,7 +355,7 @@ def markdown(parts: Iterable[Part]) -> str:
 
 
 def html(parts: Sequence[Part]) -> str:
-    """One page that needs no other file."""
+    """Return the parts as one HTML page that needs no other file."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template("report.html.jinja").render(parts=parts)
@@ -360,11 +367,17 @@ SPEC = re.compile(r"(inference|training)(?: batch=(\d+))?|accuracy (\S+)")
 
 
 def readme_tables(text: str, root: Path) -> str:
-    """The text, its tables between `<!-- results FILE [FILE...]: SPEC -->` and `<!-- end of results -->` made anew.
+    """Return the text with every table between `<!-- results FILE [FILE...]: SPEC -->` and `<!-- end of results -->`
+    generated again from the files.
 
-    Args: SPEC: inference or training, and batch=N to show no other; or accuracy and a case. root: the folder that FILEs
-    are relative to.
-    Raises ValueError for a file that is missing or no results file, an unknown SPEC, a block without rows or end.
+    SPEC is "inference" or "training", with "batch=N" to show that batch only, or "accuracy CASE".
+
+    Args:
+        text: a Markdown document.
+        root: the folder that the FILEs are relative to.
+
+    Raises:
+        ValueError: a file is missing or is not a results file, a SPEC is unknown, or a block has no rows or no end.
     """
     blocks = BLOCK.findall(text)
     if len(START.findall(text)) != len(blocks) or any(START.search(content) for *_, content, _ in blocks):
@@ -381,7 +394,7 @@ def _readme_table(files: Sequence[str], spec: str, root: Path) -> str:
     section, batch, case = wanted[1] or "accuracy", wanted[2], wanted[3]
     read = [load(root / name) for name in files]
     groups = [
-        (results, rows)
+        (results, distinct(results, rows))
         for results in read
         for rows in results.groups().values()
         if rows[0].section == section and batch in (None, str(rows[0].batch)) and case in (None, rows[0].case)
@@ -395,13 +408,13 @@ def _readme_table(files: Sequence[str], spec: str, root: Path) -> str:
             tables = _accuracy_tables(results, [r for of, rows in groups if of is results for r in rows])
             blocks += [*map(markdown_table, tables), _provenance(results.facts, batches)]
         return "\n\n".join(blocks)
-    told = [
+    properties = [
         (f"{r.case} {r.dtype}", f"batch {r.batch}", f"{r.size} x {r.size}", results.facts["processor"])
         for results, (r, *_) in groups
     ]
-    # What all columns have in common, their headings leave out.
-    varies = [i == 0 or len(set(values)) > 1 for i, values in enumerate(zip(*told, strict=True))]
-    headings = ["images/s (x best peer)", *(", ".join(itertools.compress(names, varies)) for names in told)]
+    # A heading holds the properties in which the columns differ.
+    varies = [i == 0 or len(set(values)) > 1 for i, values in enumerate(zip(*properties, strict=True))]
+    headings = ["images/s (x best peer)", *(", ".join(itertools.compress(names, varies)) for names in properties)]
     columns = [(faster_modes(rows), best_peer(rows)) for _, rows in groups]
     names = by(peers_first(r for _, rows in groups for r in rows), label)
     lines = [[name, *(_readme_cell(rows.get(name), best) for rows, best in columns)] for name in names]
@@ -444,7 +457,7 @@ def _images(results: Results, out: Path, png: bool) -> list[Part]:
 
 
 def report(console: Console, files: Sequence[Path], out: Path, png: bool, fail_on_regression: bool) -> int:
-    """Writes report.md and report.html into the folder. Returns the exit code."""
+    """Write report.md and report.html into the folder `out`. Returns the exit code."""
     if len(files) not in (1, 2):
         raise ValueError(f"expected one results file, or two to compare, got {' '.join(map(str, files)) or 'none'}")
     if out.exists() and not out.is_dir():
@@ -464,12 +477,12 @@ def report(console: Console, files: Sequence[Path], out: Path, png: bool, fail_o
 
 
 def readme(console: Console, path: Path, check: bool) -> int:
-    """Makes the README's tables anew in place, or only looks whether they are as they would be made."""
+    """Generate the tables of a document again, in place; with `check` only compare, and return 1 if one differs."""
     if not path.is_file():
         raise ValueError(f"readme: expected a file, got {path}, which is none")
     old = path.read_text()
     new = readme_tables(old, path.resolve().parent)
-    same = "as its results files have them" if old == new else "out of date" if check else "made anew"
+    same = "up to date" if old == new else "out of date" if check else "written"
     console.print(f"{path}: tables {same}", markup=False, highlight=False)
     if not check and old != new:
         write_atomically(path, new)
