@@ -101,7 +101,7 @@ def _table(
 
 
 def _columns(results: Results, rows: Sequence[Row], *without: str) -> dict[str, Callable[[Row], str]]:
-    """What a table of rows may have, by heading."""
+    """Return the columns that a table of rows may have, by heading."""
     best = {group: best_peer(same) for group, same in results.groups().items()}
     size, prefix = unit(max((r.flops_per_second or 0.0 for r in rows), default=0.0))
     columns: dict[str, Callable[[Row], str]] = {
@@ -137,7 +137,8 @@ def _model_tables(results: Results, rows: list[Row]) -> list[Part]:
 
 
 def _layer_tables(results: Results, rows: list[Row]) -> list[Part]:
-    """Parts down, providers across, microseconds; what has no time is told below."""
+    """Return tables with a row per part and a column per provider, in microseconds; rows without a time are listed
+    below."""
     tables = []
     for same in by(rows, lambda r: (r.case, r.dtype, r.batch, r.size)).values():
         found = {(r.part, label_with_mode(r)): r for r in same}
