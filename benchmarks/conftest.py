@@ -56,7 +56,8 @@ def all_cases(full: bool) -> list[Case]:
 
 
 def by_default(case: Case, provider: Provider) -> bool:
-    """Whether a provider runs without --full. On a CPU torch.compile takes longer than the others: it runs once."""
+    """Return whether a provider runs without --full. On a CPU torch.compile takes longer than the others: it runs
+    once."""
     return DEVICE == "cuda" or provider.name != "inductor" or (case.section, case.name) == ("inference", "resnet18")
 
 

@@ -467,6 +467,6 @@ def name_of(row: Row) -> str:
 
 
 def line_of(c: Comparison) -> str:
-    """What was measured: machine, model, section, dtype and batch."""
+    """Return what was measured: machine, model, section, dtype and batch."""
     model = c.ours.case.replace("resnet", "ResNet-")
     return f"{c.machine}: {model} {c.ours.section}, {c.ours.dtype}, batch {c.ours.batch}"

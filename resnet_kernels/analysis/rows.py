@@ -43,7 +43,7 @@ def label(row: Row) -> str:
 
 
 def label_with_mode(row: Row) -> str:
-    """As `label`, with " (graph)" where the row times the replay of a CUDA graph."""
+    """Return `label`, with " (graph)" where the row times the replay of a CUDA graph."""
     return label(row) + (" (graph)" if row.mode == "graph" else "")
 
 

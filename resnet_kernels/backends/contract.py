@@ -73,7 +73,7 @@ NO_WINNER = 255
 
 
 class Pooled(NamedTuple):
-    """What the gradient of ReLU and max pooling needs besides the gradient of the pooled map.
+    """The data that the gradient of ReLU and max pooling needs besides the gradient of the pooled map.
 
     winners: uint8, of the pooled map's sizes. Each value is the position of the maximum within its window, counted row
         by row, or NO_WINNER.
@@ -142,7 +142,7 @@ class Operand:
 
     @property
     def plain(self) -> bool:
-        """Whether the value is `tensor` itself, with nothing to apply."""
+        """True if the value is `tensor` itself, with nothing to apply."""
         optional = (self.affine, self.second, self.mask, self.centre, self.pooled)
         return self.stride == 1 and not self.relu and all(value is None for value in optional)
 
@@ -212,7 +212,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Epilogue:
-    """What happens to the accumulator t of a `conv` or the value t of a `bn_pass`, in this order:
+    """The operations on the accumulator t of a `conv` or the value t of a `bn_pass`, in this order:
 
     t += shift;  t += residual;  t = relu(t);  t = t where mask, else 0;  round to the operand's dtype;  reduce
 

@@ -95,7 +95,20 @@ def demo(name: str, weights: Path | None, out: Path, batch: int, console: Consol
                 times[how].append(_seconds(functools.partial(m, images), device))
 
     console.print(str(report))
-    if weights is None:
+    agree = _print_agreement(logits, weights is None, console)
+    rates = {how: batch / statistics.median(t) for how, t in times.items()}
+    errors = {how: (y.double() - exact).abs().max().item() for how, y in logits.items()}
+    heading = f"{name}, batch {batch}, fp32, {device}"
+    _print_speed(f"{heading}, {torch.get_num_threads()} threads, median of {ROUNDS}", rates, errors, console)
+    path = out / f"{name}.png"
+    _chart(path, heading, rates)
+    console.print(f"Chart: {path}")
+    return agree
+
+
+def _print_agreement(logits: dict[str, Tensor], random_weights: bool, console: Console) -> bool:
+    """Print the classes of both photographs. Returns whether all models agree on the top 5."""
+    if random_weights:
         console.print(
             "Weights: random, with batch norms calibrated on the photographs. The classes below are therefore "
             "arbitrary (--weights FILE loads a trained checkpoint); the agreement and the speed are real."
@@ -114,16 +127,13 @@ def demo(name: str, weights: Path | None, out: Path, batch: int, console: Consol
         if agree
         else "Replaced and frozen DISAGREE with torchvision's model on these classes or their order."
     )
+    return agree
 
-    rates = {how: batch / statistics.median(t) for how, t in times.items()}
-    table = Table(title=f"{name}, batch {batch}, fp32, {device}, {torch.get_num_threads()} threads, median of {ROUNDS}")
+
+def _print_speed(title: str, rates: dict[str, float], errors: dict[str, float], console: Console) -> None:
+    table = Table(title=title)
     for heading in ("", "images/s", "vs. torchvision's faster layout", "largest logit error vs. fp64"):
         table.add_column(heading, justify="left" if not heading else "right")
     for how, rate in rates.items():
-        error = (logits[how].double() - exact).abs().max().item()
-        table.add_row(how, f"{rate:.1f}", f"{rate / _best_of_torchvision(rates):.2f}x", f"{error:.1e}")
+        table.add_row(how, f"{rate:.1f}", f"{rate / _best_of_torchvision(rates):.2f}x", f"{errors[how]:.1e}")
     console.print(table)
-    path = out / f"{name}.png"
-    _chart(path, f"{name}, batch {batch}, fp32, {device}", rates)
-    console.print(f"Chart: {path}")
-    return agree

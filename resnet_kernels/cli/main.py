@@ -139,6 +139,51 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _add_common_options(p: argparse.ArgumentParser, function: Callable, options: Sequence[str]) -> None:
+    p.add_argument("--backend", help="run everything on this backend (default: automatic choice)")
+    if "model" in options:
+        p.add_argument("--model", default="resnet50", help="a torchvision residual network (default: resnet50)")
+        p.add_argument("--weights", type=Path, help="a torchvision checkpoint (default: calibrated random weights)")
+        p.add_argument("--batch", type=_positive, default=16 if function is demo else 2)
+    if "input" in options:
+        p.add_argument("--dtype", choices=DTYPES, default="fp32")
+        p.add_argument("--size", type=_positive, default=224, help="height and width of the images")
+        p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    if function is tune:
+        p.add_argument("--budget", type=_seconds, help="seconds after which no further measurement begins")
+        p.add_argument("--table", type=Path, help="file of the table (default: a file in the user's cache folder)")
+        p.add_argument("--again", action="store_true", help="measure again what the table already holds")
+
+
+def _add_own_options(p: argparse.ArgumentParser, function: Callable) -> None:
+    if function is kernels:
+        p.add_argument("--model", default="resnet50", help="a torchvision residual network (default: resnet50)")
+        p.add_argument("--batch", type=_positive, default=256)
+        p.add_argument("--dtype", choices=DTYPES, default="bf16")
+        p.add_argument("--size", type=_positive, default=224, help="height and width of the images")
+        p.add_argument("--arch", type=int, choices=ARCHITECTURES, default=90, help="90 is sm_90")
+    if function is demo:
+        p.add_argument("--out", type=Path, default=Path("demo"), help="folder of the chart (default: demo)")
+    if function is coverage:
+        p.add_argument("--results", type=Path, help="folder of results files (default: benchmarks/results)")
+        p.add_argument("--readme", type=Path, help="write the table into this file, between its markers")
+    if function is report:
+        p.add_argument("results", type=Path, nargs="*", help="a results file, or two: the baseline and the new one")
+        p.add_argument("--out", type=Path, default=Path("report"), help="folder of the report (default: report)")
+        p.add_argument("--png", action="store_true", help="also write each plot as a PNG")
+        p.add_argument(
+            "--fail-on-regression",
+            action="store_true",
+            help="for two files: exit code 1 if a row of ours is slower, or no longer right",
+        )
+        p.add_argument("--readme", type=Path, help="rewrite the tables between the markers of this file")
+        p.add_argument(
+            "--check",
+            action="store_true",
+            help="with --readme: change nothing; exit code 1 if that would",
+        )
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser("resnet-kernels", description="Fused residual blocks for PyTorch.")
     top.add_argument("--version", action="version", version=f"resnet_kernels {rk.__version__}")
@@ -147,45 +192,8 @@ def parser() -> argparse.ArgumentParser:
     def command(function: Callable[[Console, argparse.Namespace], int], text: str, *options: str) -> None:
         p = commands.add_parser(function.__name__, help=text, description=text)
         p.set_defaults(run=function)
-        p.add_argument("--backend", help="run everything on this backend (default: automatic choice)")
-        if "model" in options:
-            p.add_argument("--model", default="resnet50", help="a torchvision residual network (default: resnet50)")
-            p.add_argument("--weights", type=Path, help="a torchvision checkpoint (default: calibrated random weights)")
-            p.add_argument("--batch", type=_positive, default=16 if function is demo else 2)
-        if "input" in options:
-            p.add_argument("--dtype", choices=DTYPES, default="fp32")
-            p.add_argument("--size", type=_positive, default=224, help="height and width of the images")
-            p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-        if function is tune:
-            p.add_argument("--budget", type=_seconds, help="seconds after which no further measurement begins")
-            p.add_argument("--table", type=Path, help="file of the table (default: a file in the user's cache folder)")
-            p.add_argument("--again", action="store_true", help="measure again what the table already holds")
-        if function is kernels:
-            p.add_argument("--model", default="resnet50", help="a torchvision residual network (default: resnet50)")
-            p.add_argument("--batch", type=_positive, default=256)
-            p.add_argument("--dtype", choices=DTYPES, default="bf16")
-            p.add_argument("--size", type=_positive, default=224, help="height and width of the images")
-            p.add_argument("--arch", type=int, choices=ARCHITECTURES, default=90, help="90 is sm_90")
-        if function is demo:
-            p.add_argument("--out", type=Path, default=Path("demo"), help="folder of the chart (default: demo)")
-        if function is coverage:
-            p.add_argument("--results", type=Path, help="folder of results files (default: benchmarks/results)")
-            p.add_argument("--readme", type=Path, help="write the table into this file, between its markers")
-        if function is report:
-            p.add_argument("results", type=Path, nargs="*", help="a results file, or two: the baseline and the new one")
-            p.add_argument("--out", type=Path, default=Path("report"), help="folder of the report (default: report)")
-            p.add_argument("--png", action="store_true", help="also write each plot as a PNG")
-            p.add_argument(
-                "--fail-on-regression",
-                action="store_true",
-                help="for two files: exit code 1 if a row of ours is slower, or no longer right",
-            )
-            p.add_argument("--readme", type=Path, help="rewrite the tables between the markers of this file")
-            p.add_argument(
-                "--check",
-                action="store_true",
-                help="with --readme: change nothing; exit code 1 if that would",
-            )
+        _add_common_options(p, function, options)
+        _add_own_options(p, function)
 
     command(info, "the machine, versions, what was built, and which backend runs here in inference and training")
     command(
@@ -209,7 +217,7 @@ def parser() -> argparse.ArgumentParser:
     command(kernels, "the Triton kernels of a model, compiled for a GPU that need not be present, as Markdown")
     command(explain, "which backend runs each block, and why the other candidates do not", "model", "input")
     command(coverage, "which blocks of torchvision's and timm's models are replaced, and which run fused, as Markdown")
-    command(report, "a results file as Markdown and HTML with plots, a comparison of two, or the README's tables")
+    command(report, "a results file as Markdown and HTML with plots, a comparison of two, or the tables of a document")
     return top
 
 

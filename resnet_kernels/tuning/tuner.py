@@ -141,17 +141,11 @@ def tune(
     """
     if not budget >= 0:
         raise ValueError(f"budget: expected a number of seconds that is not negative, got {budget}")
-    if isinstance(model, FrozenModel):
-        frozen = model
-    else:
-        frozen = freeze(model, example_input.dtype, cuda_graphs=False)
+    frozen = model if isinstance(model, FrozenModel) else freeze(model, example_input.dtype, cuda_graphs=False)
     holds_for = tables.identity(frozen.device)
     path = path or tables.cache_folder() / tables.file_of(holds_for)
     _check_writable(path)
-    if again or not path.exists():
-        known = tables.Table({}, {})
-    else:
-        known = _known(path, holds_for)
+    known = tables.Table({}, {}) if again or not path.exists() else _known(path, holds_for)
     trunks = _trunks(frozen, example_input)
     jobs = [*_launch_jobs(trunks, candidates, known.launches), *_call_jobs(trunks), *_trunk_jobs(trunks)]
     todo = [job for job in jobs if job.key not in known.calls and job.key not in known.launches]

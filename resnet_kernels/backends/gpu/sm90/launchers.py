@@ -237,17 +237,10 @@ def conv_act(
     N, C, H, W = x.shape
     K, R, S, _ = weight.shape
     x2, weight2 = second or (None, None)
+    tensors = {"x": x, "w": weight, "x2": x2, "w2": weight2, "residual": residual, "y": y}
+    tensors |= {"scale": scale, "shift": shift, "masks": masks, "parts": parts}
     call = _Conv(
-        x=_pointer(x),
-        w=_pointer(weight),
-        x2=_pointer(x2),
-        w2=_pointer(weight2),
-        residual=_pointer(residual),
-        y=_pointer(y),
-        scale=_pointer(scale),
-        shift=_pointer(shift),
-        masks=_pointer(masks),
-        parts=_pointer(parts),
+        **{name: _pointer(t) for name, t in tensors.items()},
         x_strides=nhwc_strides(x),
         N=N,
         H=H,
