@@ -104,7 +104,7 @@ def _explain_parts(
 def _explain_block(name: str, block: nn.Module, x: Tensor) -> Explanation:
     reason = fusable.why_plain(block, x)
     p = fusable.parts(block)
-    if not isinstance(p, fusable.Parts) or not all(isinstance(c, nn.Conv2d) for c in p.convs):
+    if not isinstance(p, fusable.Parts) or fusable.why_unfused(block):
         return Explanation(name, PLAIN, reason, {}, False)
     return _explain_parts(name, p, x, reason, block)
 

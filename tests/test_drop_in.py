@@ -496,7 +496,7 @@ def test_named_backends():
         assert "'eager' was named" in rk.explain(model.eval(), x)[0].why_plain
     with (
         rk.use_backend("gpu:cuda"),
-        pytest.raises(rk.BackendUnavailable, match="'cuda' was named .* expected tensors on cuda, got cpu"),
+        pytest.raises(rk.BackendUnavailable, match="'gpu:cuda' was named .* expected tensors on cuda, got cpu"),
     ):
         model(x)
     with pytest.raises(
@@ -543,9 +543,9 @@ def test_explain_names_what_it_takes(args, says):
 def test_explain_an_op_and_a_converted_input():
     w, a = [torch.randn(8, 8, 3, 3)] * 2, [torch.ones(8)] * 2
     x = torch.randn(2, 8, 6, 6)
-    text = str(rk.explain(rk.ops.residual_block, x, w, a, a, [1, 1], [1, 1], [1, 1], "identity"))
+    text = str(rk.explain(rk.ops.residual_block, x, w, a, a, rk.ops.BlockSpec((1, 1), (1, 1), (1, 1))))
     assert text.startswith("residual_block: cpu") and "converted to channels_last" in text
-    assert "reference: chosen only by name" in text
+    assert "reference: chosen only if it is named" in text
     with contextlib.suppress(StopIteration):
         assert str(rk.explain(nn.Linear(2, 2), torch.ones(1, 2))) == "no fused residual block ran"
 

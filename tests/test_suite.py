@@ -17,7 +17,7 @@ import torch
 import resnet_kernels as rk
 from benchmarks import accuracy, cases, cudnn_graph, gpu_suite, measure, ncu, sections
 from benchmarks.cases import ConvAct
-from benchmarks.conftest import EventTimer, Told
+from benchmarks.conftest import EventTimer, Recorded
 from benchmarks.folding import folded
 from benchmarks.providers import PROVIDERS, Built, Provider, providers_of
 from resnet_kernels.analysis import timing
@@ -49,7 +49,7 @@ QUICK = (
 
 
 def rows_of(case, providers, rounds=2):
-    told = Told()
+    told = Recorded()
     measure.measure(case, CPU, providers, told, rounds, seconds=5, budget=60)
     return {row.provider: row for row in told.rows}
 
@@ -151,7 +151,7 @@ def test_cudnn_graphs_take_the_place_of_every_convolution():
     ids=["weight-gradient", "statistics"],
 )
 def test_what_training_asks_of_a_convolution_is_right_and_timed(case):
-    told = Told()
+    told = Recorded()
     measure.measure(case, torch.device("cpu"), providers_of("primitives", "cpu"), told, 2, 5, 300)
     assert {row.provider: row.status for row in told.rows} == {
         "eager": "ok",
@@ -166,7 +166,7 @@ def test_what_training_asks_of_a_convolution_is_right_and_timed(case):
 @pytest.mark.parametrize("provider", [p for p in providers_of("inference", "cuda") if p.patience[0] < 20], ids=str)
 def test_providers_on_a_gpu(provider):
     case = cases.model("inference", "resnet18", "bf16", 4, 64)
-    told = Told()
+    told = Recorded()
     measure.measure(case, torch.device("cuda"), [provider], told, 2, 5, 300)
     assert told.rows and all(row.status in ("ok", "unavailable") for row in told.rows), told.rows
 
@@ -178,7 +178,7 @@ SMALL = BlockCase("small", False, 32, 8, 6, 6, option="C", N=4)
 
 
 def test_accuracy_is_eagers_and_ours():
-    told = Told()
+    told = Recorded()
     for data in accuracy.DATA:
         accuracy.measure(SMALL, "fp32", data, CPU, told, 2)
     assert [(r.provider, r.peer, r.part, r.status, r.rounds) for r in told.rows] == [
@@ -208,7 +208,7 @@ def test_accuracy_that_is_not_there_has_its_reason(monkeypatch):
     def unavailable(*args):
         raise rk.BackendUnavailable("not here")
 
-    told = Told()
+    told = Recorded()
     monkeypatch.setattr(accuracy, "eager_results", None)
     monkeypatch.setattr(accuracy, "fused_results", unavailable)
     accuracy.measure(SMALL, "fp32", "ordinary", CPU, told, 1)

@@ -212,8 +212,8 @@ def test_every_block_that_stays_has_a_reason():
 OTHERS = {
     "resnet50_gn": "bn1: expected one of BatchNorm2d, SyncBatchNorm, FrozenBatchNorm2d, got GroupNorm",
     "resnetv2_50x1_bit": "norm1: expected one of BatchNormAct2d, SyncBatchNormAct, got GroupNormAct",
-    "legacy_seresnet18": "SEResNetBlock is of a kind that is not known here",
-    "res2net50_26w_4s": "Bottle2neck is of a kind that is not known here",
+    "legacy_seresnet18": "blocks of the class SEResNetBlock are not supported",
+    "res2net50_26w_4s": "blocks of the class Bottle2neck are not supported",
 }
 
 
@@ -255,7 +255,7 @@ def test_what_is_frozen_how():
     assert type(frozen.net.layer1) is FrozenTrunk and type(frozen.net.layer2[0]) is FrozenGated
     assert frozen.fused == ("layer1.0", "layer1.1", "layer2.0", "layer3.0", "layer4.0") and not frozen.left
     plain = rk.freeze(timm.create_model("resnetv2_50", **WIDE).eval())
-    assert not plain.fused and set(plain.left.values()) == {"its batch norms stand in front of its convolutions"}
+    assert not plain.fused and set(plain.left.values()) == {"its batch norms stand before its convolutions"}
     model = timm.create_model("seresnet50", **SMALL).eval()
     report = rk.replace_blocks(model)
     frozen = pickle.loads(pickle.dumps(rk.freeze(model)))

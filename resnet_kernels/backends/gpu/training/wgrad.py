@@ -218,7 +218,9 @@ def config_of(K: int, C: int, itemsize: int, arch: int, fma: bool) -> Config:
     if fma:
         return configs.FMA_CONFIG
     in_shared = arch in configs.OPERANDS_IN_SHARED and itemsize == 2
-    BLOCK_K = min(128 if itemsize == 2 else 64, max(16, configs.power_of_two(K)))
+    # On sm_120 a tile of 128 x 64 has no spare register: ptxas puts 8 bytes of each thread on the stack.
+    widest = 128 if itemsize == 2 and arch != 120 else 64
+    BLOCK_K = min(widest, max(16, configs.power_of_two(K)))
     BLOCK_C = min(128 if in_shared else 64, max(16, configs.power_of_two(C)))
     num_warps = 8 if BLOCK_K * BLOCK_C >= 128 * 64 else 4
     # A stage holds the FLUSH rows of one iteration of the mainloop.
