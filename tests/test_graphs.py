@@ -149,7 +149,9 @@ def test_a_capture_that_fails_leaves_nothing_behind(remembered, monkeypatch):
 
     monkeypatch.setattr(Graphs, "_capture", failing)
     frozen(x)
-    with pytest.raises(RuntimeError, match="the capture failed .no memory.; pass cuda_graphs=False to run without graphs"):
+    with pytest.raises(
+        RuntimeError, match="the capture failed .no memory.; pass cuda_graphs=False to run without graphs"
+    ):
         frozen(x)
     monkeypatch.setattr(Graphs, "_capture", working)
     assert frozen(x).shape == (1, 8) and len(frozen.net.graphs) == 1

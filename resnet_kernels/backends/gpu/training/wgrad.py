@@ -218,11 +218,12 @@ def config_of(K: int, C: int, itemsize: int, arch: int, fma: bool) -> Config:
     if fma:
         return configs.FMA_CONFIG
     in_shared = arch in configs.OPERANDS_IN_SHARED and itemsize == 2
-    # On sm_120 a tile of 128 x 64 has no spare register: ptxas puts 8 bytes of each thread on the stack.
-    widest = 128 if itemsize == 2 and arch != 120 else 64
-    BLOCK_K = min(widest, max(16, configs.power_of_two(K)))
+    # On sm_120 wider 16-bit tiles, and fewer warps, have no spare register: ptxas puts 8 bytes of each thread on the
+    # stack.
+    small = arch == 120 and itemsize == 2
+    BLOCK_K = min(128 if itemsize == 2 and not small else 64, max(16, configs.power_of_two(K)))
     BLOCK_C = min(128 if in_shared else 64, max(16, configs.power_of_two(C)))
-    num_warps = 8 if BLOCK_K * BLOCK_C >= 128 * 64 else 4
+    num_warps = 8 if BLOCK_K * BLOCK_C >= (64 if small else 128) * 64 else 4
     # A stage holds the FLUSH rows of one iteration of the mainloop.
     return Config(64 if in_shared else 32, BLOCK_C, BLOCK_K, num_warps, 2)
 
