@@ -96,9 +96,9 @@ def test_tiles_are_those_that_were_built(library):
 
 
 # The digest of csrc/cuda/sm90 without comments and spaces. An NVIDIA H200 passed all tests marked gpu with an earlier
-# version. Changed since then, and run by no GPU: `STATISTICS_TILES` and `SUMS_TILES`, which nothing chooses; in conv_act's
-# tiles "turn" every warp hands the turn on, where one warp did so for all; and the launch of `tail` takes numbers of
-# channels. All other machine code is the same; `test_machine_code.py` holds it.
+# version. Changed since then, and run by no GPU: `STATISTICS_TILES` and `SUMS_TILES`, which nothing chooses; in
+# conv_act's tiles "turn" every warp hands the turn on, where one warp did so for all; and the launch of `tail` takes
+# numbers of channels. All other machine code is the same; `test_machine_code.py` holds it.
 PROVED = "d8370ba42a8b64ab"
 # Files of kernels that no GPU has run: no rule chooses them; the backend by its name and a tuned table may.
 UNPROVED = {f"{kernel}.{ending}" for kernel in ("wgrad", "wide_tail", "bottleneck") for ending in ("cu", "cuh", "h")}
