@@ -62,12 +62,16 @@ std::string why_not(Engine engine, const at::Tensor& weight, const Geometry& g) 
   return "";
 }
 
-// size: (N, C, H, W) of the input. On a map of one pixel a 3x3 filter has one tap: Winograd's transforms would err twice as
-// much as that sum over the channels, and take 1.7 to 2.2 times as long (AVX-512, 64 to 512 channels).
-Engine preferred_engine(const at::Tensor& weight, const Geometry& g, const std::vector<int64_t>& size) {
-  const bool one_pixel = size.size() == 4 && size[2] == 1 && size[3] == 1;
-  if (!one_pixel && why_not(Engine::kWinograd, weight, g).empty()) return Engine::kWinograd;
+Engine preferred_engine(const at::Tensor& weight, const Geometry& g) {
+  if (why_not(Engine::kWinograd, weight, g).empty()) return Engine::kWinograd;
   return why_not(Engine::kDirect, weight, g).empty() ? Engine::kDirect : Engine::kOneDnn;
+}
+
+// Returns whether the convolution reads only the centre of its filter: a map of one pixel, padded to keep its size. A 1x1
+// convolution by the centre is then the same sum. Winograd's transforms would err twice as much and compute 16 products.
+bool reads_centre_alone(const at::Tensor& weight, const Geometry& g, const std::vector<int64_t>& size) {
+  const int64_t R = weight.size(2), S = weight.size(3);
+  return size.size() == 4 && size[2] == 1 && size[3] == 1 && R == S && R % 2 == 1 && R > 1 && g.padding == g.dilation * (R / 2);
 }
 
 // weight * scale per output channel, computed in fp32 and rounded once.
@@ -83,13 +87,18 @@ Conv pack_conv(const at::Tensor& original, const at::Tensor& scale, const Geomet
   RK_CHECK_EQ(original.dim(), 4, "weight: dimensions");
   TORCH_CHECK(!transposed || (g.stride == 1 && g.groups == 1), "geometry: expected stride 1 and one group with a transposed weight, got stride ",
               g.stride, " and ", g.groups, " groups");
+  if (name == "auto" && reads_centre_alone(original, g, size)) {
+    const int64_t centre = original.size(2) / 2;
+    const auto pointwise = original.narrow(2, centre, 1).narrow(3, centre, 1).contiguous();
+    return pack_conv(pointwise, scale, {1, 0, 1, g.groups}, size, name, transposed);
+  }
   const auto weight = transposed ? original.transpose(0, 1) : original;
   TORCH_CHECK(name == "auto" || name == "onednn" || name == "direct" || name == "winograd",
               "engine: expected auto, onednn, direct or winograd, got ", name);
   check_cpu(weight, "weight");
   check_per_channel(scale, weight.size(0), "scale");
   Engine engine = name == "direct" ? Engine::kDirect : name == "winograd" ? Engine::kWinograd : Engine::kOneDnn;
-  if (name == "auto") engine = preferred_engine(weight, g, size);
+  if (name == "auto") engine = preferred_engine(weight, g);
   Conv conv{engine, g, {weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, {}, {}, {}, false};
   if (engine == Engine::kOneDnn) {
     conv.packed = onednn_pack(folded(transposed ? weight.flip({2, 3}).contiguous() : weight, scale), g, size);
