@@ -180,7 +180,7 @@ def command_classes() -> dict:
             try:
                 with redirected(log):
                     super().build_extension(ext)
-            except Exception as error:
+            except Exception as error:  # any failure of a compiler: its log is printed, and the build stops
                 print(log.read_text(errors="replace"), file=sys.stderr)
                 # torch raises the compiler's failure as one chain of exceptions, whose trace says nothing more.
                 raise SystemExit(f"{ext.name} was not built: {error}; output above and in {log}") from None

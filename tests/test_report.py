@@ -232,7 +232,8 @@ def test_labels_stay_apart():
 
 
 def test_a_cpus_peak_memory_is_not_drawn():
-    """The rows of a file cannot be compared there: the pool of activations is in them, whoever filled it."""
+    """The rows of a file cannot be compared there: the pool of activations is in them, whichever implementation filled
+    it."""
     from resnet_kernels.analysis import plots
 
     results = whole()

@@ -349,7 +349,7 @@ def memory(results: Results) -> Gallery:
     if not rows:
         return Gallery("Memory", "No row has its peak memory.", {})
     if results.facts["device"] == "cpu":
-        # benchmarks/measure.py subtracts the pool from the memory before the call, whoever filled it.
+        # benchmarks/measure.py subtracts the pool from the memory before the call, whichever implementation filled it.
         text = (
             "No plot. On a CPU the peak memory of a row counts the pool of activations that our providers have filled "
             "in the same process before, in the peers' rows too: the rows of a file cannot be compared with each other."

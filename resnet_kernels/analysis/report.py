@@ -48,7 +48,8 @@ MEANING = (
     "Times are medians with p20–p80. x best peer: the time of the fastest correct peer, in either mode, over the time "
     "of the row; below 1 is a loss. Floor: the time that the least bytes and operations take at the machine's measured "
     "ceilings; rates count these bytes and operations. Peak memory is the highest use during a call above the use "
-    "before it; on a CPU the pool of activations counts as unused before the call, whoever filled it, so that peers "
+    "before it; on a CPU the pool of activations counts as unused before the call, whichever implementation "
+    "filled it, so that peers "
     "measured after ours have it added and the rows of a file cannot be compared."
 )
 

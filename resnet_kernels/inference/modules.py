@@ -63,7 +63,7 @@ class FrozenGated(nn.Module):
 class FrozenResNet(nn.Module):
     """A frozen ResNet whose trunk runs from the image through the stem and the first stages, usually all of them.
 
-    On a GPU the whole model is one CUDA graph. The copy's own stem and stages stay, for whoever calls them.
+    On a GPU the whole model is one CUDA graph. The copy's own stem and stages stay, for code that calls them directly.
 
     copy: the copied ResNet, whose modules and attributes this takes over. after_trunk: the names of the stages that run
     after the trunk.
